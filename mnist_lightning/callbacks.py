@@ -1,0 +1,99 @@
+"""Lightning callbacks that are ours alone."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from torchmetrics import Metric
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Progress(ProgressBar):
+    """One line an epoch, and on a terminal a bar while the epoch runs.
+
+    The bar is drawn by tqdm at most ten times a second, whatever the number of steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: tqdm[Any] | None = None
+        self._epoch_start = 0.0
+        self._ended = ""  # the last epoch's line, its metrics left open
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell(trainer)
+        self._epoch_start = time.monotonic()
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=int(trainer.num_training_batches),
+                desc=_name_epoch(trainer),
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+        self._ended = f"{_name_epoch(trainer)}%s   {time.monotonic() - self._epoch_start:.1f} s"
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Log the line of the epoch that has ended: its metrics are there once all hooks have run."""
+        if self._enabled and self._ended:
+            metrics = trainer.callback_metrics
+            parts = [
+                f"   {stage} loss {metrics[f'{stage}/loss']:.4f} acc {100 * metrics[f'{stage}/acc']:.2f} %"
+                for stage in ("train", "val")
+                if f"{stage}/loss" in metrics
+            ]
+            log.info(self._ended, "".join(parts))
+        self._ended = ""
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _name_epoch(trainer: L.Trainer) -> str:
+    last = trainer.max_epochs
+    return f"epoch {trainer.current_epoch + 1:>{len(str(last))}}" + (f"/{last}" if last and last > 0 else "")
+
+
+class NetSummary(Callback):
+    """The net's layers and their numbers of parameters, before training starts."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        layers = [layer for layer in pl_module.modules() if not list(layer.children())]
+        for layer in layers:
+            count = sum(parameter.numel() for parameter in layer.parameters())
+            if not isinstance(layer, Metric):
+                log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
+        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in pl_module.parameters()):,}")

@@ -1,0 +1,66 @@
+"""What the commands share: paths on the command line as people type them, errors in a line."""
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.errors import CompactHydraException
+
+
+class CommandError(CompactHydraException):
+    """A command that could not go on; Hydra prints it without a traceback."""
+
+
+def quote_paths(keys: Collection[str]) -> None:
+    """Quote the values of these keys in ``sys.argv``, so that Hydra reads them as they stand.
+
+    Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  A value that the user has
+    quoted for Hydra already, and a list in ``[…]``, are left alone.
+    """
+    pattern = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, keys))})=)(.+)", re.DOTALL)
+    for position, argument in enumerate(sys.argv[1:], start=1):
+        match = pattern.fullmatch(argument)
+        if match and match[2][0] not in "'\"[":
+            sys.argv[position] = match[1] + quote(match[2])
+
+
+def quote(value: str) -> str:
+    """A string literal of Hydra's override grammar that means exactly ``value``."""
+    # a backslash escapes only before a quote (there it must be doubled), or before "${"
+    escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+@contextmanager
+def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> Iterator[None]:
+    """Tell what a user can mend (files, folders, numbers, devices) in one line on stderr.
+
+    Args:
+        log_file: gets the traceback of any error.
+        in_sweep: raise a ``CommandError`` instead of leaving the process, so that the other jobs go on.
+
+    Raises:
+        SystemExit: with the line; Hydra lets it pass without adding lines of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if log_file is not None:
+            with contextlib.suppress(OSError), log_file.open("a") as file:
+                traceback.print_exc(file=file)
+        kinds: tuple[type[Exception], ...] = (OSError, FloatingPointError, CompactHydraException)
+        if "lightning" in sys.modules:
+            from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+            kinds += (MisconfigurationException,)
+        if not isinstance(error, kinds) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        line = " ".join(str(error).split())
+        if in_sweep:
+            raise CommandError(line) from error
+        sys.exit(line)

@@ -1,0 +1,272 @@
+"""What a configuration may hold: types and limits here, values in ``conf/``.
+
+``check`` is the one door from a composed or a saved config to checked values.  Nothing heavier than
+Hydra and OmegaConf is imported here, so that a mistake is told at once.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
+
+# in a wheel conf/ lies inside the package, in a checkout beside it
+CONF_DIR = next(
+    str(path)
+    for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf")
+    if path.is_dir()
+)
+
+DATASETS = ("mnist", "fashion_mnist", "kmnist")
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
+NORMS = ("none", "batch", "layer")
+NUM_TRAINING_IMAGES = 60_000
+MAX_SEED = 2**32 - 1  # the largest that numpy takes
+
+
+class ConfigError(CompactHydraException):
+    """A setting that can't be used; Hydra prints it without a traceback."""
+
+
+@dataclass
+class Data:
+    """Where the digits come from, how they are split and batched (``data=``)."""
+
+    name: str
+    data_dir: str
+    batch_size: int
+    val_size: int
+    split_seed: int
+    num_workers: int
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        one_of("data.name", self.name, DATASETS)
+        at_least("data.batch_size", self.batch_size, 1)
+        require(
+            0 <= self.val_size < NUM_TRAINING_IMAGES,
+            f"data.val_size must be in [0, {NUM_TRAINING_IMAGES - 1}], got {self.val_size}",
+        )
+        check_seed("data.split_seed", self.split_seed)
+        at_least("data.num_workers", self.num_workers, 0)
+        require(0 <= self.mean <= 1, f"data.mean must be in [0, 1], got {self.mean}")
+        require(0 < self.std <= 1, f"data.std must be in (0, 1], got {self.std}")
+        num_train = NUM_TRAINING_IMAGES - self.val_size
+        require(
+            self.batch_size <= num_train,
+            f"data.batch_size must be at most the {num_train} training images, got {self.batch_size}",
+        )
+
+
+@dataclass
+class Model:
+    """The net (``model=``)."""
+
+    hidden: Any  # int or list of int: structured configs know no union of the two
+    activation: str
+    dropout: float
+    norm: str
+
+    def __post_init__(self) -> None:
+        sizes = self.hidden if isinstance(self.hidden, list) else [self.hidden]
+        require(
+            all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes),
+            f"model.hidden must be a whole number >= 1 or a list of such, got {self.hidden}",
+        )
+        self.hidden = sizes
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        one_of("model.norm", self.norm, NORMS)
+        require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
+        for key, idle in (("dropout", 0), ("norm", "none")):
+            value = getattr(self, key)
+            require(
+                bool(self.hidden) or value == idle,
+                f"model.{key}={value} acts on hidden layers, and model.hidden=[] has none",
+            )
+
+
+@dataclass
+class Monitor:
+    """The validation metric that chooses the best epoch and that a sweep optimises."""
+
+    metric: str
+    mode: str
+
+    def __post_init__(self) -> None:
+        one_of("monitor.metric", self.metric, ("val/acc", "val/loss"))
+        wanted = "max" if self.metric == "val/acc" else "min"
+        require(
+            self.mode == wanted,
+            f"monitor.mode must be {wanted} with monitor.metric={self.metric}, got {self.mode}",
+        )
+
+
+@dataclass
+class Train:
+    """One run of ``python -m mnist_lightning.train``.
+
+    ``data`` and ``model`` are ours and typed.  Optimizer, schedule, trainer, callbacks and loggers
+    are whatever their ``_target_`` names; ``_check_targets`` knows the usual keys of those.
+    """
+
+    seed: int
+    test: bool
+    label_smoothing: float
+    monitor: Monitor
+    data: Data
+    model: Model
+    optimizer: Any
+    scheduler: Any
+    trainer: Any
+    callbacks: Any
+    logger: Any
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        for group in ("optimizer", "scheduler", "trainer", "callbacks", "logger"):
+            value = getattr(self, group) or {}
+            require(
+                isinstance(value, dict),
+                f"{group} must be a choice of conf/{group}/ or settings of one, got {value!r}",
+            )
+            setattr(self, group, value)
+        for group, required in (("optimizer", True), ("trainer", True), ("scheduler", False)):
+            settings = getattr(self, group)
+            require(
+                "_target_" in settings if required else not settings or "_target_" in settings,
+                f"{group} names no _target_",
+            )
+        self._check_limits()
+        self._check_combinations()
+
+    def _check_limits(self) -> None:
+        for key, (holds, wanted) in OPTIMIZER_LIMITS.items():
+            if key in self.optimizer:
+                check_number(f"optimizer.{key}", self.optimizer[key], holds, wanted)
+        for key, (holds, wanted) in TRAINER_LIMITS.items():
+            if self.trainer.get(key) is not None:
+                check_number(f"trainer.{key}", self.trainer[key], holds, wanted, whole=True)
+
+    def _check_combinations(self) -> None:
+        max_epochs = self.trainer.get("max_epochs")
+        scheduler = str(self.scheduler.get("_target_", ""))
+        if self.data.val_size == 0:
+            require(
+                "ReduceLROnPlateau" not in scheduler,
+                "scheduler=plateau watches val/loss, and data.val_size=0 leaves no validation split",
+            )
+            for name, callback in self.callbacks.items():
+                require(
+                    "EarlyStopping" not in str((callback or {}).get("_target_")),
+                    f"callbacks.{name} watches {self.monitor.metric},"
+                    " and data.val_size=0 leaves no validation split",
+                )
+        require(
+            not (max_epochs == -1 and "total_steps" in self.scheduler.values()),
+            "scheduler needs the length of the run, and trainer.max_epochs=-1 has no end",
+        )
+        step_size = self.scheduler.get("step_size")
+        if isinstance(step_size, int) and isinstance(max_epochs, int) and 0 < max_epochs <= step_size:
+            log.warning(
+                "scheduler.step_size=%d has no effect: trainer.max_epochs=%d is not more",
+                step_size,
+                max_epochs,
+            )
+
+
+Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
+
+POSITIVE: Limit = (lambda x: x > 0, "> 0")
+NOT_NEGATIVE: Limit = (lambda x: x >= 0, ">= 0")
+FRACTION: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
+AT_LEAST_ONE: Limit = (lambda x: x >= 1, ">= 1")
+OPTIMIZER_LIMITS: Mapping[str, Limit] = {
+    "lr": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "momentum": FRACTION,
+    "alpha": FRACTION,
+    "eps": POSITIVE,
+}
+TRAINER_LIMITS: Mapping[str, Limit] = {
+    "max_epochs": (lambda x: x >= 1 or x == -1, ">= 1, or -1 for no end"),
+    "num_nodes": AT_LEAST_ONE,
+    "log_every_n_steps": AT_LEAST_ONE,
+    "accumulate_grad_batches": AT_LEAST_ONE,
+    "check_val_every_n_epoch": AT_LEAST_ONE,
+}
+
+Settings = TypeVar("Settings")
+
+
+def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
+    """Checked values from a composed or a saved config.
+
+    Args:
+        cfg: Hydra's own node, where there is one, is left aside.
+        schema: the dataclass of the command.
+
+    Raises:
+        ConfigError: a key is missing, misspelt, of another type or out of its limits.
+    """
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    try:
+        with open_dict(own):
+            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), own))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(settings, schema)
+    return settings
+
+
+def register() -> None:
+    """Make the schema known to Hydra, which then refuses misspelt keys and wrong types itself, and
+    ``${run_dir:}`` to OmegaConf."""
+    ConfigStore.instance().store(name="train_schema", node=Train, provider="mnist_lightning")
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+
+
+def _run_dir() -> str:
+    """The run's folder; a placeholder where a config is only looked at and there is no run."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return "RUN_DIR"
+    return str(HydraConfig.get().runtime.output_dir)
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value}")
+
+
+def at_least(key: str, value: int, least: int) -> None:
+    require(value >= least, f"{key} must be >= {least}, got {value}")
+
+
+def check_seed(key: str, value: int) -> None:
+    require(0 <= value <= MAX_SEED, f"{key} must be in [0, 2^32), got {value}")
+
+
+def check_number(
+    key: str, value: Any, holds: Callable[[Any], bool], wanted: str, *, whole: bool = False
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and -math.inf < value < math.inf
+    kind = "whole number" if whole else "finite number"
+    require(is_number and holds(value), f"{key} must be a {kind} {wanted}, got {value}")

@@ -1,0 +1,355 @@
+"""The digits: where they come from, the three splits, the loaders.
+
+All images stay in memory as uint8, and a batch is one indexing operation; the net normalises on its
+own device.  Decoding and transforming image by image is what makes a usual MNIST project several
+times slower than its arithmetic.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
+
+log = logging.getLogger(__name__)
+
+DATASETS: dict[str, type[MNIST]] = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "kmnist": KMNIST}
+PACKAGED = Path(__file__).parent / "datasets" / "mnist"
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of bytes, 3-d and 1-d
+# IDX file -> magic number, number of items, MD5 of MNIST's own file
+RAW_FILES = {
+    "train-images-idx3-ubyte": (IMAGES_MAGIC, 60_000, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (LABELS_MAGIC, 60_000, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (IMAGES_MAGIC, 10_000, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (LABELS_MAGIC, 10_000, "27ae3e4e09519cfbb04c329615203637"),
+}
+DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download is given up
+EVAL_BATCH_SIZE = 2_000  # images at once where no gradient is needed: 6 MB as float
+
+
+class Digits(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels in memory.
+
+    Args:
+        images: (N, 28, 28) uint8.
+        labels: (N,) int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once.  -> (B, 28, 28) uint8, (B,) int64"""
+        chosen = torch.tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+class EpochSampler(Sampler[int]):
+    """The indices of one epoch for one process, as a function of (seed, epoch, rank).
+
+    Of every ``world_size`` consecutive indices of the epoch's order a process takes one, so that
+    the processes' k-th batches together are the k-th batch that a single process would see.
+    Shuffled (training) epochs leave out the up to ``world_size - 1`` last indices of their order,
+    others of them each epoch, so that all processes take the same number of steps; nothing is ever
+    repeated.
+
+    Args:
+        num_samples: size of the data set.
+        shuffle: a new order each epoch; otherwise 0, 1, 2, …
+        seed: in [0, 2^32).
+        rank: of this process, in [0, world_size).
+        world_size: number of processes.
+
+    Attributes:
+        epoch: whose order ``iter`` gives; Lightning calls ``set_epoch`` before each.
+        start: how many of this process's indices ``iter`` leaves out at the beginning, once: the
+            next epoch starts at its beginning again.
+    """
+
+    def __init__(self, num_samples: int, *, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
+        self.num_samples = num_samples
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """This process's indices of the whole epoch.  -> (len(self),) int64"""
+        if not self.shuffle:
+            return torch.arange(self.rank, self.num_samples, self.world_size)
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        return order[: len(self) * self.world_size][self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.num_samples // self.world_size
+        return len(range(self.rank, self.num_samples, self.world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        start, self.start = self.start, 0
+        yield from self.order()[start:].tolist()
+
+
+class MNISTDataModule(L.LightningDataModule):
+    """Train, validation and test splits of MNIST or of a data set in its format.
+
+    The validation images are ``val_size`` of the 60,000 training images, stratified by label and
+    chosen by ``split_seed`` alone; the test split is the official one.
+
+    Args:
+        name: a key of ``DATASETS``.
+        data_dir: folder in torchvision's layout; made and filled where something is missing.
+        batch_size: of training, over all processes together; divisible by their number.
+        val_size: number of validation images; 0 trains on all 60,000.
+        split_seed: chooses the validation images.
+        num_workers: of each loader.
+        seed: of the order of the training images.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        data_dir: str,
+        batch_size: int,
+        val_size: int,
+        split_seed: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.dataset = name
+        self.data_dir = Path(data_dir).expanduser()
+        self.batch_size = batch_size
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self.seed = seed
+        self.splits: dict[str, Digits] = {}
+
+    def prepare_data(self) -> None:
+        """Make ``data_dir`` whole.
+
+        Raises:
+            OSError: the folder can't be made or written, or a download failed.
+        """
+        if self.dataset == "mnist":
+            unpack(self.data_dir)
+        else:
+            download(self.dataset, self.data_dir)
+
+    def setup(self, stage: str) -> None:
+        if self.splits:
+            return
+        dataset = DATASETS[self.dataset]
+        train = dataset(str(self.data_dir), train=True)
+        test = dataset(str(self.data_dir), train=False)
+        val_indices, train_indices = split(train.targets, self.val_size, self.split_seed)
+        self.splits = {
+            "train": Digits(train.data[train_indices], train.targets[train_indices]),
+            "val": Digits(train.data[val_indices], train.targets[val_indices]),
+            "test": Digits(test.data, test.targets),
+        }
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        world_size = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % world_size:
+            raise MisconfigurationException(
+                f"data.batch_size must be divisible by the {world_size} processes that share it,"
+                f" got {self.batch_size}"
+            )
+        return self._loader("train", self.batch_size // world_size)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[None]:
+        return self._loader("val", EVAL_BATCH_SIZE) if self.val_size else []
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return self._loader("test", EVAL_BATCH_SIZE)
+
+    def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        digits = self.splits[split]
+        sampler = EpochSampler(
+            len(digits),
+            shuffle=split == "train",
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        return DataLoader(
+            digits,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_identity,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # else each epoch would draw from the global random state
+        )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the validation and of the training images, both in ascending order.
+
+    Each class gives its share of the validation images, rounded by largest remainder.
+
+    Args:
+        labels: (N,) int64 of the images to share out.
+        val_size: in [0, N).
+
+    Returns:
+        (val_size,) int64 and (N - val_size,) int64
+    """
+    generator = torch.Generator().manual_seed(split_seed)
+    counts = torch.bincount(labels)
+    shares = counts * val_size / len(labels)
+    quotas = shares.long()
+    largest = torch.argsort(shares - quotas, descending=True, stable=True)
+    quotas[largest[: val_size - int(quotas.sum())]] += 1
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for label, quota in enumerate(quotas.tolist()):
+        members = (labels == label).nonzero().squeeze(1)
+        chosen = torch.randperm(len(members), generator=generator)[:quota]
+        is_val[members[chosen]] = True
+    return is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
+
+
+def unpack(data_dir: Path) -> None:
+    """Put MNIST's four raw files into ``data_dir``, where torchvision reads them.
+
+    What is there and right is left alone; what is missing is unpacked from the package; what is
+    there and wrong is named in a warning and replaced.
+
+    Raises:
+        OSError: the folder or a file can't be made, read or replaced.
+    """
+    raw = make_raw_folder(data_dir, "MNIST")
+    for file, (_, _, md5) in RAW_FILES.items():
+        path = raw / file
+        if os.path.lexists(path):
+            fault = find_fault(path, md5)
+            if fault is None:
+                continue
+            log.warning("%s %s: replaced by the copy in this package", path, fault)
+        with gzip.open(PACKAGED / f"{file}.gz") as packed:
+            write_whole(path, packed.read())
+
+
+def download(name: str, data_dir: Path) -> None:
+    """Fetch what is missing of a data set with torchvision's own download.
+
+    It goes into a temporary folder first: a broken or interrupted download leaves nothing behind.
+
+    Raises:
+        OSError: no network, or the server did not give the files; or ``data_dir`` can't be written.
+    """
+    dataset = DATASETS[name]
+    raw = make_raw_folder(data_dir, dataset.__name__)
+    if all(is_idx(raw / file, magic, count) for file, (magic, count, _) in RAW_FILES.items()):
+        return
+    timeout = socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as temporary:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        try:
+            dataset(temporary, train=True, download=True)
+        except Exception as error:  # urllib, zlib and torchvision raise many kinds
+            raise OSError(
+                f"data={name} could not be downloaded ({type(error).__name__}: {error});"
+                f" put its four IDX files into {raw} by hand, or use data=mnist, which needs no network"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+        fetched = Path(temporary) / dataset.__name__ / "raw"
+        for file, (magic, count, _) in RAW_FILES.items():
+            if not is_idx(fetched / file, magic, count):
+                raise OSError(f"data={name}: the server gave a {file} that is no IDX file of {count}")
+            os.replace(fetched / file, raw / file)
+
+
+def make_raw_folder(data_dir: Path, dataset: str) -> Path:
+    """torchvision's folder for a data set's IDX files, made where it is missing."""
+    raw = data_dir / dataset / "raw"
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"data.data_dir: can't make the folder {raw}: {error.strerror}") from error
+    return raw
+
+
+def find_fault(path: Path, md5: str) -> str | None:
+    """What is wrong with a file, as a predicate ("is …"), or None where its content is right."""
+    try:
+        content = path.read_bytes()
+    except IsADirectoryError:
+        return "is a folder"
+    except FileNotFoundError:
+        return "is a dangling link"
+    except PermissionError:
+        return "can't be read"
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+        return None
+    return f"is not MNIST's file ({len(content):,} bytes, another checksum)"
+
+
+def is_idx(path: Path, magic: int, count: int) -> bool:
+    """Whether a file is an IDX file of bytes with this many 28x28 images, or labels below 10.
+
+    The format: http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    shape = (count, 28, 28) if magic == IMAGES_MAGIC else (count,)
+    header = b"".join(number.to_bytes(4, "big") for number in (magic, *shape))
+    body = content[len(header) :]
+    if not content.startswith(header) or len(body) != torch.Size(shape).numel():
+        return False
+    return magic == IMAGES_MAGIC or max(body) < 10
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the place and rename, so that nobody ever sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600; the data may be shared
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,72 @@
+"""The net: pixels in, ten logits out."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+NUM_PIXELS = 28 * 28
+NUM_CLASSES = 10
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+}
+NORMS: dict[str, type[nn.Module] | None] = {
+    "none": None,
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+}
+
+
+class FeedForward(nn.Module):
+    """A fully connected net that takes raw pixels and normalises them itself.
+
+    Each hidden layer is linear -> norm -> activation -> dropout; the last layer is linear.
+    The normalisation constants are buffers: they move with the net to its device and into its
+    checkpoint, so that a checkpoint alone is enough to predict.
+
+    Args:
+        hidden: units of each hidden layer; ``[]`` gives a linear classifier.
+        activation: a key of ``ACTIVATIONS``.
+        dropout: probability in [0, 1) of zeroing a hidden unit while training.
+        norm: a key of ``NORMS``.
+        mean: of the training pixels, scaled to [0, 1].
+        std: of the training pixels, scaled to [0, 1]; > 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden: list[int],
+        activation: str,
+        dropout: float,
+        norm: str,
+        mean: float,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(255 * mean))
+        self.register_buffer("std", torch.tensor(255 * std))
+        layers: list[nn.Module] = [nn.Flatten()]
+        sizes = [NUM_PIXELS, *hidden]
+        for num_in, num_out in itertools.pairwise(sizes):
+            layers.append(nn.Linear(num_in, num_out))
+            if (make_norm := NORMS[norm]) is not None:
+                layers.append(make_norm(num_out))
+            layers.append(ACTIVATIONS[activation]())
+            if dropout > 0:
+                layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(sizes[-1], NUM_CLASSES))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits for a batch.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 10) float."""
+        logits: Tensor = self.layers((images.float() - self.mean) / self.std)
+        return logits
