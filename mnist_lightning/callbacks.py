@@ -32,12 +32,22 @@ class Progress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer)  # a run that is resumed within an epoch does not start that epoch
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell(trainer)
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        self._close()
         self._epoch_start = time.monotonic()
         if self._enabled and sys.stderr.isatty():
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._bar = tqdm(
                 total=int(trainer.num_training_batches),
+                initial=trainer.fit_loop.epoch_loop.batch_progress.current.ready
+                % trainer.num_training_batches,
                 desc=_name_epoch(trainer),
                 unit="step",
                 leave=False,

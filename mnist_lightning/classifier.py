@@ -1,6 +1,7 @@
 """The LightningModule: loss, metrics, optimizer and schedule around the net."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning.network import NUM_CLASSES, FeedForward
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images (B, 28, 28) uint8, labels (B,) int64
 TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in a scheduler's arguments
@@ -63,7 +66,9 @@ class DigitClassifier(L.LightningModule):
         self.train_metrics = _metrics("train")
         self.val_metrics = _metrics("val")
         self.test_metrics = _metrics("test")
+        self.train_metrics.persistent(True)  # a checkpoint within an epoch holds its first part
         self._interval = 0  # steps between two counts, see on_fit_start
+        self._resumed: dict[str, Any] | None = None  # the checkpoint to go on from
         self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels of a step
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -102,29 +107,71 @@ class DigitClassifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch, "test")
 
+    def on_train_epoch_start(self) -> None:
+        self.train_metrics.reset()  # not called where an epoch is resumed within
+
     def on_train_epoch_end(self) -> None:
         self._count("train")
-        self.log_dict(self.train_metrics)
+        self._report("train")
 
     def on_validation_epoch_start(self) -> None:
         self._count("train")  # validation may come in the middle of an epoch
 
     def on_validation_epoch_end(self) -> None:
         self._count("val")
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
         # what trainer.validate measures after training is no point of the learning curve
-        self.log_dict(self.val_metrics, logger=self.trainer.state.fn == TrainerFn.FITTING)
+        self._report("val", to_loggers=fitting)
+        if fitting and self.trainer.lr_scheduler_configs:
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(self.val_metrics["loss"].compute())
 
     def on_test_epoch_end(self) -> None:
         self._count("test")
-        self.log_dict(self.test_metrics)
+        self._report("test")
+
+    def on_train_start(self) -> None:
+        if self._resumed is None:
+            return
+        # nothing between here and the next step draws a random number
+        torch.set_rng_state(self._resumed["random_state"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._resumed["random_state"]["cuda"], self.device)
+        for loss, logits, labels in self._resumed["uncounted"]:
+            self._outputs.append((loss.to(self.device), logits.to(self.device), labels.to(self.device)))
+        self._resumed = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write a net that has gone wrong: the last good checkpoint stays."""
-        self._count("train")
+        """Add what an exact resumption needs; refuse to save a net that has gone wrong.
+
+        Raises:
+            FloatingPointError: a loss or a weight is NaN or infinite.
+        """
+        self._check_losses("train")
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
             raise FloatingPointError(
                 f"a weight is NaN or infinite after step {self.global_step}; a smaller optimizer.lr may help"
             )
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["uncounted"] = [list(outputs) for outputs in self._outputs]
+        checkpoint["environment"] = environment()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resumed = checkpoint
+        here = environment()
+        for name, saved in checkpoint["environment"].items():
+            if here[name] != saved:
+                log.warning(
+                    "the checkpoint was written with %s %s, this is %s: results may differ in rounding",
+                    name,
+                    saved,
+                    here[name],
+                )
 
     def _count(self, stage: str) -> None:
         """Move what the steps left in ``_outputs`` into the stage's metrics.
@@ -134,27 +181,51 @@ class DigitClassifier(L.LightningModule):
         """
         if not self._outputs:
             return
-        losses_of_steps, logits, labels = zip(*self._outputs, strict=True)
+        losses = self._check_losses(stage)
+        _, logits, labels = zip(*self._outputs, strict=True)
         self._outputs.clear()
-        losses = torch.stack(losses_of_steps)
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
-            last_step = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-            step = last_step - len(losses) + first + 1 if stage == "train" else last_step
-            raise FloatingPointError(
-                f"{stage}/loss is {losses[first].item()} at step {step}; a smaller optimizer.lr may help"
-            )
         sizes = torch.tensor([len(step) for step in labels], device=losses.device)
         metrics = getattr(self, f"{stage}_metrics")
         metrics["loss"].update(losses, weight=sizes)
         metrics["acc"].update(torch.cat(logits), torch.cat(labels))
         if stage == "train":
-            values = {
-                "train/loss_step": losses.mean().item(),  # of the steps since the last such value
-                "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-            }
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.global_step)
+            mean = losses.mean().item()  # of the steps since the last such value
+            self._write({"train/loss_step": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def _check_losses(self, stage: str) -> Tensor:
+        """The losses of the steps in ``_outputs``.  -> (len(_outputs),)
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        losses = torch.stack([loss for loss, _, _ in self._outputs] or [torch.zeros(())])
+        if not losses.isfinite().all():
+            first = int((~losses.isfinite()).nonzero()[0])
+            step = self._last_step() - (len(losses) - first - 1 if stage == "train" else 0)
+            raise FloatingPointError(
+                f"{stage}/loss is {losses[first].item()} at step {step}; a smaller optimizer.lr may help"
+            )
+        return losses
+
+    def _report(self, stage: str, *, to_loggers: bool = True) -> None:
+        """Give an epoch's metrics to Lightning (for callbacks) and, at once, to the loggers.
+
+        Lightning would write them after the epoch's checkpoint, and a run killed between the two
+        would resume without them.
+        """
+        metrics = getattr(self, f"{stage}_metrics")
+        self.log_dict(metrics, logger=False)
+        if to_loggers:
+            self._write({name: value.item() for name, value in metrics.compute().items()})
+
+    def _write(self, values: dict[str, float]) -> None:
+        epoch = self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)  # from 1
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": epoch, **values}, step=self._last_step())
+
+    def _last_step(self) -> int:
+        """The number of the latest training step, counted from 1 over all epochs."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None, "DigitClassifier was made without an optimizer"
@@ -166,14 +237,21 @@ class DigitClassifier(L.LightningModule):
             dict.fromkeys(per_step, int(self.trainer.estimated_stepping_batches)) if per_step else {}
         )
         scheduler = self.make_scheduler(optimizer, **total_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler,
-                "interval": "step" if per_step else "epoch",
-                "monitor": "val/loss" if isinstance(scheduler, ReduceLROnPlateau) else None,
-            },
-        }
+        if isinstance(scheduler, ReduceLROnPlateau):
+            # Lightning would step it after the epoch's checkpoint, and a resumed run would miss that:
+            # on_validation_epoch_end does it instead
+            never = 2**62
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "frequency": never, "monitor": "val/loss"},
+            }
+        interval = "step" if per_step else "epoch"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+
+def environment() -> dict[str, str | int]:
+    """What else decides the last bits of a result."""
+    return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 
 def _metrics(stage: str) -> MetricCollection:

@@ -112,6 +112,20 @@ class Monitor:
 
 
 @dataclass
+class CheckpointSchedule:
+    """When ``last.ckpt`` is written within an epoch; at an epoch's end it always is."""
+
+    every_n_steps: int | None
+    every_n_seconds: float | None
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None:
+            at_least("checkpoint.every_n_steps", self.every_n_steps, 1)
+        if self.every_n_seconds is not None:
+            check_number("checkpoint.every_n_seconds", self.every_n_seconds, *POSITIVE)
+
+
+@dataclass
 class Train:
     """One run of ``python -m mnist_lightning.train``.
 
@@ -121,8 +135,10 @@ class Train:
 
     seed: int
     test: bool
+    resume: str | None
     label_smoothing: float
     monitor: Monitor
+    checkpoint: CheckpointSchedule
     data: Data
     model: Model
     optimizer: Any

@@ -5,12 +5,10 @@ own device.  Decoding and transforming image by image is what makes a usual MNIS
 times slower than its arithmetic.
 """
 
-import contextlib
 import gzip
 import hashlib
 import logging
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +21,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
+
+from mnist_lightning.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +153,21 @@ class MNISTDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.splits: dict[str, Digits] = {}
+        self.resume_epoch = 0  # where the training order goes on, see load_state_dict
+        self.resume_batch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the order of the training images a checkpoint stands: epoch, and batch in it."""
+        assert self.trainer is not None
+        fit_loop = self.trainer.fit_loop
+        batch = fit_loop.epoch_loop.batch_progress.current.ready
+        return {
+            "epoch": fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
+            "batch": batch if batch < self.trainer.num_training_batches else 0,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resume_epoch, self.resume_batch = state_dict["epoch"], state_dict["batch"]
 
     def prepare_data(self) -> None:
         """Make ``data_dir`` whole.
@@ -185,7 +200,12 @@ class MNISTDataModule(L.LightningDataModule):
                 f"data.batch_size must be divisible by the {world_size} processes that share it,"
                 f" got {self.batch_size}"
             )
-        return self._loader("train", self.batch_size // world_size)
+        loader = self._loader("train", self.batch_size // world_size)
+        sampler = loader.sampler
+        assert isinstance(sampler, EpochSampler)
+        sampler.epoch = self.resume_epoch
+        sampler.start = self.resume_batch * (self.batch_size // world_size)
+        return loader
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[None]:
         return self._loader("val", EVAL_BATCH_SIZE) if self.val_size else []
@@ -261,7 +281,7 @@ def unpack(data_dir: Path) -> None:
                 continue
             log.warning("%s %s: replaced by the copy in this package", path, fault)
         with gzip.open(PACKAGED / f"{file}.gz") as packed:
-            write_whole(path, packed.read())
+            write_atomic(path, packed.read())
 
 
 def download(name: str, data_dir: Path) -> None:
@@ -335,21 +355,3 @@ def is_idx(path: Path, magic: int, count: int) -> bool:
     if not content.startswith(header) or len(body) != torch.Size(shape).numel():
         return False
     return magic == IMAGES_MAGIC or max(body) < 10
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the place and rename, so that nobody ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600; the data may be shared
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

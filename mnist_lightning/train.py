@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
-import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,10 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mnist_lightning import __version__
+from mnist_lightning import __version__, signals
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
+from mnist_lightning.resume import rewrite_arguments
 
 if TYPE_CHECKING:
     import lightning as L
@@ -31,7 +32,10 @@ Metrics = dict[str, float | int | str | None]
 
 
 def main() -> None:
-    quote_paths(["data.data_dir"])
+    signals.install()
+    with compact_errors():
+        rewrite_arguments()
+    quote_paths(["data.data_dir", "hydra.run.dir"])
     run()
 
 
@@ -67,6 +71,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     log.info("loading torch and Lightning …")
     import lightning as L
 
+    from mnist_lightning.checkpoint import BEST, Checkpoints, LocalCheckpointIO, find_newest
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
 
@@ -94,28 +99,34 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         optimizer=instantiate(settings.optimizer, _partial_=True),
         scheduler=instantiate(settings.scheduler, _partial_=True) or None,
     )
+    newest, purge_step = None, None
+    if settings.resume is not None:
+        newest, checkpoint = find_newest(run_dir / "checkpoints")
+        purge_step = checkpoint["global_step"] + 1
+        log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     trainer: L.Trainer = instantiate(
         settings.trainer,
         callbacks=make_callbacks(settings),
-        logger=[instantiate(logger) for logger in settings.logger.values() if logger],
+        logger=make_loggers(settings, purge_step),
+        plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
         _convert_="all",
     )
-    start = time.monotonic()
-    trainer.fit(classifier, datamodule=datamodule)
-    train_seconds = time.monotonic() - start
-    last = {f"last/{name}": value.item() for name, value in sorted(trainer.callback_metrics.items())}
+    with signals.deferred():
+        trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
-    best = run_dir / "checkpoints" / "best.ckpt"
-    ckpt_path = str(best) if best.exists() else None  # debug=fast_dev_run saves none
     metrics: Metrics = {}
+    kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
+    best = run_dir / "checkpoints" / BEST
+    ckpt_path = best if kept and best.exists() else None  # debug=fast_dev_run writes none
     evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
     for evaluate in evaluations:
         evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
         metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    metrics |= last
+    if kept:
+        metrics |= {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
+        metrics |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
     metrics |= {
         "epochs": trainer.current_epoch,
-        "train_seconds": round(train_seconds, 3),
         "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
         "seed": settings.seed,
         "git_commit": find_commit(),
@@ -135,9 +146,18 @@ def make_callbacks(settings: Train) -> "list[L.Callback]":
     callbacks = {name: dict(callback) for name, callback in settings.callbacks.items() if callback}
     if settings.data.val_size == 0:
         for callback in callbacks.values():
-            if str(callback["_target_"]).endswith("ModelCheckpoint"):
+            if str(callback["_target_"]).endswith("Checkpoints"):
                 callback["monitor"] = None
     return [instantiate(callback) for callback in callbacks.values()]
+
+
+def make_loggers(settings: Train, purge_step: int | None) -> "list[L.pytorch.loggers.Logger]":
+    """The config's loggers; those of a resumed run drop their points from ``purge_step`` on."""
+    loggers = [dict(logger) for logger in settings.logger.values() if logger]
+    for logger in loggers:
+        if purge_step is not None and str(logger["_target_"]).endswith(("CSVLogger", "TensorBoardLogger")):
+            logger["purge_step"] = purge_step
+    return [instantiate(logger) for logger in loggers]
 
 
 def quiet() -> None:
@@ -227,17 +247,18 @@ def summarize(metrics: Metrics, run_dir: Path) -> str:
         for key, name in names.items()
         if isinstance(value := metrics.get(key), float)
     ]
+    if "train_seconds" in metrics:
+        lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
     return "\n".join(
         [
             "",
             *lines,
-            f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s",
             f"{'everything is in':20} {folder}",
             "",
             "next:",
             "  tensorboard --logdir logs",
             "  python -m mnist_lightning.train model.hidden=512",
-            f"  python -m mnist_lightning.train resume={folder}",
+            f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}   # if interrupted",
         ]
     )
 

@@ -1,0 +1,38 @@
+"""Files that are whole or not there at all."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+TEMPORARY = ".writing-"  # what the names of files begin with that are being written
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write beside the place, flush to disk, and rename.
+
+    A reader, or whoever comes after a kill, finds the old file or the new one, never a part.  The
+    temporary file lies in the same folder and so on the same file system, whatever TMPDIR says.
+
+    Raises:
+        OSError: the folder can't be written, or the disk is full; the old file is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half written; not while another process writes there."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)

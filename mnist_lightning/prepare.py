@@ -1,0 +1,79 @@
+"""What happens between composing a run's config and running it: check, then claim a folder."""
+
+import itertools
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.resume import check_resumption
+
+
+class Prepare(Callback):
+    """Hydra's hook for both.
+
+    Hydra would make the run's folder, and its log file, before the settings are looked at, and
+    would give one folder to two runs that start in the same second.  It turns an ``Exception``
+    raised here into a warning, but lets ``SystemExit`` pass.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        prepare(config, "run")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        prepare(config, "sweep")
+
+
+def prepare(config: DictConfig, kind: str) -> None:
+    """Check a composed config (of a single run: a sweep's jobs are checked by its sweeper), and
+    point ``hydra.run.dir`` or ``hydra.sweep.dir`` at a folder that is this process's own.
+
+    A folder that the user (or the parent process of a DDP run) named is left as it is.
+
+    Raises:
+        SystemExit: the settings are wrong, or the folder can't be made.
+    """
+    try:
+        if kind == "run":
+            settings = check(config, Train)
+            if settings.resume is not None:
+                check_resumption(settings)
+        key = f"hydra.{kind}.dir"
+        folder = Path(OmegaConf.select(config, key))
+        named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+        if named:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = claim(folder)
+            with read_write(config), open_dict(config):
+                OmegaConf.update(config, key, str(folder))
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied", str(folder))
+    except (ConfigError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        if isinstance(error, OSError):
+            sys.exit(f"can't write to the run's folder {error.filename}: {error.strerror}")
+        sys.exit(str(error))
+
+
+def claim(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or the first free of ``<name>-2``, ``<name>-3``, …
+
+    Raises:
+        OSError: it can't be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("unreachable")

@@ -1,0 +1,91 @@
+"""``resume=<run folder>``: go on with a run where its newest checkpoint stands.
+
+It is resolved before Hydra composes: the settings that the run left are the base, keys on the
+command line win.  The run's own ``.hydra/config.yaml`` is not touched; each resumption leaves its
+config beside it, in ``.hydra/resume-<number>/``.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mnist_lightning.command import quote
+from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
+from mnist_lightning.runs import find_run
+
+KEY = "resume="
+# What decides the weights: a run can't go on with another value of these.
+FIXED = ("seed", "label_smoothing", "monitor", "data", "model", "optimizer", "scheduler")
+FREE = ("data.data_dir", "data.num_workers")
+
+
+def rewrite_arguments() -> None:
+    """Where ``sys.argv`` says ``resume=``, make Hydra compose from the settings that the run left.
+
+    Raises:
+        OSError: there is no such run, or it has no checkpoint.
+    """
+    names = [argument for argument in sys.argv[1:] if argument.startswith(KEY)]
+    if not names or "--config-path" in sys.argv:  # the latter: a child process of a DDP run
+        return
+    folder = find_run(names[-1].removeprefix(KEY)).absolute()
+    number = len(list(folder.glob(".hydra/resume-*"))) + 1
+    base = folder / ".hydra" / (f"resume-{number - 1}" if number > 1 else "")
+    if not (base / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} can't be resumed: it has no .hydra/config.yaml")
+    sys.argv[1:] = [
+        *("--config-path", str(base), "--config-name", "config"),
+        *(argument for argument in sys.argv[1:] if not argument.startswith(KEY)),
+        KEY + quote(str(folder)),
+        f"hydra.run.dir={quote(str(folder))}",
+        f"hydra.output_subdir=.hydra/resume-{number}",
+        f"hydra.searchpath=[{quote('file://' + CONF_DIR)}]",
+        "hydra/job_logging=train",
+        "+hydra.callbacks.prepare._target_=mnist_lightning.prepare.Prepare",
+    ]
+
+
+def check_resumption(settings: Train) -> None:
+    """Whether the run can go on with these settings, told before torch is imported.
+
+    Raises:
+        ConfigError: they differ from the run's own in what decides its weights.
+        SystemExit: with code 0; the run has finished, there is nothing to do.
+    """
+    folder = Path(str(settings.resume))
+    saved = check(OmegaConf.load(folder / ".hydra" / "config.yaml"), Train)  # type: ignore[arg-type]
+    before, now = flatten(asdict(saved)), flatten(asdict(settings))
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if key.split(".")[0] in FIXED and key not in FREE and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
+    old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")
+    if epochs != old_epochs and "total_steps" in settings.scheduler.values():
+        raise ConfigError(
+            f"trainer.max_epochs={epochs} can't be resumed: the run's schedule"
+            f" ({settings.scheduler['_target_']}) is laid out for {old_epochs} epochs; start a new run"
+        )
+    report = folder / "metrics.json"
+    if report.is_file():
+        done = json.loads(report.read_text())["epochs"]
+        if epochs == old_epochs or (epochs != -1 and epochs <= done):
+            print(f"{folder} has finished: {done} epochs; nothing to do")
+            sys.exit(0)
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"model.hidden": [256], …}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
