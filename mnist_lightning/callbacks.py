@@ -43,7 +43,6 @@ class Progress(ProgressBar):
         self._close()
         self._epoch_start = time.monotonic()
         if self._enabled and sys.stderr.isatty():
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._bar = tqdm(
                 total=int(trainer.num_training_batches),
                 initial=trainer.fit_loop.epoch_loop.batch_progress.current.ready

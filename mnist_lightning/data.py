@@ -207,8 +207,8 @@ class MNISTDataModule(L.LightningDataModule):
         sampler.start = self.resume_batch * (self.batch_size // world_size)
         return loader
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[None]:
-        return self._loader("val", EVAL_BATCH_SIZE) if self.val_size else []
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return self._loader("val", EVAL_BATCH_SIZE)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return self._loader("test", EVAL_BATCH_SIZE)

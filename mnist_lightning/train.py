@@ -104,8 +104,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
         purge_step = checkpoint["global_step"] + 1
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
+    no_validation = {} if data.val_size else {"limit_val_batches": 0}
     trainer: L.Trainer = instantiate(
-        settings.trainer,
+        settings.trainer | no_validation,
         callbacks=make_callbacks(settings),
         logger=make_loggers(settings, purge_step),
         plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
@@ -114,17 +115,19 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     with signals.deferred():
         trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
-    metrics: Metrics = {}
     kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
+    last: Metrics = {}
+    if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
+        last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
+        last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
     best = run_dir / "checkpoints" / BEST
     ckpt_path = best if kept and best.exists() else None  # debug=fast_dev_run writes none
+    metrics: Metrics = {}
     evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
     for evaluate in evaluations:
         evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
         metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    if kept:
-        metrics |= {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
-        metrics |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
+    metrics |= last
     metrics |= {
         "epochs": trainer.current_epoch,
         "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
@@ -169,7 +172,8 @@ def quiet() -> None:
     for message in (
         r".*does not have many workers",  # the images are in memory
         r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
-        r".*requested to overfit but enabled training dataloader shuffling",  # debug=overfit
+        r".*requested to overfit but enabled \w+ dataloader shuffling",  # debug=overfit
+        r".*your dataloader is not resumable",  # its sampler is
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     ):
         warnings.filterwarnings("ignore", message)

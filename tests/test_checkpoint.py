@@ -1,0 +1,163 @@
+"""Damaged and hostile checkpoints are refused; the one before is used."""
+
+import pickle
+import random
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnist_lightning.checkpoint import find_newest, load, serialize
+from mnist_lightning.files import TEMPORARY, remove_leftovers, write_atomic
+
+PLAIN: dict[str, Any] = {
+    "hyper_parameters": {"hidden": [4]},
+    "global_step": 7,
+    "state_dict": OrderedDict(w=torch.arange(2000, dtype=torch.float32)),
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "last.ckpt"
+    write_atomic(path, serialize(PLAIN))
+    return path
+
+
+def test_round_trip(checkpoint: Path) -> None:
+    assert torch.equal(load(checkpoint)["state_dict"]["w"], PLAIN["state_dict"]["w"])
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"] == {"hidden": [4]}
+
+
+def flip_bits(path: Path, times: int) -> int:
+    """Flip a random bit of a copy, so often; how often it is refused."""
+    content, refused = path.read_bytes(), 0
+    generator = random.Random(0)
+    damaged = path.with_name("damaged.ckpt")
+    for _ in range(times):
+        changed = bytearray(content)
+        changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        damaged.write_bytes(changed)
+        with pytest.raises(OSError, match=r"damaged|cut off"):
+            load(damaged)
+        refused += 1
+    return refused
+
+
+def test_bit_flips_are_refused(checkpoint: Path) -> None:
+    assert flip_bits(checkpoint, 100) == 100
+
+
+@pytest.mark.reliability
+def test_1000_bit_flips_are_refused_and_1000_untouched_files_load(checkpoint: Path) -> None:
+    assert flip_bits(checkpoint, 1000) == 1000
+    for _ in range(1000):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("share", [part / 20 for part in range(20)])
+def test_truncated_newest_gives_way_to_the_one_before(
+    share: float, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = checkpoint.with_name("best.ckpt")
+    content = serialize(PLAIN | {"global_step": 9})
+    newest.write_bytes(content)
+    assert find_newest(checkpoint.parent)[0] == newest
+    newest.write_bytes(content[: int(share * len(content))])
+    path, found = find_newest(checkpoint.parent)
+    assert path == checkpoint
+    assert found["global_step"] == 7
+    assert str(newest) in caplog.text
+
+
+def test_no_valid_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="has no valid checkpoint"):
+        find_newest(tmp_path)
+
+
+class Payload:
+    """What a hostile pickle does when it is loaded by a careless program."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+def hostile_pickle(path: Path, ran: Path) -> None:
+    path.write_bytes(pickle.dumps(Payload(ran)))
+
+
+def hostile_torch(path: Path, ran: Path) -> None:
+    torch.save(PLAIN | {"x": Payload(ran)}, path)
+
+
+def hostile_checksummed(path: Path, ran: Path) -> None:
+    write_atomic(path, serialize(PLAIN | {"x": Payload(ran)}))
+
+
+def instantiator(path: Path, ran: Path) -> None:
+    """Lightning's LightningModule.load_from_checkpoint would import and call what this names."""
+    write_atomic(path, serialize({"hyper_parameters": ["os.system"], "_instantiator": "os.system"}))
+
+
+def bomb(path: Path, ran: Path) -> None:
+    """A gigabyte of zeros, compressed to one megabyte, with a right checksum."""
+    import hashlib
+
+    from mnist_lightning.checkpoint import LABEL, LENGTH
+
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("archive/data/0", "w") as member,
+    ):
+        for _ in range(1024):
+            member.write(bytes(2**20))
+    content = path.read_bytes()[:-2]
+    path.write_bytes(content + LENGTH + LABEL + hashlib.sha256(content).hexdigest().encode())
+
+
+@pytest.mark.parametrize("make", [hostile_pickle, hostile_torch, hostile_checksummed, instantiator, bomb])
+def test_hostile_files_are_refused(make: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    path, ran = tmp_path / "hostile.ckpt", tmp_path / "ran"
+    make(path, ran)
+    with pytest.raises(OSError, match=r"refused|checksum|no checkpoint of mnist_lightning"):
+        load(path)
+    assert not ran.exists()
+
+
+def test_dotted_names_are_data(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    write_atomic(path, serialize(PLAIN | {"optimizer": {"_target_": "os.system", "command": "true"}}))
+    assert load(path)["optimizer"]["_target_"] == "os.system"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt", "file:///a.ckpt"])
+def test_remote_files_are_refused(address: str) -> None:
+    with pytest.raises(OSError, match="local files only"):
+        load(Path(address))
+
+
+def test_failed_write_leaves_the_old_file(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = checkpoint.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(checkpoint, b"new")
+    assert checkpoint.read_bytes() == old
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_leftovers_of_killed_processes_go(checkpoint: Path) -> None:
+    shutil.copy(checkpoint, checkpoint.with_name(f"{TEMPORARY}last.ckpt-123"))
+    remove_leftovers(checkpoint.parent)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]

@@ -1,0 +1,129 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mnist_lightning.checkpoint import load
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.data import MNISTDataModule
+
+Fit = Callable[..., dict[str, object]]
+SHORT = ("trainer.max_epochs=2", "+trainer.limit_train_batches=40", "model.hidden=32", "logger=csv")
+
+
+def test_metrics_are_those_of_the_net(fit: Fit, tmp_path: Path, data_dir: Path) -> None:
+    """val/loss and val/acc equal a plain computation over the validation images."""
+    metrics = fit(*SHORT)
+    checkpoint = load(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    classifier = DigitClassifier(**checkpoint["hyper_parameters"]).eval()
+    classifier.load_state_dict(checkpoint["state_dict"])
+    datamodule = MNISTDataModule(**checkpoint["datamodule_hyper_parameters"])
+    datamodule.setup("fit")
+    digits = datamodule.splits["val"]
+    with torch.inference_mode():
+        logits = classifier(digits.images)
+    assert metrics["val/acc"] == pytest.approx(
+        (logits.argmax(1) == digits.labels).double().mean().item(), abs=1e-6
+    )
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, digits.labels).item(), abs=1e-5)
+    assert metrics["val/acc"] > 0.8, "it learns"
+
+
+def test_training_loss_includes_label_smoothing_and_validation_loss_does_not(fit: Fit) -> None:
+    plain, smooth = fit(*SHORT, folder="a"), fit(*SHORT, "label_smoothing=0.3", folder="b")
+    assert smooth["last/train/loss"] > plain["last/train/loss"] + 0.3  # type: ignore[operator]
+    assert smooth["last/val/loss"] != plain["last/val/loss"]
+    floor = -0.73 * math.log(0.73) - 9 * 0.03 * math.log(0.03)  # entropy of the smoothed labels
+    assert smooth["last/train/loss"] > floor  # type: ignore[operator]
+
+
+def learning_rates(folder: Path) -> list[float]:
+    import csv
+
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        # half way and end of 80 steps, logged every 40; the rate is that of the last step's update
+        ("none", [0.004, 0.004]),
+        (
+            "cosine",
+            [0.004 * (1 + math.cos(math.pi * 39 / 80)) / 2, 0.004 * (1 + math.cos(math.pi * 79 / 80)) / 2],
+        ),
+        ("step", [0.004, 0.002]),
+    ],
+)
+def test_schedule_covers_the_run(fit: Fit, tmp_path: Path, scheduler: str, expected: list[float]) -> None:
+    fit(
+        *SHORT,
+        f"scheduler={scheduler}",
+        *(["scheduler.step_size=1"] if scheduler == "step" else []),
+        "trainer.log_every_n_steps=40",
+    )
+    assert learning_rates(tmp_path / "run") == pytest.approx(expected, rel=1e-3)
+
+
+def test_onecycle_ends_at_the_bottom(fit: Fit, tmp_path: Path) -> None:
+    fit(*SHORT, "scheduler=onecycle", "trainer.log_every_n_steps=8")
+    rates = learning_rates(tmp_path / "run")
+    assert max(rates) == pytest.approx(0.004, rel=0.02)
+    assert rates[-1] < 1e-5
+
+
+def test_plateau_lowers_the_rate(fit: Fit, tmp_path: Path) -> None:
+    fit(
+        *SHORT,
+        *(
+            "scheduler=plateau",
+            "scheduler.patience=0",
+            "+scheduler.threshold=10",
+            "+scheduler.threshold_mode=abs",
+        ),
+        "trainer.max_epochs=4",
+    )
+    assert learning_rates(tmp_path / "run")[-1] < 0.004
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_every_optimizer_learns(fit: Fit, optimizer: str) -> None:
+    assert fit(*SHORT, f"optimizer={optimizer}")["val/acc"] > 0.75  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("knob", "folder"),
+    [("model.dropout=0.5", "a"), ("model.norm=batch", "b"), ("seed=0", "c"), ("seed=2", "d")],
+)
+def test_every_knob_changes_the_net(fit: Fit, knob: str, folder: str) -> None:
+    assert fit(*SHORT, knob, folder=folder)["val/loss"] != fit(*SHORT)["val/loss"]
+
+
+def test_same_seed_same_net(fit: Fit, tmp_path: Path) -> None:
+    results = [fit(*SHORT, "model.dropout=0.2", f"data.num_workers={n}", folder=str(n)) for n in (0, 2)]
+    assert results[0]["val/loss"] == results[1]["val/loss"]
+    nets = [load(tmp_path / folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in ("0", "2")]
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+
+
+def test_nan_is_told_with_its_step_and_the_last_good_checkpoint_stays(fit: Fit, tmp_path: Path) -> None:
+    fit(*SHORT, "trainer.max_epochs=1")
+    good = (tmp_path / "run" / "checkpoints" / "best.ckpt").read_bytes()
+    with pytest.raises(FloatingPointError, match=r"train/loss is (nan|inf) at step 2;"):
+        fit(*SHORT, "optimizer.lr=1e30")
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").read_bytes() == good
+
+
+def test_weights_gone_wrong_are_not_saved(fit: Fit, tmp_path: Path) -> None:
+    """One step with an infinite result: its loss was still finite, its weights are not."""
+    with pytest.raises(FloatingPointError, match="a weight is NaN or infinite after step 1"):
+        fit(
+            *SHORT,
+            *("data.val_size=0", "optimizer=sgd", "optimizer.lr=3e38", "optimizer.weight_decay=1e38"),
+            *("trainer.limit_train_batches=1", "trainer.max_epochs=1"),
+        )
+    assert not list((tmp_path / "run").rglob("*.ckpt"))

@@ -1,0 +1,124 @@
+"""Bad settings are told in a line that names the key, before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Run, settle
+
+from mnist_lightning import config, data, network
+
+# arguments -> what the message says
+MISTAKES = {
+    ("model.hidden=0",): "model.hidden must be a whole number >= 1 or a list of such, got 0",
+    ("model.hidden=[64,0]",): "model.hidden must be a whole number >= 1 or a list of such, got [64, 0]",
+    ("model.hidden=big",): "model.hidden must be a whole number >= 1 or a list of such, got big",
+    ("model.dropout=1.5",): "model.dropout must be in [0, 1), got 1.5",
+    ("model.dropout=nan",): "model.dropout must be in [0, 1), got nan",
+    ("model.activation=foo",): "model.activation must be one of relu, leaky_relu, elu, gelu, tanh, got foo",
+    ("model.norm=foo",): "model.norm must be one of none, batch, layer, got foo",
+    ("model.hidden=[]", "model.dropout=0.5"): "model.dropout=0.5 acts on hidden layers",
+    ("data.val_size=60000",): "data.val_size must be in [0, 59999], got 60000",
+    ("data.val_size=-1",): "data.val_size must be in [0, 59999], got -1",
+    ("data.batch_size=0",): "data.batch_size must be >= 1, got 0",
+    ("data.batch_size=60000",): "data.batch_size must be at most the 55000 training images, got 60000",
+    ("data.std=0",): "data.std must be in (0, 1], got 0",
+    ("data.name=cifar",): "data.name must be one of mnist, fashion_mnist, kmnist, got cifar",
+    ("optimizer.lr=-1",): "optimizer.lr must be a finite number > 0, got -1",
+    ("optimizer.lr=nan",): "optimizer.lr must be a finite number > 0, got nan",
+    ("optimizer.lr=fast",): "optimizer.lr must be a finite number > 0, got fast",
+    ("optimizer=sgd", "optimizer.momentum=1"): "optimizer.momentum must be a finite number in [0, 1), got 1",
+    ("trainer.max_epochs=0",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 0",
+    ("trainer.max_epochs=1.5",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 1.5",
+    ("trainer.max_epochs=-1",): "scheduler needs the length of the run, and trainer.max_epochs=-1 has no end",
+    ("seed=-1",): "seed must be in [0, 2^32), got -1",
+    ("label_smoothing=1",): "label_smoothing must be in [0, 1), got 1",
+    ("monitor.metric=test/acc",): "monitor.metric must be one of val/acc, val/loss, got test/acc",
+    ("monitor.metric=val/loss",): "monitor.mode must be min with monitor.metric=val/loss, got max",
+    ("checkpoint.every_n_steps=0",): "checkpoint.every_n_steps must be >= 1, got 0",
+    ("scheduler=plateau", "data.val_size=0"): "scheduler=plateau watches val/loss",
+    ("callbacks=early_stopping", "data.val_size=0"): "callbacks.early_stopping watches val/acc",
+    ("resume=nowhere",): "nowhere is not a run folder",
+    ("resume=latest",): "no run under",
+    # Hydra's own words
+    ("modle.hidden=64",): "Could not override 'modle.hidden'",
+    ("model.hiden=64",): "Could not override 'model.hiden'",
+    ("data.batch_size=many",): "Value 'many' of type 'str' could not be converted to Integer",
+    ("optimizer=lion",): "Could not find 'optimizer/lion'",
+    # in a multirun, all jobs before the first
+    ("-m", "model.hidden=64,0"): "job model.hidden=0: model.hidden must be",
+    ("-m", "trainer=ddp", "seed=1,2"): "trainer=ddp can't be part of a multirun",
+}
+
+# runs the command in this interpreter, and says whether torch came in
+WATCH = """
+import runpy, sys
+code = 0
+try:
+    runpy.run_module("mnist_lightning.train", run_name="__main__", alter_sys=True)
+except SystemExit as exit:
+    code = exit.code
+    if isinstance(code, str):
+        sys.stderr.write(code)
+        code = 1
+print("torch imported" if "torch" in sys.modules else "torch not imported")
+sys.exit(code)
+"""
+
+
+def watch(arguments: tuple[str, ...], cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", WATCH, *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=lambda value: " ".join(value))
+def test_mistake_is_told_before_torch_is_imported(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = watch(arguments, tmp_path, environment)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch not imported" in done.stdout
+    assert not list(tmp_path.glob("logs/train/*/*/[!.m]*")), "a refused run left something behind"
+
+
+def test_our_message_is_one_line(command: Run, tmp_path: Path) -> None:
+    done = command("train", "model.hidden=0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_full_error_on_request(command: Run, tmp_path: Path) -> None:
+    done = command("train", "model.hidden=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("argument", ["--help", "--cfg=job", "--info=plugins"])
+def test_looking_imports_no_torch(argument: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    done = watch((*argument.split("="),), tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert "torch not imported" in done.stdout
+    assert {"--help": "model.hidden=", "--cfg=job": "batch_size:", "--info=plugins": "GridSweeper"}[
+        argument
+    ] in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_may_be_a_number(tmp_path: Path) -> None:
+    assert settle(tmp_path, "model.hidden=64").model.hidden == [64]
+    assert settle(tmp_path, "model.hidden=[64,32]").model.hidden == [64, 32]
+
+
+def test_choices_are_those_of_the_code() -> None:
+    assert list(network.ACTIVATIONS) == list(config.ACTIVATIONS)
+    assert list(network.NORMS) == list(config.NORMS)
+    assert list(data.DATASETS) == list(config.DATASETS)
+
+
+def test_step_schedule_that_never_acts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settle(tmp_path, "scheduler=step", "trainer.max_epochs=3")
+    assert "scheduler.step_size=3 has no effect" in caplog.text

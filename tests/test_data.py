@@ -1,0 +1,194 @@
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
+
+SETTINGS = {
+    "name": "mnist",
+    "batch_size": 128,
+    "val_size": 5000,
+    "split_seed": 0,
+    "num_workers": 0,
+    "seed": 1,
+}
+
+
+def make(data_dir: Path, **changes: object) -> MNISTDataModule:
+    datamodule = MNISTDataModule(**(SETTINGS | {"data_dir": str(data_dir)} | changes))  # type: ignore[arg-type]
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
+
+
+def test_three_splits(data_dir: Path) -> None:
+    splits = make(data_dir).splits
+    assert {name: len(digits) for name, digits in splits.items()} == {
+        "train": 55_000,
+        "val": 5_000,
+        "test": 10_000,
+    }
+    assert all(digits.images.dtype == torch.uint8 for digits in splits.values())
+    labels = torch.cat([splits["train"].labels, splits["val"].labels])
+    of_all, of_val = torch.bincount(labels), torch.bincount(splits["val"].labels)
+    assert (of_val - of_all / 12).abs().max() < 1, "stratified: each class gives its twelfth"
+
+
+def test_val_size_0_trains_on_all(data_dir: Path) -> None:
+    datamodule = make(data_dir, val_size=0)
+    assert len(datamodule.splits["train"]) == 60_000
+    assert len(datamodule.splits["val"]) == 0
+
+
+def test_validation_images_never_change(data_dir: Path) -> None:
+    """Published validation numbers are of these images: whatever moves them must be noticed."""
+    labels = torch.cat([torch.arange(10)] * 6000)
+    val, train = split(labels, 5000, 0)
+    assert val[:8].tolist() == [16, 47, 57, 86, 87, 119, 123, 128]
+    assert torch.equal(torch.cat([val, train]).sort().values, torch.arange(60_000))
+    assert torch.equal(val, split(labels, 5000, 0)[0])
+    assert not torch.equal(val, split(labels, 5000, 1)[0])
+    run_seeds = [make(data_dir, seed=seed).splits["val"].images for seed in (1, 2)]
+    assert torch.equal(*run_seeds), "the split does not depend on the run's seed"
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = EpochSampler(1000, shuffle=True, seed=seed, rank=0, world_size=1)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(1, 0)) == list(range(1000))
+    assert order(1, 3) == order(1, 3)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_sampler_starts_in_the_middle_once() -> None:
+    sampler = EpochSampler(1000, shuffle=True, seed=1, rank=0, world_size=1)
+    whole = list(sampler)
+    sampler.start = 640
+    assert list(sampler) == whole[640:]
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_each_batch(world_size: int) -> None:
+    def order(rank: int, world_size: int) -> list[int]:
+        return list(EpochSampler(1000, shuffle=True, seed=1, rank=rank, world_size=world_size))
+
+    single, parts = order(0, 1), [order(rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1, "all take the same number of steps"
+    for batch in range(3):
+        global_batch = [part[batch * 10 : (batch + 1) * 10] for part in parts]
+        expected = single[batch * 10 * world_size : (batch + 1) * 10 * world_size]
+        assert sorted(index for part in global_batch for index in part) == sorted(expected)
+
+
+def test_evaluation_pads_nothing() -> None:
+    parts = [list(EpochSampler(1001, shuffle=False, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(1001))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_is_what_the_order_says(data_dir: Path, num_workers: int) -> None:
+    datamodule = make(data_dir, num_workers=num_workers)
+    loader = datamodule.train_dataloader()
+    order = EpochSampler(55_000, shuffle=True, seed=1, rank=0, world_size=1).order()
+    digits = datamodule.splits["train"]
+    for batch, (images, labels) in zip(range(3), loader, strict=False):
+        chosen = order[batch * 128 : (batch + 1) * 128]
+        assert torch.equal(images, digits.images[chosen])
+        assert torch.equal(labels, digits.labels[chosen])
+
+
+def flip_pixel(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+def make_dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path.parent / "t10k-labels-idx1-ubyte", path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (flip_pixel, "another checksum"),
+        (truncate, "1,000 bytes"),
+        (make_folder, "is a folder"),
+        (make_dangling, "is a dangling link"),
+        (swap, "another checksum"),
+        (lambda path: path.write_bytes(b""), "0 bytes"),
+    ],
+)
+def test_damaged_file_is_named_and_repaired(
+    damage: Callable[[Path], None], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unpack(tmp_path)
+    assert not caplog.records
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    damage(path)
+    unpack(tmp_path)
+    assert str(path) in caplog.text
+    assert told in caplog.text
+    assert all(find_fault(path.parent / name, md5) is None for name, (_, _, md5) in RAW_FILES.items())
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(RAW_FILES)
+
+
+def test_what_is_right_is_left_alone(tmp_path: Path) -> None:
+    unpack(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*ubyte")}
+    assert len(before) == 4
+    unpack(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*ubyte")} == before
+
+
+def test_many_start_at_once(tmp_path: Path) -> None:
+    """Four processes unpack into one empty folder at the same moment; all find it right."""
+    code = (
+        f"from pathlib import Path; from mnist_lightning.data import unpack; unpack(Path({str(tmp_path)!r}))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=os.environ) for _ in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    raw = tmp_path / "MNIST" / "raw"
+    assert sorted(os.listdir(raw)) == sorted(RAW_FILES)
+    assert all(find_fault(raw / name, md5) is None for name, (_, _, md5) in RAW_FILES.items())
+
+
+def test_no_network_is_told(command: Run, tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"  # nothing listens there
+    done = command(
+        "train",
+        "data=fashion_mnist",
+        f"data.data_dir={tmp_path / 'data'}",
+        cwd=tmp_path,
+        http_proxy=nowhere,
+        https_proxy=nowhere,
+    )
+    assert done.returncode == 1
+    assert "data=fashion_mnist could not be downloaded" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]

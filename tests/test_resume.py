@@ -1,0 +1,250 @@
+"""A run that is killed or stopped anywhere, and resumed, ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DefaultRun, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_lightning.checkpoint import load
+
+SETTINGS = (
+    *("trainer.max_epochs=3", "+trainer.limit_train_batches=60", "trainer.log_every_n_steps=7"),
+    *("model.hidden=32", "model.dropout=0.2", "checkpoint.every_n_steps=5", "test=false"),
+)
+# what may differ between a run and its twin
+TIMES = ("train_seconds",)
+
+
+def start(cwd: Path, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "mnist_lightning.train", *arguments]
+    with (cwd / "output").open("ab") as output:
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
+
+
+def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]", patience: float = 120) -> None:
+    end = time.monotonic() + patience
+    while not list(cwd.glob("run/checkpoints/*.ckpt")):
+        assert process.poll() is None, (cwd / "output").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def differences(one: Any, two: Any, path: str = "") -> list[str]:
+    """Where two nested structures are not the same to the bit."""
+    if isinstance(one, dict):
+        if one.keys() != two.keys():
+            return [f"{path}: other keys"]
+        return [
+            d for key in one if key not in TIMES for d in differences(one[key], two[key], f"{path}/{key}")
+        ]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(two):
+            return [f"{path}: other length"]
+        return [
+            d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{path}/{i}")
+        ]
+    same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+    return [] if same else [path]
+
+
+def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_twins(one: Path, two: Path) -> None:
+    a, b = (load(run / "checkpoints" / "last.ckpt") for run in (one, two))
+    assert differences(a, b) == []
+    assert (one / "csv" / "metrics.csv").read_text() == (two / "csv" / "metrics.csv").read_text()
+    assert read_scalars(one) == read_scalars(two)
+
+
+@pytest.fixture(scope="session")
+def whole_runs(command: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Uninterrupted runs, by their settings."""
+    return {}
+
+
+def kill_and_resume(
+    more: tuple[str, ...],
+    kills: int,
+    seed: int,
+    folder: Path,
+    command: Run,
+    environment: dict[str, str],
+    whole_runs: dict[tuple[str, ...], Path],
+) -> None:
+    """SIGKILL a run at random moments, resuming each time; at the end it equals its twin."""
+    if more not in whole_runs:
+        twin = folder / "twin"
+        twin.mkdir()
+        done = command("train", *SETTINGS, *more, "hydra.run.dir=run", cwd=twin)
+        assert done.returncode == 0, done.stderr
+        whole_runs[more] = twin / "run"
+    generator = random.Random(seed)
+    process = start(folder, environment, *SETTINGS, *more, "hydra.run.dir=run")
+    for _ in range(kills):
+        wait_for_checkpoint(folder, process)
+        time.sleep(generator.uniform(0, 1.0))
+        process.kill()
+        process.wait()
+        process = start(folder, environment, "resume=run")
+        time.sleep(generator.uniform(2, 9))  # some kills hit the start-up
+    assert process.wait(timeout=120) == 0, (folder / "output").read_text()
+    assert_twins(whole_runs[more], folder / "run")
+    assert not list(folder.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("scheduler=onecycle", "data.num_workers=2")], ids=["cosine", "onecycle, 2 workers"]
+)
+def test_killed_and_resumed(more, tmp_path, command, environment, whole_runs) -> None:  # type: ignore[no-untyped-def]
+    kill_and_resume(more, 1, 1, tmp_path, command, environment, whole_runs)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("number", range(20))
+def test_killed_at_20_moments(number, tmp_path, command, environment, whole_runs) -> None:  # type: ignore[no-untyped-def]
+    variants = [
+        (),
+        ("scheduler=onecycle",),
+        ("data.num_workers=2",),
+        ("scheduler=plateau", "model.norm=batch"),
+    ]
+    kill_and_resume(variants[number % 4], 2, number, tmp_path, command, environment, whole_runs)
+
+
+def test_ended_within_any_phase_resumes_exactly(tmp_path: Path, data_dir: Path) -> None:
+    """Resume from each checkpoint that a run wrote: within epochs, at their ends, at the last step."""
+    from conftest import settle
+
+    from mnist_lightning.train import train
+
+    def run(name: str, *more: str) -> Path:
+        (tmp_path / name / ".hydra").mkdir(parents=True, exist_ok=True)
+        arguments = (f"data.data_dir='{data_dir}'", "logger=csv", *SETTINGS, *more)
+        train(settle(tmp_path / name, *arguments), tmp_path / name, test=False)
+        return tmp_path / name
+
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    whole = run("whole", "+callbacks.keep._target_=keep_checkpoints.Keep", f"+callbacks.keep.folder='{kept}'")
+    moments = sorted(kept.iterdir())
+    assert len(moments) > 30
+    for moment in moments[::7]:
+        name = f"from-{moment.stem}"
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").write_bytes(moment.read_bytes())
+        again = run(name, f"resume='{tmp_path / name}'", "+callbacks.keep._target_=keep_checkpoints.Keep")
+        a, b = (load(folder / "checkpoints" / "last.ckpt") for folder in (whole, again))
+        assert differences(a["state_dict"], b["state_dict"]) == []
+        assert differences(a["optimizer_states"], b["optimizer_states"]) == []
+
+
+def stop(sig: signal.Signals, moment: float, cwd: Path, environment: dict[str, str]) -> None:
+    """A signal so long after the start of the process, or after its first checkpoint."""
+    process = start(cwd, environment, *SETTINGS, "trainer.max_epochs=500", "hydra.run.dir=run")
+    if moment < 0:
+        time.sleep(-moment)
+    else:
+        wait_for_checkpoint(cwd, process)
+        time.sleep(moment)
+    process.send_signal(sig)
+    assert process.wait(timeout=30) == 128 + sig, (cwd / "output").read_text()
+    if moment >= 0:
+        assert load(cwd / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
+        assert "saved at step" in (cwd / "output").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sig", "moment"), [(signal.SIGTERM, 0.3), (signal.SIGINT, 0.7), (signal.SIGTERM, -1.5)]
+)
+def test_signal_saves_and_ends_with_the_shells_code(
+    sig: signal.Signals, moment: float, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    stop(sig, moment, tmp_path, environment)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", range(20))
+def test_signal_at_20_moments(
+    sig: signal.Signals, number: int, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    generator = random.Random(number)
+    moment = -generator.uniform(0.3, 6) if number % 3 == 0 else generator.uniform(0, 2)
+    stop(sig, moment, tmp_path, environment)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    code = (
+        "import os, signal, time; from mnist_lightning import signals; signals.install()\n"
+        "with signals.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('waits', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('never', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stdout == "waits\n"
+
+
+def test_finished_run_says_so(default_run: DefaultRun, command: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in default_run.folder.rglob("*")}
+    done = command("train", f"resume={default_run.folder}", cwd=default_run.logs.parent)
+    assert done.returncode == 0, done.stderr
+    assert "has finished: 8 epochs; nothing to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in default_run.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("model.hidden=64", "data.batch_size=64"), "model.hidden: [256] -> [64]"),
+        (("trainer.max_epochs=20",), "is laid out for 8 epochs"),
+        (("trainer.max_epochs=0",), "trainer.max_epochs must be"),
+    ],
+)
+def test_other_settings_are_refused(
+    more: tuple[str, ...], message: str, default_run: DefaultRun, command: Run
+) -> None:
+    done = command("train", f"resume={default_run.folder}", *more, cwd=default_run.logs.parent)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_longer_run_extends_where_the_schedule_allows(command: Run, tmp_path: Path) -> None:
+    """latest finds the run, whatever its name; its own config stays, the resumption's lies beside it."""
+    name = "logs/my run (1)=é,#"
+    first = command("train", *SETTINGS, "scheduler=none", f"hydra.run.dir={name}", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    config = (tmp_path / name / ".hydra" / "config.yaml").read_text()
+    done = command("train", "resume=latest", "trainer.max_epochs=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 4/4" in done.stdout
+    assert "epoch 3/4" not in done.stdout
+    assert (tmp_path / name / ".hydra" / "config.yaml").read_text() == config
+    assert (tmp_path / name / ".hydra" / "resume-1" / "config.yaml").is_file()
+    assert load(tmp_path / name / "checkpoints" / "last.ckpt")["global_step"] == 240
+
+
+def test_damaged_checkpoints_are_named(command: Run, tmp_path: Path) -> None:
+    first = command("train", *SETTINGS, "hydra.run.dir=run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    os.unlink(tmp_path / "run" / "metrics.json")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-5])
+    done = command("train", "resume=run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "has no valid checkpoint" in done.stderr
+    assert "best.ckpt is cut off" in done.stdout

@@ -1,0 +1,243 @@
+"""The command as a user runs it."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, DefaultRun, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Fit = Callable[..., dict[str, object]]
+QUICK = ("trainer.max_epochs=1", "+trainer.limit_train_batches=10", "model.hidden=16")
+
+
+def read_json(path: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads(path.read_text())
+    return content
+
+
+def find_runs(cwd: Path, kind: str = "runs") -> list[Path]:
+    return sorted((cwd / "logs" / "train" / kind).iterdir())
+
+
+def test_default_run_reaches_98_percent(default_run: DefaultRun) -> None:
+    assert default_run.returncode == 0, default_run.errors
+    assert read_json(default_run.folder / "metrics.json")["test/acc"] >= 0.98
+
+
+def test_default_run_says_what_happened_and_what_to_do_next(default_run: DefaultRun) -> None:
+    accuracy = read_json(default_run.folder / "metrics.json")["test/acc"]
+    for expected in (
+        f"test accuracy        {100 * accuracy:.2f} %",
+        str(default_run.folder.relative_to(default_run.logs.parent)),
+        "epoch 8/8   train loss",
+        "tensorboard --logdir logs",
+        "python -m mnist_lightning.train model.hidden=512",
+        f"resume={default_run.folder.relative_to(default_run.logs.parent)}",
+    ):
+        assert expected in default_run.output
+
+
+def test_default_run_is_quiet(default_run: DefaultRun) -> None:
+    """No warning, no tip of Lightning's, no deprecation."""
+    assert default_run.errors == ""
+    for noise in ("warn", "Warn", "Tip", "deprecat", "GPU", "litlogger"):
+        assert noise not in default_run.output
+
+
+def test_default_run_leaves_everything_in_its_folder(default_run: DefaultRun) -> None:
+    folder = default_run.folder
+    for file in (
+        ".hydra/config.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics.json",
+        "csv/metrics.csv",
+        "train.log",
+    ):
+        assert (folder / file).is_file(), file
+    metrics = read_json(folder / "metrics.json")
+    assert {"val/acc", "val/loss", "test/acc", "test/loss", "last/val/acc", "last/val/loss"} < metrics.keys()
+    assert metrics["epochs"] == 8
+    assert metrics["num_parameters"] == 203_530
+    assert metrics["seed"] == 1
+    assert metrics["train_seconds"] > 0
+    assert {"git_commit", "python", "torch", "lightning", "mnist_lightning"} < metrics.keys()
+    assert "epoch 8/8" in (folder / "train.log").read_text()
+    assert sorted(path.name for path in default_run.logs.parent.iterdir()) == ["logs"]
+
+
+def test_metrics_json_is_of_the_best_epoch(default_run: DefaultRun) -> None:
+    with (default_run.folder / "csv" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/acc"]]
+    metrics = read_json(default_run.folder / "metrics.json")
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
+    assert max(float(row["val/acc"]) for row in rows) == metrics["val/acc"]
+    assert float(rows[int(metrics["best_epoch"]) - 1]["val/acc"]) == metrics["val/acc"]
+    assert float(rows[-1]["val/acc"]) == metrics["last/val/acc"]
+
+
+def test_checkpoints_hold_plain_data(default_run: DefaultRun) -> None:
+    for name in ("best", "last"):
+        path = default_run.folder / "checkpoints" / f"{name}.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["hyper_parameters"]["hidden"] == [256]
+        assert checkpoint["datamodule_hyper_parameters"]["val_size"] == 5000
+        assert checkpoint["state_dict"]["net.mean"].item() == pytest.approx(255 * 0.1307)
+
+
+def test_tensorboard_holds_the_curves_and_the_hyper_parameters(default_run: DefaultRun) -> None:
+    events = EventAccumulator(str(default_run.folder / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc", "lr"} < set(tags)
+    assert [event.step for event in events.Scalars("val/acc")] == [215 * epoch for epoch in range(1, 9)]
+    assert len(events.Scalars("test/acc")) == 1
+    metrics = read_json(default_run.folder / "metrics.json")
+    assert events.Scalars("final/val/acc")[0].value == pytest.approx(metrics["val/acc"])
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert plugin.plugin_name == "hparams"
+    assert b"model.hidden" in plugin.content
+    assert b"optimizer.lr" in plugin.content
+    assert "hp_metric" not in tags
+
+
+def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
+    metrics = fit("experiment=tutorial", "trainer.max_epochs=1", test=True)
+    assert metrics["num_parameters"] == 109_386
+    assert metrics["test/acc"] > 0.85  # type: ignore[operator]
+    assert "val/acc" not in metrics, "all 60,000 images train"
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 938, "60,000 images in batches of 64"
+    assert checkpoint["hyper_parameters"]["mean"] == checkpoint["hyper_parameters"]["std"] == 0.5
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.003
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REPOSITORY.glob("conf/experiment/*.yaml")), ids=lambda path: path.stem
+)
+def test_every_experiment_runs_and_states_its_evidence(path: Path, fit: Fit) -> None:
+    metrics = fit(
+        f"experiment={path.stem}", "trainer.max_epochs=1", "+trainer.limit_train_batches=5", test=True
+    )
+    assert metrics["epochs"] == 1
+    opening = path.read_text()
+    assert f"python -m mnist_lightning.train experiment={path.stem}" in opening
+    assert "seeds" in opening
+    assert "±" in opening
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("conf/debug/*.yaml")), ids=lambda path: path.stem)
+def test_every_debug_preset_runs(path: Path, fit: Fit, tmp_path: Path) -> None:
+    metrics = fit(f"debug={path.stem}", "model.hidden=64")
+    if path.stem == "overfit":
+        assert metrics["last/train/acc"] > 0.99  # type: ignore[operator]
+    if path.stem == "profile":
+        assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
+    if path.stem == "fast_dev_run":
+        assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_early_stopping_stops(fit: Fit) -> None:
+    metrics = fit(
+        *("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "scheduler=none"),
+        *(
+            "+callbacks.early_stopping.min_delta=0.9",
+            "trainer.max_epochs=9",
+            "+trainer.limit_train_batches=5",
+        ),
+    )
+    assert metrics["epochs"] == 2
+
+
+def test_any_trainer_argument_can_be_set(fit: Fit) -> None:
+    clipped = fit(*QUICK, "+trainer.gradient_clip_val=0.001", "optimizer=sgd", folder="a")
+    assert clipped["val/loss"] != fit(*QUICK, "optimizer=sgd", folder="b")["val/loss"]
+
+
+@pytest.mark.parametrize("logger", ["none", "csv", "tensorboard"])
+def test_loggers(logger: str, fit: Fit, tmp_path: Path) -> None:
+    fit(*QUICK, f"logger={logger}")
+    written = {path.name for path in (tmp_path / "run").iterdir()} & {"csv", "tensorboard"}
+    assert written == {"none": set(), "csv": {"csv"}, "tensorboard": {"csv", "tensorboard"}}[logger]
+
+
+def test_multirun(command: Run, tmp_path: Path) -> None:
+    done = command("train", "-m", "model.hidden=8,[8,4]", "seed=0,1", *QUICK[:2], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = find_runs(tmp_path, "multiruns")
+    jobs = [read_json(sweep / str(number) / "metrics.json") for number in range(4)]
+    assert [(job["num_parameters"], job["seed"]) for job in jobs] == [
+        (6370, 0),
+        (6370, 1),
+        (6366, 0),
+        (6366, 1),
+    ]
+    assert all("val/acc" in job and "test/acc" not in job for job in jobs), "the test images are not read"
+
+
+def test_ddp_gives_the_metrics_of_one_process(command: Run, tmp_path: Path) -> None:
+    """The same images in the same batches: equal up to rounding, 1e-4 in the loss after 30 steps."""
+    results = []
+    for trainer in ("cpu", "ddp"):
+        cwd = tmp_path / trainer
+        cwd.mkdir()
+        done = command(
+            *("train", f"trainer={trainer}", "optimizer=sgd", "model.hidden=32", "data.val_size=4999"),
+            *("trainer.max_epochs=1", "+trainer.limit_train_batches=30"),
+            cwd=cwd,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("everything is in") == 1
+        (run,) = find_runs(cwd)
+        results.append(read_json(run / "metrics.json"))
+    one, two = results
+    for name in ("val/loss", "val/acc", "test/loss", "test/acc", "last/train/loss", "last/train/acc"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
+    from mnist_lightning.prepare import claim
+
+    folders = {claim(tmp_path / "2026-01-01_00-00-00").name for _ in range(3)}
+    assert folders == {"2026-01-01_00-00-00", "2026-01-01_00-00-00-2", "2026-01-01_00-00-00-3"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data.data_dir=file",), "data.data_dir: can't make the folder"),
+        (("trainer=gpu",), "No supported gpu backend found"),
+        (("optimizer.lr=1e30", *QUICK[:1]), "train/loss is nan at step 2"),
+        (("hydra.run.dir=file/run",), "can't write to the run's folder"),
+    ],
+)
+def test_errors_after_the_imports_are_a_line(
+    arguments: tuple[str, ...], message: str, command: Run, tmp_path: Path
+) -> None:
+    if arguments == ("trainer=gpu",) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "file").write_text("")
+    done = command("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_logs_that_is_a_file(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    done = command("train", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "can't write to the run's folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_awkward_names(command: Run, tmp_path: Path) -> None:
+    data_dir = tmp_path / "my data (1) = é, #2 'x'"
+    done = command("train", f"data.data_dir={data_dir}", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
