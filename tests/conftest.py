@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
 
-from mnist_lightning.config import CONF_DIR, Train, check
+from mnist_lightning.config import CONF_DIR, Train, check, register
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -70,6 +70,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settle(run_dir: Path, *overrides: str) -> Train:
     """Checked settings of a run in ``run_dir``, composed as the command would."""
+    register()
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("train", list(overrides), return_hydra_config=True)
     with read_write(cfg), open_dict(cfg):
