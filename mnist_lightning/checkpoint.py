@@ -5,6 +5,7 @@ still reads it.  The checksum tells damage, not malice: against hostile files st
 ``weights_only=True`` and the refusal of anything compressed or remote.
 """
 
+import errno
 import hashlib
 import io
 import logging
@@ -19,7 +20,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from mnist_lightning import signals
 from mnist_lightning.files import TEMPORARY, remove_leftovers, write_atomic
@@ -102,6 +102,7 @@ class LocalCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), serialize(checkpoint))
 
     def load_checkpoint(
@@ -206,14 +207,14 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not self.folder.is_dir():
+            raise OSError(errno.ENOENT, "the folder has vanished", str(self.folder))
         now = time.monotonic()
         self.train_seconds += now - self._clock
         self._clock = self._saved_at = now
         self._saved_step = trainer.global_step
         for logger in trainer.loggers:  # a checkpoint must not be ahead of its curves
             logger.save()
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()
         target = self.folder / name
         next_last = self.folder / f"{TEMPORARY}{LAST}"
         trainer.save_checkpoint(target if name == BEST else next_last)

@@ -26,9 +26,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"can't be written: {error.strerror}", str(path)) from error
         raise
 
 

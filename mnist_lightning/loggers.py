@@ -1,24 +1,95 @@
-"""A CSV logger whose file outlives its process."""
+"""Loggers that go on where a killed process stopped, and that never stop the training."""
 
 import csv
 import io
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
+from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from mnist_lightning.files import write_atomic
 
+log = logging.getLogger(__name__)
 
-class CSVLogger(LightningCSVLogger):
-    """Lightning's CSVLogger, but it goes on with a ``metrics.csv`` that is there instead of deleting it.
+
+class Forgiving:
+    """Mixed into a logger: when its files can't be written (a full disk, say) it says so once and
+    is silent from then on, while the training goes on.  A curve is not worth a net."""
+
+    failed = False
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: a file that is closed after a failure
+            if not self.failed:
+                log.warning(
+                    "%s can't be written: %s; training goes on without it", type(self).__name__, error
+                )
+            self.failed = True
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self.forgiving():
+            if not self.failed:
+                super().log_metrics(metrics, step)  # type: ignore[misc]
+
+    def save(self) -> None:
+        with self.forgiving():
+            if not self.failed:
+                super().save()  # type: ignore[misc]
+
+    def finalize(self, status: str) -> None:
+        with self.forgiving():
+            if not self.failed:
+                super().finalize(status)  # type: ignore[misc]
+
+
+def _hush(told: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread prints a traceback and gives the error to the next write as well."""
+    if "_AsyncWriterThread" not in type(told.thread).__name__:
+        threading.__excepthook__(told)
+
+
+threading.excepthook = _hush
+
+
+class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
+    """Lightning's TensorBoardLogger in ``<save_dir>/tensorboard/``.
 
     Args:
-        save_dir: the run's folder; the file is ``<save_dir>/csv/metrics.csv``.
-        purge_step: rows of this step and later ones are dropped at the start, as TensorBoard's
-            ``purge_step`` does with its points; None keeps all.
+        save_dir: the run's folder.
+        purge_step: points of this step and later ones are dropped by TensorBoard; None keeps all.
+    """
+
+    def __init__(self, *, save_dir: str, purge_step: int | None = None) -> None:
+        # The final metrics are written with the hyper-parameters at the end (train.py), not -1 at the start.
+        super().__init__(
+            save_dir, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step
+        )
+
+    def save(self) -> None:
+        """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
+        super().save()
+        with self.forgiving():
+            if not self.failed:
+                self.experiment.flush()
+
+
+class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
+    """Lightning's CSVLogger in ``<save_dir>/csv/metrics.csv``, but it goes on with a file that is there
+    instead of deleting it.
+
+    Args:
+        save_dir: the run's folder.
+        purge_step: rows of this step and later ones are dropped at the start; None keeps all.
     """
 
     def __init__(self, *, save_dir: str, purge_step: int | None = None) -> None:
@@ -42,24 +113,24 @@ class AppendingWriter(ExperimentWriter):
         self.metrics_keys = self._kept_keys
 
     def _check_log_dir_exists(self) -> None:
+        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``."""
         self._kept_keys: list[str] = []
         path = Path(self.metrics_file_path)
-        if not path.exists():
+        if not path.is_file():
             return
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         if rows:
             self._kept_keys = list(rows[0])
             last = float("inf") if self.purge_step is None else self.purge_step - 1
-            self._write_all(
-                [row for row in rows if row["step"] and int(row["step"]) <= last], self._kept_keys
-            )
+            whole = [row for row in rows if None not in row.values()]
+            self._write_all([row for row in whole if int(row["step"]) <= last], self._kept_keys)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(newline="") as file:
             self._write_all(list(csv.DictReader(file)), fieldnames)
 
-    def _write_all(self, rows: list[dict[str, str]], fieldnames: list[str]) -> None:
+    def _write_all(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=fieldnames)
         writer.writeheader()

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from mnist_lightning import __version__, signals
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
+from mnist_lightning.files import write_atomic
 from mnist_lightning.resume import rewrite_arguments
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     """
     log.info("loading torch and Lightning …")
     import lightning as L
+    from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.checkpoint import BEST, Checkpoints, LocalCheckpointIO, find_newest
     from mnist_lightning.classifier import DigitClassifier
@@ -104,10 +106,11 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
         purge_step = checkpoint["global_step"] + 1
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
-    no_validation = {} if data.val_size else {"limit_val_batches": 0}
+    callbacks = make_callbacks(settings)
     trainer: L.Trainer = instantiate(
-        settings.trainer | no_validation,
-        callbacks=make_callbacks(settings),
+        settings.trainer | ({} if data.val_size else {"limit_val_batches": 0}),
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         logger=make_loggers(settings, purge_step),
         plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
         _convert_="all",
@@ -138,7 +141,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     metrics |= {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
     metrics["mnist_lightning"] = __version__
     if trainer.is_global_zero:
-        (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         write_hyperparameters(trainer, settings, metrics)
         log.info("%s", summarize(metrics, run_dir))
     return metrics
@@ -211,8 +214,9 @@ def find_commit() -> str | None:
 
 def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
     """Fill TensorBoard's HParams tab: the run's settings beside its final metrics, once."""
-    from lightning.pytorch.loggers import TensorBoardLogger
     from torch.utils.tensorboard.summary import hparams
+
+    from mnist_lightning.loggers import TensorBoardLogger
 
     settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
     for group in ("data", "model"):
@@ -230,12 +234,13 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
     }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            writer = logger.experiment
-            for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
-                writer._get_file_writer().add_summary(summary)
-            for key, value in finals.items():
-                writer.add_scalar(key, value, trainer.global_step)
-            writer.flush()
+            with logger.forgiving():
+                writer = logger.experiment
+                for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
+                    writer._get_file_writer().add_summary(summary)
+                for key, value in finals.items():
+                    writer.add_scalar(key, value, trainer.global_step)
+                writer.flush()
 
 
 def summarize(metrics: Metrics, run_dir: Path) -> str:

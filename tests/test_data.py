@@ -1,14 +1,22 @@
+import functools
+import gzip
+import hashlib
+import http.server
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Run
 
+from mnist_lightning import data
 from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
 
 SETTINGS = {
@@ -192,3 +200,105 @@ def test_no_network_is_told(command: Run, tmp_path: Path) -> None:
     assert "data=fashion_mnist could not be downloaded" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """A server that answers each request in one wrong way."""
+
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        fault = self.path.split("/")[1]
+        if fault in ("404", "503"):
+            self.send_error(int(fault))
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        else:
+            body = {"html": b"<html>moved</html>", "hash": gzip.compress(b"other")}.get(fault, b"x" * 100)
+            self.send_response(200)
+            self.send_header("Content-Length", "100000" if fault in ("stall", "short") else str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            self.wfile.flush()
+            if fault == "stall":
+                self.server.stopped.wait(60)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    server.stopped = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.stopped.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("fault", ["404", "503", "reset", "stall", "html", "short", "hash"])
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_broken_download_ends_clearly(
+    name: str, fault: str, faulty_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.DATASETS[name], "mirrors", [f"{faulty_server}/{fault}/"])
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 1.0)
+    with pytest.raises(OSError, match=f"data={name} could not be downloaded"):
+        data.download(name, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "no partial files"
+
+
+def test_download_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNIST's own files, served as Fashion-MNIST's, with their checksums."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data.PACKAGED))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    dataset = data.DATASETS["fashion_mnist"]
+    monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    checksums = [
+        (file, hashlib.md5((data.PACKAGED / file).read_bytes()).hexdigest())
+        for file in (f"{name}.gz" for name in RAW_FILES)
+    ]
+    monkeypatch.setattr(dataset, "resources", checksums)
+    data.download("fashion_mnist", tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(RAW_FILES)
+    data.download("fashion_mnist", tmp_path)  # the server is gone: nothing is fetched again
+    datamodule = make(tmp_path, name="fashion_mnist")
+    assert len(datamodule.splits["train"]) == 55_000
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        (lambda content: content, True),
+        (lambda content: content[:-1], False),
+        (lambda content: content + b"x", False),
+        (lambda content: b"\0\0\x08\x03" + content[4:], False),  # the magic number of images
+        (lambda content: content[:7] + b"\0" + content[8:], False),  # another count
+        (lambda content: content[:-1] + b"\xc8", False),  # label 200
+        (lambda content: b"", False),
+    ],
+)
+def test_idx_files_are_looked_into(
+    change: Callable[[bytes], bytes], valid: bool, tmp_path: Path, data_dir: Path
+) -> None:
+    unpack(data_dir)
+    content = (data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").read_bytes()
+    path = tmp_path / "labels"
+    path.write_bytes(change(content))
+    assert data.is_idx(path, data.LABELS_MAGIC, 10_000) is valid
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_is_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unpack(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    path.chmod(0)
+    unpack(tmp_path)
+    assert "can't be read" in caplog.text
+    assert find_fault(path, RAW_FILES[path.name][2]) is None
