@@ -64,7 +64,8 @@ class Data:
         num_train = NUM_TRAINING_IMAGES - self.val_size
         require(
             self.batch_size <= num_train,
-            f"data.batch_size must be at most the {num_train} training images, got {self.batch_size}",
+            f"data.batch_size must be at most the {num_train} training images that"
+            f" data.val_size={self.val_size} leaves, got {self.batch_size}",
         )
 
 
