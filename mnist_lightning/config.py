@@ -205,6 +205,25 @@ class Train:
             )
 
 
+SPLITS = ("test", "val", "train")
+
+
+@dataclass
+class Evaluate:
+    """One run of ``python -m mnist_lightning.evaluate``; None is explained in ``conf/evaluate.yaml``."""
+
+    run: str
+    checkpoint: str | None
+    split: str
+    data_dir: str | None
+    output: str | None
+    show: bool
+
+    def __post_init__(self) -> None:
+        one_of("split", self.split, SPLITS)
+        check_source(self.run, self.checkpoint)
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -252,7 +271,9 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schema known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}`` to OmegaConf."""
-    ConfigStore.instance().store(name="train_schema", node=Train, provider="mnist_lightning")
+    for schema in (Train, Evaluate):
+        name = f"{schema.__name__.lower()}_schema"
+        ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
 
 
@@ -266,6 +287,13 @@ def _run_dir() -> str:
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def check_source(run: str, checkpoint: str | None) -> None:
+    require(
+        checkpoint is None or run == "latest",
+        f"run and checkpoint name two nets, give one of them: run={run} checkpoint={checkpoint}",
+    )
 
 
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -237,6 +237,12 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def class_names(name: str) -> list[str]:
+    """The ten classes of a data set, for tables and figures: "0" … "9" for digits."""
+    classes = [str(label) for label in DATASETS[name].classes]
+    return [str(label) for label in range(len(classes))] if name == "mnist" else classes
+
+
 def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the validation and of the training images, both in ascending order.
 

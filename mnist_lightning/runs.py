@@ -1,13 +1,17 @@
 """The folders that runs leave under ``logs/``."""
 
+import logging
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
     """The folder of a run that has a checkpoint.
 
     Args:
-        name: a run folder, or "latest": the newest with a checkpoint, wherever it lies under ``logs``.
+        name: a run folder, or "latest": the newest with a valid checkpoint, wherever it lies under
+            ``logs``, the jobs of multiruns among them.
 
     Raises:
         FileNotFoundError: there is none.
@@ -20,9 +24,40 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
             raise FileNotFoundError(f"{name} is not a run folder: it has no checkpoints/*.ckpt")
         return folder
     checkpoints = sorted(logs.glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"latest: no run under {logs.absolute()} has a checkpoint yet; python -m mnist_lightning.train"
-            " makes one"
-        )
-    return checkpoints[-1].parent.parent
+    for path in reversed(checkpoints):
+        from mnist_lightning.checkpoint import load  # torch: only when there is something to read
+
+        try:
+            load(path)
+        except OSError as error:
+            log.warning("latest: passing over a checkpoint that can't be read: %s", error)
+        else:
+            return path.parent.parent
+    raise FileNotFoundError(
+        f"latest: no run under {logs.absolute()} has a checkpoint yet; python -m mnist_lightning.train"
+        " makes one"
+    )
+
+
+def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
+    """The file to read: ``checkpoint`` itself, or the best of a run (the newest where none is best).
+
+    Args:
+        run: a run folder or "latest".
+        checkpoint: a file, which goes before ``run``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if checkpoint is not None:
+        path = Path(checkpoint).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{checkpoint} is not a checkpoint: there is no such file")
+        return path
+    folder = find_run(run) / "checkpoints"
+    best = folder / "best.ckpt"
+    if best.exists():
+        return best
+    newest = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    log.warning("%s has no best.ckpt yet: reading %s", folder, newest.name)
+    return newest

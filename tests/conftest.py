@@ -91,3 +91,10 @@ def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
         return dict(train(settings, run_dir, test=test))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(default_run: DefaultRun) -> Path:
+    """The default run's folder, for the tests of what reads finished runs."""
+    assert default_run.returncode == 0, default_run.errors
+    return default_run.folder

@@ -1,0 +1,243 @@
+"""How good a trained net is, and where it errs:  python -m mnist_lightning.evaluate [key=value …]"""
+
+import csv
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Evaluate, check, register
+from mnist_lightning.runs import find_checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from mnist_lightning.scores import Calibration, ClassScores
+
+log = logging.getLogger(__name__)
+register()
+
+NUM_MISTAKES = 40  # on the sheet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A net's predictions for N images of C classes, and their scores.
+
+    Attributes:
+        labels, predictions: (N,) int64.
+        probabilities: (N, C) float32.
+        confusion: (C, C) int64, rows are labels.
+        loss: mean cross-entropy, without label smoothing.
+    """
+
+    labels: "NDArray[np.int64]"
+    predictions: "NDArray[np.int64]"
+    probabilities: "NDArray[np.float32]"
+    confusion: "NDArray[np.int64]"
+    loss: float
+    accuracy: float
+    interval: tuple[float, float]
+    scores: "ClassScores"
+    calibration: "Calibration"
+
+    @property
+    def confidences(self) -> "NDArray[np.float32]":
+        """The probability of each prediction.  -> (N,) float32"""
+        highest: NDArray[np.float32] = self.probabilities.max(axis=1)
+        return highest
+
+    def worst(self, most: int) -> "NDArray[np.int64]":
+        """Indices of the misread images, the most confident first.  -> (at most ``most``,) int64"""
+        wrong = (self.labels != self.predictions).nonzero()[0]
+        chosen: NDArray[np.int64] = wrong[(-self.confidences[wrong]).argsort(kind="stable")][:most]
+        return chosen
+
+
+def main() -> None:
+    quote_paths(["run", "checkpoint", "data_dir", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="evaluate")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        evaluate(check(cfg, Evaluate))
+
+
+def evaluate(settings: Evaluate) -> None:
+    """Score the net on a split; print the scores, write them, the predictions and the figures.
+
+    Raises:
+        OSError: the checkpoint or the data can't be read, or the output can't be written.
+    """
+    path = find_checkpoint(settings.run, settings.checkpoint)
+    log.info("loading torch and Lightning …")
+    from mnist_lightning import figures
+    from mnist_lightning.data import class_names
+    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+    classifier, checkpoint = load_classifier(path)
+    split = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+    start = time.perf_counter()
+    evaluation = score(split.labels.numpy(), log_probabilities(classifier, split.images).numpy())
+    seconds = time.perf_counter() - start
+
+    name = str(checkpoint["datamodule_hyper_parameters"]["name"])
+    names = class_names(name)
+    folder = find_output(settings, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"checkpoint": str(path), "data": name, "split": settings.split} | to_metrics(evaluation)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_predictions(folder / "predictions.csv", evaluation)
+    pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
+    written = figures.save(pictures, folder)
+
+    print(f"{'checkpoint':13} {path}")
+    print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
+    print(tabulate(evaluation, names))
+    print(f"\nwritten to {folder}:")
+    print("  " + "  ".join(["metrics.json", "predictions.csv", *(path.name for path in written)]))
+    if settings.show:
+        figures.show(pictures.values())
+
+
+def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]") -> Evaluation:
+    """
+    Args:
+        labels: (N,) int64, N > 0.
+        log_probabilities: (N, C).
+    """
+    import numpy as np
+
+    from mnist_lightning import scores
+
+    num_classes = log_probabilities.shape[1]
+    predictions = log_probabilities.argmax(axis=1)
+    probabilities = np.exp(log_probabilities)
+    hits = predictions == labels
+    confusion = scores.confusion_matrix(labels, predictions, num_classes)
+    return Evaluation(
+        labels=labels,
+        predictions=predictions,
+        probabilities=probabilities,
+        confusion=confusion,
+        loss=-float(log_probabilities[np.arange(len(labels)), labels].mean(dtype=float)),
+        accuracy=float(hits.mean()),
+        interval=scores.wilson_interval(int(hits.sum()), len(hits)),
+        scores=scores.class_scores(confusion),
+        calibration=scores.calibration(probabilities.max(axis=1), hits),
+    )
+
+
+def find_output(settings: Evaluate, checkpoint: Path) -> Path:
+    """The folder to write to: the user's, the run's, or one beside a lone checkpoint file."""
+    if settings.output is not None:
+        return Path(settings.output).expanduser()
+    if settings.checkpoint is None:
+        return checkpoint.parent.parent / "evaluation" / settings.split
+    return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split
+
+
+def to_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """What ``metrics.json`` holds: plain numbers, None where one is not defined."""
+    per_class = {
+        name: [None if math.isnan(value) else float(value) for value in getattr(evaluation.scores, name)]
+        for name in ("precision", "recall", "f1")
+    }
+    return {
+        "images": len(evaluation.labels),
+        "mistakes": int((evaluation.labels != evaluation.predictions).sum()),
+        "acc": evaluation.accuracy,
+        "acc_interval_95": list(evaluation.interval),
+        "loss": evaluation.loss,
+        "expected_calibration_error": evaluation.calibration.error,
+        "calibration_bins": len(evaluation.calibration.counts),
+        **per_class,
+        "support": evaluation.scores.support.tolist(),
+        "confusion_matrix": evaluation.confusion.tolist(),
+    }
+
+
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """A line an image: its index in the split, label, prediction and the prediction's probability."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "label", "prediction", "probability"])
+        columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
+        for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+            writer.writerow([index, label, prediction, f"{probability:.6f}"])
+
+
+def draw(
+    evaluation: Evaluation, images: "NDArray[np.uint8]", names: list[str], title: str
+) -> "dict[str, Figure]":
+    from mnist_lightning import figures
+
+    total = len(evaluation.labels)
+    wrong = int((evaluation.labels != evaluation.predictions).sum())
+    worst = evaluation.worst(NUM_MISTAKES)
+    calibration = evaluation.calibration
+    return {
+        "confusion_matrix": figures.confusion_matrix(
+            evaluation.confusion, names, title=f"{title}: {wrong:,} of {total:,} images misread"
+        ),
+        "reliability": figures.reliability_diagram(
+            calibration.counts,
+            calibration.confidences,
+            calibration.accuracies,
+            error=calibration.error,
+            title=title,
+        ),
+        "mistakes": figures.mistakes(
+            images[worst],
+            [names[label] for label in evaluation.labels[worst]],
+            [names[label] for label in evaluation.predictions[worst]],
+            evaluation.confidences[worst],
+            title=f"{title}: the {len(worst)} most confident of {wrong:,} mistakes",
+        ),
+    }
+
+
+def tabulate(evaluation: Evaluation, names: list[str]) -> str:
+    """The scores as lines of text."""
+    low, high = (100 * end for end in evaluation.interval)
+    bins = len(evaluation.calibration.counts)
+    width = max(5, *map(len, names))
+    lines = [
+        f"{'accuracy':13} {100 * evaluation.accuracy:.2f} %   95 % Wilson interval {low:.2f} to {high:.2f} %",
+        f"{'loss':13} {evaluation.loss:.4f}   mean cross-entropy",
+        f"{'calibration':13} {100 * evaluation.calibration.error:.2f} %"
+        f"   expected calibration error, {bins} bins",
+        "",
+        f"{'class':>{width}}  precision   recall       F1  support",
+    ]
+    columns = (evaluation.scores.precision, evaluation.scores.recall, evaluation.scores.f1)
+    for label, name in enumerate(names):
+        cells = "  ".join(
+            f"{'–' if math.isnan(column[label]) else f'{100 * column[label]:.2f} %':>7}" for column in columns
+        )
+        lines.append(f"{name:>{width}}    {cells}  {evaluation.scores.support[label]:>7,}")
+    mistakes = [
+        (int(count), names[label], names[prediction])
+        for label, row in enumerate(evaluation.confusion)
+        for prediction, count in enumerate(row)
+        if label != prediction and count
+    ]
+    if mistakes:
+        most = sorted(mistakes, key=lambda mistake: -mistake[0])[:3]
+        lines += ["", "most often: " + ", ".join(f"{a} read as {b} ({count} ×)" for count, a, b in most)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""How good predictions are: accuracy with its uncertainty, scores per class, calibration, McNemar's test."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959964  # the normal distribution's 97.5 % quantile: two-sided 95 %
+NUM_BINS = 15  # of confidence, as in Guo et al. 2017
+
+Labels = NDArray[np.integer]
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predictions sorted into equal bins of confidence.
+
+    Attributes:
+        counts: (B,) int64, predictions in each bin.
+        confidences, accuracies: (B,) float64 means of each bin in [0, 1]; NaN where it is empty.
+        error: the expected calibration error, in [0, 1].
+    """
+
+    counts: NDArray[np.int64]
+    confidences: Floats
+    accuracies: Floats
+    error: float
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of each class, (C,) each; NaN where a class was never predicted or never occurs."""
+
+    precision: Floats
+    recall: Floats
+    f1: Floats
+    support: NDArray[np.int64]
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, in [0, 1].
+
+    It stays inside [0, 1] and holds its level near the ends, where accuracies lie.
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", p. 212;
+    recommended by Brown, Cai and DasGupta 2001, "Interval Estimation for a Binomial Proportion".
+
+    Raises:
+        ValueError: not 0 <= successes <= trials, or no trials.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"no share: {successes} of {trials}")
+    share, squared = successes / trials, Z_95**2
+    center = (share + squared / (2 * trials)) / (1 + squared / trials)
+    half = Z_95 / (1 + squared / trials) * math.sqrt(
+        share * (1 - share) / trials + squared / (4 * trials**2)
+    )  # fmt: skip
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def confusion_matrix(labels: Labels, predictions: Labels, num_classes: int) -> NDArray[np.int64]:
+    """Counts, rows are labels, columns are predictions.  (N,), (N,) -> (C, C) int64"""
+    pairs = labels.astype(np.int64) * num_classes + predictions
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_scores(confusion: NDArray[np.int64]) -> ClassScores:
+    """Precision, recall, F1 and support of each class from a (C, C) confusion matrix."""
+    hits = np.diag(confusion).astype(float)
+    predicted, support = confusion.sum(axis=0), confusion.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ClassScores(
+            precision=hits / predicted,
+            recall=hits / support,
+            f1=2 * hits / (predicted + support),
+            support=support,
+        )
+
+
+def calibration(confidences: Floats, hits: NDArray[np.bool_], *, num_bins: int = NUM_BINS) -> Calibration:
+    """How far confidence is from accuracy.
+
+    The expected calibration error is the mean over equal bins of |accuracy - confidence|, weighted by
+    the bins' counts.  Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks"
+    (arXiv 1706.04599), equation 3.
+
+    Args:
+        confidences: (N,) probability of each predicted class, in [0, 1]; N > 0.
+        hits: (N,) whether the prediction is right.
+    """
+    # bins are (lower, upper], as in the paper
+    bins = np.clip(np.ceil(confidences.astype(float) * num_bins).astype(int) - 1, 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    with np.errstate(invalid="ignore"):
+        mean_confidences = np.bincount(bins, weights=confidences, minlength=num_bins) / counts
+        accuracies = np.bincount(bins, weights=hits, minlength=num_bins) / counts
+    gaps = np.nan_to_num(np.abs(accuracies - mean_confidences))
+    return Calibration(counts, mean_confidences, accuracies, float((counts * gaps).sum() / len(confidences)))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p value of McNemar's test: do two classifiers err equally often?
+
+    Where they do, each image that only one of them reads right is a fair coin.  McNemar 1947, "Note on
+    the sampling error of the difference between correlated proportions or percentages"; for comparing
+    classifiers: Dietterich 1998, "Approximate Statistical Tests for Comparing Supervised
+    Classification Learning Algorithms", section 3.1.
+
+    Args:
+        only_first: number of images that only the first reads right.
+        only_second: number of images that only the second reads right.
+
+    Returns:
+        In [0, 1].
+    """
+    total = only_first + only_second
+    ways_of_k = tail = 1  # whole numbers until the end: nothing is rounded
+    for k in range(min(only_first, only_second)):
+        ways_of_k = ways_of_k * (total - k) // (k + 1)
+        tail += ways_of_k
+    ways: int = 2**total
+    return min(1.0, 2 * tail / ways)

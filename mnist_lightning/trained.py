@@ -1,0 +1,68 @@
+"""A trained net, read back from what its run left, and asked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnist_lightning.checkpoint import load
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
+
+
+def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
+    """The net of a checkpoint, rebuilt from the checkpoint alone, and the checkpoint.
+
+    Returns:
+        The classifier, in eval mode and for inference only, and what the file holds.
+
+    Raises:
+        OSError: the file can't be read, or the net it describes is not the one it holds.
+    """
+    checkpoint = load(path)
+    try:
+        with torch.device("meta"):  # no memory is taken for weights that the file does not hold
+            classifier = DigitClassifier(**checkpoint["hyper_parameters"])
+        classifier.load_state_dict(checkpoint["state_dict"], strict=True, assign=True)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise OSError(f"{path} holds no net that can be rebuilt: {error}") from error
+    return classifier.eval(), checkpoint
+
+
+def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None) -> Digits:
+    """The images of a checkpoint's run, split as the run had them.
+
+    Args:
+        path: of the checkpoint, for the messages.
+        checkpoint: what it holds.
+        split: "train", "val" or "test".
+        data_dir: where the data lies; None: where the run read it.
+
+    Raises:
+        OSError: the checkpoint does not tell its data, the data can't be read or fetched, or the run
+            had no such split.
+    """
+    try:
+        settings = dict(checkpoint["datamodule_hyper_parameters"])
+        if data_dir is not None:
+            settings["data_dir"] = data_dir
+        datamodule = MNISTDataModule(**settings)
+        known = datamodule.dataset
+        datamodule.prepare_data()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OSError(f"{path} does not tell which data its net was trained on: {error}") from error
+    datamodule.setup("fit")
+    digits = datamodule.splits[split]
+    if not len(digits):
+        raise OSError(f"split={split}: the run had no such images of {known} (data.val_size=0)")
+    return digits
+
+
+def log_probabilities(classifier: DigitClassifier, images: Tensor) -> Tensor:
+    """What the net says of each image.  (N, 28, 28) uint8 or float, in [0, 255] -> (N, 10) float"""
+    with torch.inference_mode():
+        return torch.cat(
+            [F.log_softmax(classifier(batch), dim=1) for batch in torch.split(images, EVAL_BATCH_SIZE)]
+        )

@@ -1,0 +1,182 @@
+import csv
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist_lightning.config import ConfigError, Evaluate
+from mnist_lightning.evaluate import score, tabulate
+from mnist_lightning.runs import find_run
+from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+NAMES = [str(digit) for digit in range(10)]
+
+
+def test_evaluate_finds_the_run_and_agrees_with_training(
+    workplace: Path, trained_run: Path, command: Command
+) -> None:
+    done = command("evaluate", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = trained_run / "evaluation" / "test"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    of_training = json.loads((trained_run / "metrics.json").read_text())
+    assert metrics["acc"] == pytest.approx(of_training["test/acc"], abs=1e-6)
+    assert metrics["loss"] == pytest.approx(of_training["test/loss"], abs=1e-5)
+    low, high = metrics["acc_interval_95"]
+    assert low < metrics["acc"] < high
+    assert metrics["images"] == sum(metrics["support"]) == 10_000
+    assert 0 < metrics["expected_calibration_error"] < 0.1
+
+    rows = list(csv.DictReader((folder / "predictions.csv").open()))
+    assert [int(row["index"]) for row in rows] == list(range(10_000))
+    hits = [row["label"] == row["prediction"] for row in rows]
+    assert np.mean(hits) == pytest.approx(metrics["acc"])
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    for name in ("confusion_matrix", "reliability", "mistakes"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size[0] == 960
+
+    assert f"{100 * metrics['acc']:.2f} %" in done.stdout
+    assert f"{100 * low:.2f} to {100 * high:.2f} %" in done.stdout
+    for name in NAMES:
+        assert any(line.split()[:1] == [name] for line in done.stdout.splitlines())
+    assert sorted(path.name for path in workplace.iterdir()) == ["data", "logs"]  # no outputs/
+
+
+def test_a_checkpoint_file_alone_is_enough_whatever_its_name(
+    workplace: Path, trained_run: Path, tmp_path: Path, command: Command
+) -> None:
+    checkpoint = tmp_path / "a (1)=b,é #x.ckpt"
+    shutil.copy(trained_run / "checkpoints" / "best.ckpt", checkpoint)
+    done = command(
+        "evaluate", f"checkpoint={checkpoint.name}", "split=val", "output=out, (2)=é", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out, (2)=é" / "metrics.json").read_text())
+    of_training = json.loads((trained_run / "metrics.json").read_text())
+    assert metrics["acc"] == pytest.approx(of_training["val/acc"], abs=1e-6)
+    assert metrics["images"] == 5_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name, "out, (2)=é"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["split=dev"], "split must be one of test, val, train, got dev"),
+        (["run=nowhere"], "nowhere is not a run folder: there is no such folder"),
+        (["checkpoint=a,b.ckpt"], "a,b.ckpt"),
+        (["run=a", "checkpoint=b"], "run and checkpoint name two nets"),
+        ([], "latest: no run under"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, command: Command
+) -> None:
+    done = command("evaluate", *arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_checked_without_a_process() -> None:
+    values = {"run": "latest", "checkpoint": None, "data_dir": None, "output": None, "show": False}
+    assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
+    with pytest.raises((ValueError, ConfigError), match="split must be one of"):
+        Evaluate(split="all", **values)  # type: ignore[arg-type]
+
+
+def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
+    """A net with other settings than any YAML file's comes back as it was."""
+    from mnist_lightning.classifier import DigitClassifier
+
+    settings = {
+        "hidden": [7, 5],
+        "activation": "tanh",
+        "dropout": 0.3,
+        "norm": "batch",
+        "mean": 0.4,
+        "std": 0.2,
+        "label_smoothing": 0.1,
+    }
+    torch.manual_seed(3)
+    classifier = DigitClassifier(**settings).eval()  # type: ignore[arg-type]
+    checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint |= {"hyper_parameters": settings, "state_dict": classifier.state_dict()}
+    rebuilt = rebuild(classifier.state_dict(), settings, checkpoint, tmp_path)
+    images = torch.randint(0, 256, (50, 28, 28), dtype=torch.uint8)
+    assert torch.equal(rebuilt(images), classifier(images))
+    assert not rebuilt.training
+
+
+def rebuild(state: dict, settings: dict, checkpoint: dict, folder: Path):  # type: ignore[no-untyped-def,type-arg]
+    from mnist_lightning import checkpoint as checkpoints
+
+    path = folder / "other.ckpt"
+    content = checkpoint | {"hyper_parameters": settings, "state_dict": state}
+    write = getattr(checkpoints, "save", torch.save)
+    write(content, path)
+    return load_classifier(path)[0]
+
+
+def test_a_net_that_does_not_fit_its_settings_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    for change in ({"hidden": [10**7, 10**7]}, {"hidden": "wide"}, {"activation": "sign"}, {"width": 3}):
+        with pytest.raises(OSError, match=r"other\.ckpt holds no net that can be rebuilt"):
+            rebuild(state, settings | change, checkpoint, tmp_path)
+
+
+def test_the_validation_images_are_those_of_the_run(workplace: Path, trained_run: Path) -> None:
+    path = trained_run / "checkpoints" / "best.ckpt"
+    classifier, checkpoint = load_classifier(path)
+    sizes = {
+        split: len(load_split(path, checkpoint, split, data_dir=None)) for split in ("train", "val", "test")
+    }
+    assert sizes == {"train": 55_000, "val": 5_000, "test": 10_000}
+    checkpoint["datamodule_hyper_parameters"]["val_size"] = 0
+    with pytest.raises(OSError, match=r"split=val: the run had no such images of mnist \(data.val_size=0\)"):
+        load_split(path, checkpoint, "val", data_dir=str(workplace / "data"))
+    test = load_split(path, checkpoint, "test", data_dir=str(workplace / "data"))
+    one_by_one = torch.cat([log_probabilities(classifier, image[None]) for image in test.images[:50]])
+    assert torch.allclose(one_by_one, log_probabilities(classifier, test.images)[:50], atol=1e-5)
+
+
+def test_latest_is_the_newest_folder_with_a_valid_checkpoint(trained_run: Path, tmp_path: Path) -> None:
+    import os
+
+    for age, name in ((30, "runs/old"), (20, "multiruns/sweep/3"), (10, "runs/broken")):
+        folder = tmp_path / "train" / name / "checkpoints"
+        folder.mkdir(parents=True)
+        shutil.copy(trained_run / "checkpoints" / "best.ckpt", folder / "best.ckpt")
+        if name.endswith("broken"):
+            (folder / "best.ckpt").write_bytes(b"PK half a file")
+        os.utime(folder / "best.ckpt", (1e9 - age, 1e9 - age))
+    assert find_run("latest", logs=tmp_path) == tmp_path / "train/multiruns/sweep/3"
+
+
+def test_score_and_table_of_a_faultless_and_a_useless_net() -> None:
+    labels = np.arange(100) % 10
+    certain = np.full((100, 10), -50.0, dtype=np.float32)
+    certain[np.arange(100), labels] = 0
+    perfect = score(labels, certain)
+    assert perfect.accuracy == 1
+    assert perfect.loss == 0
+    assert len(perfect.worst(40)) == 0
+    assert "most often" not in tabulate(perfect, NAMES)
+    constant = np.full((100, 10), -50.0, dtype=np.float32)
+    constant[:, 3] = 0
+    useless = score(labels, constant)
+    assert useless.accuracy == pytest.approx(0.1)
+    assert useless.loss == pytest.approx(45)
+    assert useless.calibration.error == pytest.approx(0.9)
+    assert "–" in tabulate(useless, NAMES)  # the precision of a class that is never predicted
+    assert 3 not in useless.labels[useless.worst(100)]
