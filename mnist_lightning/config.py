@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -269,12 +270,13 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, which then refuses misspelt keys and wrong types itself, and
-    ``${run_dir:}`` to OmegaConf."""
+    """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
+    ``${run_dir:}`` and ``${single_run:}`` to OmegaConf."""
     for schema in (Train, Evaluate):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 
 
 def _run_dir() -> str:
@@ -282,6 +284,10 @@ def _run_dir() -> str:
     if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         return "RUN_DIR"
     return str(HydraConfig.get().runtime.output_dir)
+
+
+def _is_single_run() -> bool:
+    return not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN
 
 
 def require(holds: bool, message: str) -> None:

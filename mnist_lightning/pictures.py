@@ -1,0 +1,141 @@
+"""What TensorBoard shows of a run besides its scalars."""
+
+import copy
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from mnist_lightning import figures
+from mnist_lightning.network import NUM_CLASSES, FeedForward
+from mnist_lightning.scores import confusion_matrix
+
+# TensorBoard reads the tags as regular expressions
+LAYOUT = {
+    "training and validation": {
+        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "accuracy": ["Multiline", ["^train/acc$", "^val/acc$"]],
+    },
+    "every few steps": {
+        "training loss": ["Multiline", ["^train/loss_step$"]],
+        "learning rate": ["Multiline", ["^lr$"]],
+    },
+}
+NUM_DIGITS = 40
+NUM_MISTAKES = 24
+NUM_UNITS = 60  # of the first layer that are drawn
+
+
+class TensorBoardPictures(Callback):
+    """Charts, digits and graph before training; weights, confusion matrix and mistakes after it.
+
+    The validation pictures belong to the net that ``trainer.validate`` is called with after training,
+    the one whose metrics are published.  Nothing happens in a step, no random number is drawn, and
+    without a TensorBoard logger nothing happens at all.
+
+    Args:
+        enabled: False: write nothing.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        writer = _find_writer(trainer) if self.enabled else None
+        if writer is None:
+            return
+        writer.add_custom_scalars(LAYOUT)
+        images, labels = _split(trainer, "train")
+        drawing = figures.digits(
+            images[:NUM_DIGITS].numpy(),
+            [str(label) for label in labels[:NUM_DIGITS].tolist()],
+            title=f"the first {NUM_DIGITS} training images",
+        )
+        _add(writer, "data/digits", drawing, step=0)
+        _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        writer = _find_writer(trainer) if self.enabled else None
+        if writer is None:
+            return
+        weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
+        drawing = figures.first_layer(
+            weights[:NUM_UNITS].reshape(-1, 28, 28).numpy(),
+            title=f"first layer after training: {min(NUM_UNITS, len(weights))} of {len(weights)} units",
+        )
+        _add(writer, "net/first_layer", drawing, step=trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        writer = _find_writer(trainer) if self.enabled else None
+        if writer is None or trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        images, labels = _split(trainer, "val")
+        with torch.inference_mode():
+            probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
+        confidences, predictions = probabilities.max(dim=1)
+        wrong = (predictions != labels).nonzero().squeeze(1)
+        worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
+        names = [str(label) for label in range(NUM_CLASSES)]
+        title = f"{len(wrong):,} of {len(labels):,} validation images misread"
+        matrix = confusion_matrix(labels.numpy(), predictions.numpy(), NUM_CLASSES)
+        drawings = {
+            "val/confusion_matrix": figures.confusion_matrix(matrix, names, title=title),
+            "val/mistakes": figures.mistakes(
+                images[worst].numpy(),
+                [names[label] for label in labels[worst].tolist()],
+                [names[label] for label in predictions[worst].tolist()],
+                confidences[worst].numpy(),
+                title=f"{title}, the most confident ones",
+            ),
+        }
+        for tag, drawing in drawings.items():
+            _add(writer, tag, drawing, step=trainer.global_step)
+        writer.flush()
+
+
+class Histograms(Callback):
+    """Histograms of all weights and of their gradients, at the last step of each epoch.
+
+    A callback of its own: validation clears the gradients, so that it must be called in every step,
+    which runs without histograms need not pay for.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 != trainer.num_training_batches or (writer := _find_writer(trainer)) is None:
+            return
+        for name, parameter in pl_module.named_parameters():
+            for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
+
+
+def _find_writer(trainer: L.Trainer) -> SummaryWriter | None:
+    if not trainer.is_global_zero:
+        return None
+    loggers = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    return next((logger.experiment for logger in loggers), None)
+
+
+def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> images (N, 28, 28) uint8, labels (N,) int64"""
+    digits = trainer.datamodule.splits[name]  # type: ignore[attr-defined]
+    return digits.images, digits.labels
+
+
+def _add(writer: SummaryWriter, tag: str, drawing: Figure, *, step: int) -> None:
+    pixels = figures.to_array(drawing)
+    writer.add_image(tag, pixels, step, dataformats="HWC")
+
+
+def _add_graph(writer: SummaryWriter, net: FeedForward, images: torch.Tensor) -> None:
+    """Trace a copy in eval mode: tracing must touch neither batch norm's state nor the random state."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit", category=Warning)  # used by torch itself
+        writer.add_graph(copy.deepcopy(net).cpu().eval(), images)
