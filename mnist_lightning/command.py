@@ -19,14 +19,36 @@ class CommandError(CompactHydraException):
 def quote_paths(keys: Collection[str]) -> None:
     """Quote the values of these keys in ``sys.argv``, so that Hydra reads them as they stand.
 
-    Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  A value that the user has
-    quoted for Hydra already, and a list in ``[…]``, are left alone.
+    Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  In a list ``[a,b]`` each
+    element is quoted.  A value that the user has quoted for Hydra already is left alone.
     """
     pattern = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, keys))})=)(.+)", re.DOTALL)
     for position, argument in enumerate(sys.argv[1:], start=1):
         match = pattern.fullmatch(argument)
-        if match and match[2][0] not in "'\"[":
-            sys.argv[position] = match[1] + quote(match[2])
+        if match and match[2] != "null":
+            sys.argv[position] = match[1] + _quote_value(match[2])
+
+
+def _quote_value(value: str) -> str:
+    if value[0] == "[" and value[-1] == "]" and not os.path.exists(value):
+        return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
+    if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
+        return value
+    return quote(value)
+
+
+def _split_list(text: str) -> list[str]:
+    """The elements of a list as typed: parted at commas, but not inside quotes or inside the name of
+    something that exists."""
+    pieces = re.findall(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,]*)\s*(?:,|$)""", text)
+    pieces = pieces[:-1] if pieces and not pieces[-1] else pieces  # the pattern also matches the end
+    elements = []
+    while pieces:
+        names = (",".join(pieces[:count]) for count in range(len(pieces), 1, -1))
+        whole = next((name for name in names if os.path.exists(name)), pieces[0])
+        elements.append(whole)
+        pieces = pieces[1 + whole.count(",") if whole != pieces[0] else 1 :]
+    return [element for element in elements if element]
 
 
 def quote(value: str) -> str:

@@ -225,6 +225,58 @@ class Evaluate:
         check_source(self.run, self.checkpoint)
 
 
+@dataclass
+class Predict:
+    """One run of ``python -m mnist_lightning.predict``."""
+
+    images: Any  # str or list of str: structured configs know no union of the two
+    run: str
+    checkpoint: str | None
+    output: str
+    show: bool
+
+    def __post_init__(self) -> None:
+        self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
+        check_source(self.run, self.checkpoint)
+
+
+@dataclass
+class Compare:
+    """One run of ``python -m mnist_lightning.compare``."""
+
+    runs: Any  # list of str
+    split: str
+    data_dir: str | None
+    output: str
+    show: bool
+
+    def __post_init__(self) -> None:
+        one_of("split", self.split, ("val", "test"))
+        self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
+
+
+@dataclass
+class Visualize:
+    """One run of ``python -m mnist_lightning.visualize``."""
+
+    data: Data
+    output: str
+    show: bool
+
+
+@dataclass
+class Export:
+    """One run of ``python -m mnist_lightning.export``; None is explained in ``conf/export.yaml``."""
+
+    run: str
+    checkpoint: str | None
+    data_dir: str | None
+    output: str | None
+
+    def __post_init__(self) -> None:
+        check_source(self.run, self.checkpoint)
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -272,7 +324,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}`` and ``${single_run:}`` to OmegaConf."""
-    for schema in (Train, Evaluate):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
@@ -293,6 +345,17 @@ def _is_single_run() -> bool:
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def check_names(key: str, value: Any, example: str, *, at_least: int) -> list[str]:
+    """One name or a list of names, as a list of strings."""
+    names = value if isinstance(value, list) else [value]
+    holds = len(names) >= at_least and all(
+        isinstance(name, (str, int, float)) and str(name) for name in names
+    )
+    count = "a name" if at_least == 1 else f"at least {at_least} names"
+    require(holds, f"{key} must be {count}, as in {example}, got {value}")
+    return [str(name) for name in names]
 
 
 def check_source(run: str, checkpoint: str | None) -> None:

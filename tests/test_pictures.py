@@ -93,6 +93,5 @@ def test_without_tensorboard_nothing_happens(workplace: Path, command: Command) 
     arguments = ["logger=csv,none", "callbacks.pictures.enabled=true", "hydra.sweep.dir=loggers"]
     done = command("train", "-m", *arguments, *SHORT, f"data.data_dir={workplace / 'data'}", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
     assert not list((workplace / "loggers").glob("*/tensorboard"))
     assert len(list((workplace / "loggers").glob("*/checkpoints/best.ckpt"))) == 2

@@ -1,0 +1,187 @@
+"""How many digits keep the net's own reading when they come as pictures of all kinds.
+
+Real MNIST test digits are rendered as people's pictures come: off-centre, thin, coloured, photographed, …
+Each picture goes the way of ``python -m mnist_lightning.predict``; its reading is compared with the net's
+reading of the original 28×28 image, right or wrong.
+
+    python benchmarks/handwriting.py checkpoint.ckpt
+    python benchmarks/handwriting.py checkpoint.ckpt --digits 1000 --seed 3 --sheet kinds.png
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+
+Digit = NDArray[np.uint8]  # (28, 28), ink is high
+Render = Callable[[Digit, np.random.Generator], Image.Image]
+
+ZOOM = 8
+
+
+def _enlarge(digit: Digit, zoom: float = ZOOM) -> Image.Image:
+    side = round(28 * zoom)
+    return Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _paint(
+    ink: Image.Image, ink_color: tuple[int, ...] = (0, 0, 0), paper: tuple[int, ...] = (255, 255, 255)
+) -> Image.Image:
+    """Ink of a colour on paper of a colour, through the ink image as a mask."""
+    picture = Image.new("RGB", ink.size, paper)
+    picture.paste(Image.new("RGB", ink.size, ink_color), mask=ink)
+    return picture
+
+
+def _place(ink: Image.Image, size: tuple[int, int], random: np.random.Generator) -> Image.Image:
+    """The ink somewhere on a larger canvas."""
+    canvas = Image.new("L", size, 0)
+    box = ink.getbbox() or (0, 0, 1, 1)
+    digit = ink.crop(box)
+    left = int(random.integers(2, size[0] - digit.width - 2))
+    top = int(random.integers(2, size[1] - digit.height - 2))
+    canvas.paste(digit, (left, top))
+    return canvas
+
+
+def plain(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _paint(_enlarge(digit))
+
+
+def off_centre(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _paint(_place(_enlarge(digit), (620, 420), random))
+
+
+def tiny(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _paint(_enlarge(digit, 0.8))  # the digit is 16 pixels tall
+
+
+def huge(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _paint(_enlarge(digit, 40))
+
+
+def small_in_large(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _paint(_place(_enlarge(digit, 4), (1600, 1200), random))
+
+
+def rotated(digit: Digit, random: np.random.Generator) -> Image.Image:
+    """By up to 10 degrees."""
+    return _paint(_enlarge(digit).rotate(random.uniform(-10, 10), Image.Resampling.BICUBIC))
+
+
+def inverted(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return ImageOps.invert(_paint(_enlarge(digit)))
+
+
+def coloured(digit: Digit, random: np.random.Generator) -> Image.Image:
+    """Any ink on any paper, as long as some channel tells them apart by 80 levels."""
+    while True:
+        ink, paper = random.integers(0, 256, (2, 3)).tolist()
+        if max(abs(a - b) for a, b in zip(ink, paper, strict=True)) >= 80:
+            return _paint(_enlarge(digit), tuple(ink), tuple(paper))
+
+
+def transparent(digit: Digit, random: np.random.Generator) -> Image.Image:
+    ink = _enlarge(digit)
+    color = (255, 255, 255) if random.random() < 0.5 else (0, 0, 0)
+    picture = Image.new("RGBA", ink.size, (*color, 0))
+    picture.putalpha(ink)
+    return picture
+
+
+def thin(digit: Digit, random: np.random.Generator) -> Image.Image:
+    """Strokes lose about 0.9 MNIST pixels of their 2 to 3."""
+    return _paint(_enlarge(digit).filter(ImageFilter.MinFilter(7)))
+
+
+def thick(digit: Digit, random: np.random.Generator) -> Image.Image:
+    """Strokes gain about 1.1 MNIST pixels."""
+    return _paint(_enlarge(digit).filter(ImageFilter.MaxFilter(9)))
+
+
+def photographed(digit: Digit, random: np.random.Generator) -> Image.Image:
+    """A pen on paper under a lamp: a strong gradient of light, blur, noise."""
+    ink = np.asarray(_place(_enlarge(digit), (360, 300), random).filter(ImageFilter.GaussianBlur(1.5))) / 255
+    y, x = np.mgrid[-1 : 1 : ink.shape[0] * 1j, -1 : 1 : ink.shape[1] * 1j]
+    angle = random.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * x + np.sin(angle) * y
+    light = 165 + 45 * slope - 15 * (x**2 + y**2)
+    paper = light[..., None] * np.array([1.0, 0.97, 0.9])
+    pen = light[..., None] * np.array([0.25, 0.27, 0.4])
+    picture = paper + ink[..., None] * (pen - paper) + random.normal(0, 12, (*ink.shape, 3))
+    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+
+
+KINDS: dict[str, Render] = {
+    "plain": plain,
+    "off-centre": off_centre,
+    "tiny": tiny,
+    "huge": huge,
+    "small in large": small_in_large,
+    "rotated": rotated,
+    "inverted": inverted,
+    "coloured": coloured,
+    "transparent": transparent,
+    "thin": thin,
+    "thick": thick,
+    "photographed": photographed,
+}
+
+
+def through_predict(picture: Image.Image, folder: Path) -> Digit:
+    """What the net sees of a picture file; all paper where no digit is found in it."""
+    from mnist_lightning.handwriting import NoDigit, read_image, to_mnist
+
+    path = folder / "picture.png"
+    picture.save(path, compress_level=1)
+    try:
+        return to_mnist(read_image(path))
+    except NoDigit:
+        return np.zeros((28, 28), dtype=np.uint8)
+
+
+def main() -> None:
+    import tempfile
+
+    import torch
+
+    from mnist_lightning import figures
+    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--digits", type=int, default=300, help="how many of each kind (300)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses digits, places and colours (0)")
+    parser.add_argument("--sheet", type=Path, help="write a picture of what the net saw")
+    arguments = parser.parse_args()
+
+    classifier, checkpoint = load_classifier(arguments.checkpoint)
+    test = load_split(arguments.checkpoint, checkpoint, "test", data_dir=None)
+    random = np.random.default_rng(arguments.seed)
+    chosen = torch.from_numpy(random.choice(len(test), arguments.digits, replace=False))
+    originals, labels = test.images[chosen], test.labels[chosen]
+    own = log_probabilities(classifier, originals).argmax(dim=1)
+    print(f"{len(chosen)} test digits, the net reads {100 * (own == labels).float().mean():.1f} % right\n")
+    print(f"{'kind':16} same reading   right")
+    sheet = [*originals[:12].numpy()]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, render in KINDS.items():
+            pictures = (render(digit, random) for digit in originals.numpy())
+            seen = torch.from_numpy(np.stack([through_predict(p, Path(folder)) for p in pictures]))
+            read = log_probabilities(classifier, seen).argmax(dim=1)
+            same, right = (100 * (read == wanted).float().mean() for wanted in (own, labels))
+            print(f"{kind:16} {same:10.1f} % {right:7.1f} %", flush=True)
+            sheet += [*seen[:12].numpy()]
+    if arguments.sheet:
+        names = [name for kind in ("original", *KINDS) for name in [kind[:9], *[""] * 11]]
+        drawing = figures.digits(np.stack(sheet), names, title="what the net sees", columns=12)
+        figures.save({arguments.sheet.stem: drawing}, arguments.sheet.parent)
+
+
+if __name__ == "__main__":
+    main()

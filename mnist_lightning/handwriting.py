@@ -1,0 +1,274 @@
+"""From a picture of a handwritten digit to an image like MNIST's own.
+
+MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio",
+grey from anti-aliasing, and "centered in a 28x28 image by computing the center of mass of the pixels, and
+translating the image so as to position this point at the center" (LeCun, Cortes, Burges,
+http://yann.lecun.com/exdb/mnist/).  They are ink (high) on paper (0).  A net that learned such images
+misreads others, however clear they are.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+SIDE = 28
+BOX = 20
+CENTER = 14.0  # pixel index where MNIST's centres of mass lie, to half a pixel
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+MAX_PIXELS = 50_000_000  # a large camera's photo; decoded as RGB it takes 150 MB
+WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
+MIN_CONTRAST = 12.0  # grey levels between ink and paper, of 255
+
+Floats = NDArray[np.floating]
+
+
+class NoDigit(ValueError):
+    """A picture in which nothing stands out that could be a digit."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture as upright RGB, its first frame if it has several.
+
+    Transparent pictures are laid on white, or on black where the ink itself is light.
+
+    Raises:
+        OSError: the file can't be read, is no picture of ``FORMATS``, or has more than ``MAX_PIXELS``.
+    """
+    if path.stat().st_size == 0:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata; sizes are judged here
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise OSError(
+                        f"{width}×{height} pixels are too many (at most {MAX_PIXELS:,}): make it smaller"
+                    )
+                return _to_rgb(ImageOps.exif_transpose(picture))
+        except Image.DecompressionBombError as error:
+            raise OSError(f"too many pixels (at most {MAX_PIXELS:,}): make it smaller") from error
+        except UnidentifiedImageError as error:
+            raise OSError(f"no picture that can be read ({', '.join(FORMATS)})") from error
+        except OSError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+            raise OSError(f"the picture is damaged: {error}") from error
+
+
+def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
+    """The digit of a picture, made as MNIST's were.  RGB, any size -> (28, 28) uint8, ink is high
+
+    Raises:
+        NoDigit: nothing stands out from the background.
+    """
+    ink = find_ink(picture)
+    rows, columns = _box(ink)
+    return center(fit(ink[rows, columns]))
+
+
+def find_ink(picture: Image.Image) -> Floats:
+    """How much each pixel is ink: 0 is background, whatever its colour, shade and noise.
+
+    Looks twice where the digit is small in its picture: the second time at its surroundings alone.
+
+    Returns:
+        (H, W) in [0, 1], with neither side above ``WORK_SIDE``.
+
+    Raises:
+        NoDigit: nothing stands out from the background.
+    """
+    small = _shrink(picture)
+    ink = _separate(np.asarray(small, dtype=float))
+    rows, columns = _box(ink)
+    largest = max(rows.stop - rows.start, columns.stop - columns.start)
+    if small.size != picture.size and largest < WORK_SIDE / 2:
+        margin = max(4, largest // 3)
+        scale_x, scale_y = picture.width / small.width, picture.height / small.height
+        surroundings = (
+            max(0, int((columns.start - margin) * scale_x)),
+            max(0, int((rows.start - margin) * scale_y)),
+            min(picture.width, int((columns.stop + margin) * scale_x)),
+            min(picture.height, int((rows.stop + margin) * scale_y)),
+        )
+        ink = _separate(np.asarray(_shrink(picture.crop(surroundings)), dtype=float))
+    return ink
+
+
+def fit(ink: Floats) -> Floats:
+    """Scale to the 20x20 box with its aspect; the darkest stroke becomes 1.  (H, W) -> (h, w)"""
+    height, width = ink.shape
+    scale = BOX / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resampling = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
+    scaled = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, resampling))
+    return np.clip(scaled / max(float(np.quantile(scaled, 0.98)), 1e-6), 0.0, 1.0)
+
+
+def center(digit: Floats) -> NDArray[np.uint8]:
+    """Put the centre of mass into the middle.  (h, w) in [0, 1], at most 20x20 -> (28, 28) uint8"""
+    image = np.zeros((SIDE, SIDE))
+    corner = []
+    for axis in (0, 1):
+        profile = digit.sum(axis=1 - axis)
+        mass = float((profile * np.arange(len(profile))).sum() / profile.sum())
+        corner.append(int(np.clip(round(CENTER - mass), 0, SIDE - digit.shape[axis])))
+    top, left = corner
+    image[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    return (255 * image).round().astype(np.uint8)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, of unknown range
+        values = np.nan_to_num(np.asarray(picture, dtype=float), posinf=0.0, neginf=0.0)
+        span = max(float(np.ptp(values)), 1.0)
+        return Image.fromarray((255 * (values - values.min()) / span).astype(np.uint8)).convert("RGB")
+    if "A" not in picture.mode and "a" not in picture.mode and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    layered = picture.convert("RGBA")
+    pixels = np.asarray(layered)
+    opacity = pixels[..., 3] / 255
+    brightness = float((pixels[..., :3].mean(axis=2) * opacity).sum() / max(float(opacity.sum()), 1e-6))
+    all_opaque = bool((opacity > 0.99).all())
+    paper = (255, 255, 255, 255) if all_opaque or brightness < 128 else (0, 0, 0, 255)
+    return Image.alpha_composite(Image.new("RGBA", layered.size, paper), layered).convert("RGB")
+
+
+def _shrink(picture: Image.Image) -> Image.Image:
+    scale = WORK_SIDE / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BOX)
+
+
+def _separate(pixels: Floats) -> Floats:
+    """Ink of a picture.  (H, W, 3) in [0, 255] -> (H, W) in [0, 1]"""
+    residual, is_paper = _subtract_background(pixels)
+    distance = np.sqrt((residual**2).mean(axis=2))
+    is_ink = distance > _otsu(distance)
+    if not is_ink.any():
+        raise NoDigit("blank: nothing stands out from the background")
+    # along the ink's own colour: signed, so that noise cancels where pixels are averaged
+    direction = residual[is_ink].mean(axis=0)
+    length = float(np.linalg.norm(direction))
+    strength = residual @ (direction / max(length, 1e-6))
+    level = float(np.quantile(strength[is_ink], 0.7))
+    noise = 1.4826 * float(np.median(np.abs(strength[is_paper]))) if is_paper.any() else 0.0
+    if noise > 0.08 * level:
+        strength = _blur(strength)
+        noise /= 2.5  # a little less than the 3 of independent noise
+    if level / np.sqrt(3) < max(MIN_CONTRAST, 4 * noise / np.sqrt(3)):
+        raise NoDigit("blank: nothing stands out clearly from the background")
+    floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
+    ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
+    return np.asarray(ink * _without_specks(ink))
+
+
+def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """What is left of a picture when a smooth background is taken away.
+
+    The background is the border's median colour where most of the border has it, else a quadratic
+    surface for each channel, fitted to the border first and then to all that is not ink.
+
+    Returns:
+        (H, W, 3) signed residual, and (H, W) where there is paper.
+    """
+    height, width, _ = pixels.shape
+    ring = max(1, round(0.04 * min(height, width)))
+    on_border = np.ones((height, width), dtype=bool)
+    on_border[ring:-ring, ring:-ring] = False
+    flat = np.median(pixels[on_border], axis=0)
+    residual = pixels - flat
+    distance = np.sqrt((residual**2).mean(axis=2))
+    if np.mean(distance[on_border] <= 2) > 0.6:
+        return residual, distance <= 2
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    plane = np.stack([np.ones_like(x), x, y], axis=-1)
+    surface = np.stack([*np.moveaxis(plane, -1, 0), x * x, x * y, y * y], axis=-1)
+    residual = pixels - plane @ _fit_robustly(plane[on_border], pixels[on_border])
+    is_paper = on_border
+    for _ in range(4):
+        distance = np.sqrt((residual**2).mean(axis=2))
+        is_ink = distance > _otsu(distance)
+        near_ink = np.asarray(Image.fromarray(is_ink).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        is_paper = ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
+        if is_paper.sum() < surface.shape[-1]:
+            break
+        residual = pixels - surface @ _fit_robustly(surface[is_paper], pixels[is_paper])
+    return residual, is_paper
+
+
+def _fit_robustly(basis: Floats, values: Floats) -> Floats:
+    """Least absolute deviations by reweighting.  (N, K), (N, C) -> (K, C)"""
+    every = -(-len(values) // 4_000)  # more points make the surface no better, only slower
+    basis, values = basis[::every], values[::every]
+    weights = np.ones(len(values))
+    for _ in range(5):
+        weighted = basis * weights[:, None]
+        coefficients = np.linalg.lstsq(weighted.T @ basis, weighted.T @ values, rcond=None)[0]
+        weights = 1 / np.maximum(np.abs(values - basis @ coefficients).mean(axis=1), 1.0)
+    return np.asarray(coefficients)
+
+
+def _otsu(values: Floats) -> float:
+    """The threshold that parts two classes best: Otsu 1979, "A Threshold Selection Method from
+    Gray-Level Histograms", IEEE Transactions on Systems, Man, and Cybernetics 9(1)."""
+    counts, edges = np.histogram(values, bins=256)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * middles)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(edges[1:][int(np.nanargmax(np.nan_to_num(between)))])
+
+
+def _blur(values: Floats) -> Floats:
+    """Mean of each pixel and its eight neighbours.  (H, W) -> (H, W)"""
+    around = np.pad(values, 1, mode="edge")
+    height, width = values.shape
+    shifted = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return np.asarray(np.mean(shifted, axis=0))
+
+
+def _without_specks(ink: Floats) -> Floats:
+    """1 where ink belongs to a stroke, 0 where to a speck: a connected part with less than a twentieth
+    of the ink of the largest.  (H, W) -> (H, W)"""
+    cell = max(1, round(max(ink.shape) / 64))
+    rows, columns = -(-ink.shape[0] // cell), -(-ink.shape[1] // cell)
+    padded = np.zeros((rows * cell, columns * cell))
+    padded[: ink.shape[0], : ink.shape[1]] = ink
+    cells = padded.reshape(rows, cell, columns, cell)
+    occupied = cells.max(axis=(1, 3)) > 0.3
+    labels = np.where(occupied, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
+    while True:  # the largest number of each part spreads through it
+        around = np.pad(labels, 1)
+        spread = np.max([around[i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=0)
+        spread = np.where(occupied, spread, 0)
+        if np.array_equal(spread, labels):
+            break
+        labels = spread
+    amounts = np.bincount(labels.ravel(), weights=cells.sum(axis=(1, 3)).ravel())
+    amounts[0] = 0
+    kept = amounts >= max(float(amounts.max()) / 20, 1e-9)
+    # faint edges of a stroke may lie in the cells around it
+    wide = Image.fromarray(kept[labels]).convert("L").filter(ImageFilter.MaxFilter(3))
+    keep = (np.asarray(wide) > 0) & (kept[labels] | (labels == 0))
+    return np.repeat(np.repeat(keep, cell, axis=0), cell, axis=1)[: ink.shape[0], : ink.shape[1]].astype(
+        float
+    )
+
+
+def _box(ink: Floats) -> tuple[slice, slice]:
+    """Rows and columns that hold the ink."""
+    is_ink = ink > 0.1
+    if not is_ink.any():
+        raise NoDigit("blank: nothing stands out from the background")
+    bounds = [np.flatnonzero(is_ink.any(axis=axis)) for axis in (1, 0)]
+    rows, columns = (slice(int(indices[0]), int(indices[-1]) + 1) for indices in bounds)
+    return rows, columns

@@ -1,0 +1,117 @@
+"""Which digit is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
+
+import csv
+import glob
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Predict, check, register
+from mnist_lightning.runs import find_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+register()
+
+
+def main() -> None:
+    quote_paths(["images", "run", "checkpoint", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="predict")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        failures = predict(check(cfg, Predict))
+    if failures:
+        sys.exit(1)
+
+
+def predict(settings: Predict) -> int:
+    """Read each picture; print, write and draw what the net says of it.
+
+    A file that can't be read as a digit gets a line on stderr, and the others go on.
+
+    Returns:
+        The number of such files.
+
+    Raises:
+        OSError: no checkpoint can be read, or the output can't be written.
+    """
+    from mnist_lightning.handwriting import SUFFIXES, NoDigit, read_image, to_mnist
+
+    path = find_checkpoint(settings.run, settings.checkpoint)
+    files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
+    log.info("loading torch and Lightning …")
+    import numpy as np
+    import torch
+
+    from mnist_lightning import figures
+    from mnist_lightning.data import class_names
+    from mnist_lightning.trained import load_classifier, log_probabilities
+
+    classifier, checkpoint = load_classifier(path)
+    names = class_names(str(checkpoint["datamodule_hyper_parameters"]["name"]))
+    folder = Path(settings.output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"net: {path}")
+    width = min(60, max(len(str(file)) for file in files))
+    failures = 0
+    drawings: dict[str, Figure] = {}
+    with (folder / "predictions.csv").open("w", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(["file", "prediction", "probability", *(f"p({name})" for name in names)])
+        for number, file in enumerate(files, start=1):
+            try:
+                picture = read_image(file)
+                seen = to_mnist(picture)
+            except (OSError, NoDigit, MemoryError) as error:
+                failures += 1
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                print(f"{file}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
+                continue
+            probabilities = log_probabilities(classifier, torch.from_numpy(seen)[None])[0].exp().numpy()
+            best = int(probabilities.argmax())
+            line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
+            print(f"{file!s:{width}}  {line}", flush=True)
+            writer.writerow(
+                [file, names[best], f"{probabilities[best]:.6f}", *(f"{p:.6f}" for p in probabilities)]
+            )
+            picture.thumbnail((480, 480))
+            drawing = figures.prediction(
+                np.asarray(picture), seen, probabilities, names, title=f"{file.name}: {line}"
+            )
+            figures.save({f"{number:03}_{file.stem}": drawing}, folder)
+            if settings.show:
+                drawings[str(file)] = drawing
+    done = len(files) - failures
+    print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv and a figure for each")
+    figures.show(drawings.values())
+    return failures
+
+
+def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
+
+    A name that matches nothing stands for itself, so that it is told with the files that fail.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+        if not pictures:
+            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(suffixes)})")
+        return pictures
+    if path.exists():
+        return [path]
+    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mnist_lightning.command import quote, quote_paths
+
+ODD = "a (1)=b,é #x.png"
+
+
+def parse(argument: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """What Hydra reads of an argument as the user typed it."""
+    monkeypatch.setattr(sys, "argv", ["command", argument])
+    quote_paths(["images", "runs"])
+    return OverridesParser.create().parse_override(sys.argv[1]).value()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (ODD, ODD),
+        ("'already quoted, so'", "already quoted, so"),
+        ("[a.png,b (2).png]", ["a.png", "b (2).png"]),
+        ("[a=1.png, é #x.png]", ["a=1.png", "é #x.png"]),
+        ("['a,b.png',c.png]", ["a,b.png", "c.png"]),
+        ('["a, b",c]', ["a, b", "c"]),
+        ("[one]", ["one"]),
+        ("[]", []),
+        ("'half", "'half"),
+        ("[half", "[half"),
+        ("*.png", "*.png"),
+        ("$HOME/${x}", "$HOME/${x}"),
+        ("null", None),
+    ],
+)
+def test_paths_mean_what_was_typed(typed: str, meant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = parse(f"images={typed}", monkeypatch)
+    assert unquoted(value) == meant
+
+
+def unquoted(value: object) -> object:
+    if isinstance(value, list):
+        return [unquoted(element) for element in value]
+    # OmegaConf takes the escape off "${" when it reads the value
+    return getattr(value, "text", value).replace("\\${", "${") if value is not None else None
+
+
+def test_names_of_existing_files_may_hold_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (ODD, "[x].png", "[1,2]", "a,b,c"):
+        (tmp_path / name).touch()
+    assert unquoted(parse(f"images=[{ODD},c.png]", monkeypatch)) == [ODD, "c.png"]
+    assert unquoted(parse(f"images=[c.png,{ODD}]", monkeypatch)) == ["c.png", ODD]
+    assert unquoted(parse("runs=[a,b,c,d]", monkeypatch)) == ["a,b,c", "d"]
+    assert unquoted(parse("images=[x].png", monkeypatch)) == "[x].png"
+    assert unquoted(parse("images=[1,2]", monkeypatch)) == "[1,2]"
+
+
+def test_other_keys_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "model.hidden=[1,2]", "images_=a b"])
+    quote_paths(["images"])
+    assert sys.argv[1:] == ["model.hidden=[1,2]", "images_=a b"]
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
+def test_any_text_survives_quoting(text: str) -> None:
+    value = OverridesParser.create().parse_override("key=" + quote(text)).value()
+    assert unquoted(value) == text.replace("\\${", "${")
