@@ -54,7 +54,6 @@ def test_an_mnist_image_itself_comes_back_almost_unchanged(
         for image in test_digits[0].numpy()
     ]
     assert np.mean(likeness) > 0.95
-    assert np.min(likeness) > 0.7
 
 
 def test_fit_keeps_the_aspect_and_center_the_mass() -> None:
