@@ -1,0 +1,127 @@
+"""A trained net as an ONNX file:  python -m mnist_lightning.export [key=value …]"""
+
+import io
+import logging
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning.command import CommandError, compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Export, check, register
+from mnist_lightning.files import write_atomic
+from mnist_lightning.runs import find_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from mnist_lightning.classifier import DigitClassifier
+
+log = logging.getLogger(__name__)
+register()
+
+NUM_CHECKED = 1_000  # test images that both nets are shown
+TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order differ by some 1e-6
+
+
+def main() -> None:
+    quote_paths(["run", "checkpoint", "data_dir", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="export")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        export(check(cfg, Export))
+
+
+def export(settings: Export) -> None:
+    """Write the net as ONNX, once it gives what the PyTorch net gives.
+
+    Raises:
+        CommandError: the extra is not installed, or the two nets differ.
+        OSError: the checkpoint or the data can't be read, or the file can't be written.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
+    path = find_checkpoint(settings.run, settings.checkpoint)
+    log.info("loading torch, Lightning and ONNX …")
+    from mnist_lightning.trained import load_classifier, load_split
+
+    classifier, checkpoint = load_classifier(path)
+    images = load_split(path, checkpoint, "test", data_dir=settings.data_dir).images[:NUM_CHECKED]
+    content = to_onnx(classifier)
+    difference = compare(content, classifier, images)
+    if not difference <= TOLERANCE:
+        raise CommandError(f"the ONNX net differs from the PyTorch net by {difference:.1e}: not written")
+    if settings.output is not None:
+        target = Path(settings.output).expanduser()
+    elif settings.checkpoint is not None:
+        target = path.with_suffix(".onnx")
+    else:
+        target = path.parent.parent / "model.onnx"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, content)
+    print(f"checkpoint  {path}")
+    print(f"written to  {target} ({len(content) / 1e6:.1f} MB)")
+    print("input       images: uint8 (N, 28, 28), ink high on 0")
+    print("output      probabilities: float32 (N, 10)")
+    print(f"checked     {len(images):,} test images, largest difference to PyTorch {difference:.1e}")
+
+
+def to_onnx(classifier: "DigitClassifier") -> bytes:
+    """The net as the content of an ONNX file: uint8 (N, 28, 28) in, float32 (N, 10) probabilities out."""
+    import torch
+
+    net = torch.nn.Sequential(classifier.net, torch.nn.Softmax(dim=1)).eval()
+    example = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    buffer = io.BytesIO()
+    with _quiet():
+        program = torch.onnx.export(
+            net,
+            (example,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(buffer)
+    return buffer.getvalue()
+
+
+def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> float:
+    """The largest difference between the probabilities of the ONNX and of the PyTorch net."""
+    import numpy as np
+    import onnxruntime
+
+    from mnist_lightning.trained import log_probabilities
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (ours,) = session.run(["probabilities"], {"images": images.numpy()})
+    return float(np.abs(ours - log_probabilities(classifier, images).exp().numpy()).max())
+
+
+@contextmanager
+def _quiet() -> "Iterator[None]":
+    """torch.onnx and onnxscript report their progress and their own deprecations; errors still pass."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+if __name__ == "__main__":
+    main()

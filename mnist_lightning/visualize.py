@@ -1,0 +1,91 @@
+"""What the data looks like:  python -m mnist_lightning.visualize [key=value …]"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Visualize, check, register
+
+log = logging.getLogger(__name__)
+register()
+
+NUM_IMAGES = 60  # of the grid: six rows of ten
+
+
+def main() -> None:
+    quote_paths(["data.data_dir", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="visualize")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        visualize(check(cfg, Visualize))
+
+
+def visualize(settings: Visualize) -> None:
+    """Draw the training images, their classes and their pixels.
+
+    Raises:
+        OSError: the data can't be read or fetched, or the output can't be written.
+    """
+    log.info("loading torch and Lightning …")
+    import torch
+
+    from mnist_lightning import figures
+    from mnist_lightning.data import MNISTDataModule, class_names
+    from mnist_lightning.network import NUM_CLASSES
+
+    data = settings.data
+    datamodule = MNISTDataModule(
+        name=data.name,
+        data_dir=data.data_dir,
+        batch_size=data.batch_size,
+        val_size=data.val_size,
+        split_seed=data.split_seed,
+        num_workers=data.num_workers,
+        seed=0,
+    )
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    names = class_names(data.name)
+    train = datamodule.splits["train"]
+    pixels = torch.bincount(train.images.flatten(), minlength=256).double()
+    levels = torch.arange(256) / 255
+    mean = float((pixels * levels).sum() / pixels.sum())
+    std = float((pixels * (levels - mean) ** 2).sum() / pixels.sum()) ** 0.5
+    counts = {
+        name: torch.bincount(split.labels, minlength=NUM_CLASSES)
+        for name, split in datamodule.splits.items()
+        if len(split)
+    }
+    means = torch.stack(
+        [train.images[train.labels == label].float().mean(dim=0) for label in range(NUM_CLASSES)]
+    )
+    drawings = {
+        "digits": figures.digits(
+            train.images[:NUM_IMAGES].numpy(),
+            [names[label] for label in train.labels[:NUM_IMAGES].tolist()],
+            title=f"{data.name}: the first {NUM_IMAGES} training images",
+        ),
+        "class_counts": figures.class_counts(
+            {name: count.numpy() for name, count in counts.items()}, names
+        ),
+        "mean_images": figures.mean_images(
+            means.numpy(), names, title=f"{data.name}: mean training image of each class"
+        ),
+        "pixels": figures.pixel_histogram(pixels.long().numpy(), mean=mean, std=std, title=data.name),
+    }
+    for path in figures.save(drawings, Path(settings.output).expanduser()):
+        print(path)
+    sizes = ", ".join(f"{int(count.sum()):,} {name}" for name, count in counts.items())
+    print(f"\n{data.name}: {sizes} images; training pixels have mean {mean:.4f} and std {std:.4f}")
+    if settings.show:
+        figures.show(drawings.values())
+
+
+if __name__ == "__main__":
+    main()
