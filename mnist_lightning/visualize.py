@@ -71,9 +71,7 @@ def visualize(settings: Visualize) -> None:
             [names[label] for label in train.labels[:NUM_IMAGES].tolist()],
             title=f"{data.name}: the first {NUM_IMAGES} training images",
         ),
-        "class_counts": figures.class_counts(
-            {name: count.numpy() for name, count in counts.items()}, names
-        ),
+        "class_counts": figures.class_counts({name: count.numpy() for name, count in counts.items()}, names),
         "mean_images": figures.mean_images(
             means.numpy(), names, title=f"{data.name}: mean training image of each class"
         ),

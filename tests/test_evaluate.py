@@ -1,27 +1,27 @@
 import csv
 import json
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from PIL import Image
 
+from mnist_lightning.checkpoint import serialize
+from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import ConfigError, Evaluate
 from mnist_lightning.evaluate import score, tabulate
 from mnist_lightning.runs import find_run
 from mnist_lightning.trained import load_classifier, load_split, log_probabilities
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 NAMES = [str(digit) for digit in range(10)]
 
 
-def test_evaluate_finds_the_run_and_agrees_with_training(
-    workplace: Path, trained_run: Path, command: Command
-) -> None:
+def test_evaluate_finds_the_run_and_agrees_with_training(trained_run: Path, command: Run) -> None:
+    workplace = trained_run.parents[3]
     done = command("evaluate", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -48,11 +48,11 @@ def test_evaluate_finds_the_run_and_agrees_with_training(
     assert f"{100 * low:.2f} to {100 * high:.2f} %" in done.stdout
     for name in NAMES:
         assert any(line.split()[:1] == [name] for line in done.stdout.splitlines())
-    assert sorted(path.name for path in workplace.iterdir()) == ["data", "logs"]  # no outputs/
+    assert sorted(path.name for path in workplace.iterdir()) == ["logs"]  # no outputs/
 
 
 def test_a_checkpoint_file_alone_is_enough_whatever_its_name(
-    workplace: Path, trained_run: Path, tmp_path: Path, command: Command
+    trained_run: Path, tmp_path: Path, command: Run
 ) -> None:
     checkpoint = tmp_path / "a (1)=b,é #x.ckpt"
     shutil.copy(trained_run / "checkpoints" / "best.ckpt", checkpoint)
@@ -78,7 +78,7 @@ def test_a_checkpoint_file_alone_is_enough_whatever_its_name(
     ],
 )
 def test_mistakes_are_told_in_a_line(
-    arguments: list[str], message: str, tmp_path: Path, command: Command
+    arguments: list[str], message: str, tmp_path: Path, command: Run
 ) -> None:
     done = command("evaluate", *arguments, cwd=tmp_path)
     assert done.returncode != 0
@@ -96,8 +96,6 @@ def test_settings_are_checked_without_a_process() -> None:
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
     """A net with other settings than any YAML file's comes back as it was."""
-    from mnist_lightning.classifier import DigitClassifier
-
     settings = {
         "hidden": [7, 5],
         "activation": "tanh",
@@ -117,13 +115,10 @@ def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -
     assert not rebuilt.training
 
 
-def rebuild(state: dict, settings: dict, checkpoint: dict, folder: Path):  # type: ignore[no-untyped-def,type-arg]
-    from mnist_lightning import checkpoint as checkpoints
-
+def rebuild(state: Any, settings: Any, checkpoint: dict[str, Any], folder: Path) -> DigitClassifier:
     path = folder / "other.ckpt"
     content = checkpoint | {"hyper_parameters": settings, "state_dict": state}
-    write = getattr(checkpoints, "save", torch.save)
-    write(content, path)
+    path.write_bytes(serialize(content))
     return load_classifier(path)[0]
 
 
@@ -135,17 +130,18 @@ def test_a_net_that_does_not_fit_its_settings_is_refused(trained_run: Path, tmp_
             rebuild(state, settings | change, checkpoint, tmp_path)
 
 
-def test_the_validation_images_are_those_of_the_run(workplace: Path, trained_run: Path) -> None:
+def test_the_validation_images_are_those_of_the_run(data_dir: Path, trained_run: Path) -> None:
     path = trained_run / "checkpoints" / "best.ckpt"
     classifier, checkpoint = load_classifier(path)
     sizes = {
-        split: len(load_split(path, checkpoint, split, data_dir=None)) for split in ("train", "val", "test")
+        split: len(load_split(path, checkpoint, split, data_dir=str(data_dir)))
+        for split in ("train", "val", "test")
     }
     assert sizes == {"train": 55_000, "val": 5_000, "test": 10_000}
     checkpoint["datamodule_hyper_parameters"]["val_size"] = 0
     with pytest.raises(OSError, match=r"split=val: the run had no such images of mnist \(data.val_size=0\)"):
-        load_split(path, checkpoint, "val", data_dir=str(workplace / "data"))
-    test = load_split(path, checkpoint, "test", data_dir=str(workplace / "data"))
+        load_split(path, checkpoint, "val", data_dir=str(data_dir))
+    test = load_split(path, checkpoint, "test", data_dir=str(data_dir))
     one_by_one = torch.cat([log_probabilities(classifier, image[None]) for image in test.images[:50]])
     assert torch.allclose(one_by_one, log_probabilities(classifier, test.images)[:50], atol=1e-5)
 

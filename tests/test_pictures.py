@@ -1,16 +1,14 @@
 import io
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from conftest import Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=20", "test=false", "model.hidden=[8]")
 IMAGES = {"data/digits", "net/first_layer", "val/confusion_matrix", "val/mistakes"}
 
@@ -50,12 +48,12 @@ def test_training_and_validation_stand_in_one_chart(trained_run: Path) -> None:
 
 
 def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
-    workplace: Path, command: Command
+    tmp_path: Path, command: Run
 ) -> None:
     arguments = ["callbacks=default,histograms", "hydra.sweep.dir=histograms"]
-    done = command("train", "-m", *arguments, *SHORT, f"data.data_dir={workplace / 'data'}", cwd=workplace)
+    done = command("train", "-m", *arguments, *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    default, histograms = (events(workplace / "histograms" / job).Tags() for job in "01")
+    default, histograms = (events(tmp_path / "histograms" / job).Tags() for job in "01")
     names = [f"net.layers.{layer}.{kind}" for layer in (1, 3) for kind in ("weight", "bias")]
     assert set(histograms["histograms"]) == {
         f"{kind}/{name}" for kind in ("weights", "gradients") for name in names
@@ -66,7 +64,7 @@ def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
         assert "train/loss" in tags["scalars"]
 
 
-def test_one_key_turns_them_off_and_nothing_else_changes(workplace: Path, command: Command) -> None:
+def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command: Run) -> None:
     """With batch norm and dropout: pictures draw no random number and leave the net's state alone."""
     arguments = ["callbacks.pictures.enabled=true,false", "model.norm=batch", "model.dropout=0.5"]
     done = command(
@@ -75,12 +73,12 @@ def test_one_key_turns_them_off_and_nothing_else_changes(workplace: Path, comman
         *arguments,
         *SHORT,
         "hydra.sweep.dir=pictures",
-        f"data.data_dir={workplace / 'data'}",
-        cwd=workplace,
+       ,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    runs = [workplace / "pictures" / job for job in "01"]
+    runs = [tmp_path / "pictures" / job for job in "01"]
     assert [set(events(run).Tags()["images"]) for run in runs] == [IMAGES, set()]
     with_pictures, without = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in runs
@@ -89,9 +87,9 @@ def test_one_key_turns_them_off_and_nothing_else_changes(workplace: Path, comman
     assert all(torch.equal(with_pictures[name], without[name]) for name in without)
 
 
-def test_without_tensorboard_nothing_happens(workplace: Path, command: Command) -> None:
+def test_without_tensorboard_nothing_happens(tmp_path: Path, command: Run) -> None:
     arguments = ["logger=csv,none", "callbacks.pictures.enabled=true", "hydra.sweep.dir=loggers"]
-    done = command("train", "-m", *arguments, *SHORT, f"data.data_dir={workplace / 'data'}", cwd=workplace)
+    done = command("train", "-m", *arguments, *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert not list((workplace / "loggers").glob("*/tensorboard"))
-    assert len(list((workplace / "loggers").glob("*/checkpoints/best.ckpt"))) == 2
+    assert not list((tmp_path / "loggers").glob("*/tensorboard"))
+    assert len(list((tmp_path / "loggers").glob("*/checkpoints/best.ckpt"))) == 2

@@ -3,12 +3,12 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from PIL import Image
 
 from benchmarks.handwriting import KINDS, through_predict
@@ -22,14 +22,13 @@ from mnist_lightning.handwriting import (
 )
 from mnist_lightning.trained import load_classifier, load_split, log_probabilities
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py takes more, and the goal of 97 % for most kinds
 
 
 @pytest.fixture(scope="module")
-def test_digits(trained_run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
     path = trained_run / "checkpoints" / "best.ckpt"
-    split = load_split(path, load_classifier(path)[1], "test", data_dir=None)
+    split = load_split(path, load_classifier(path)[1], "test", data_dir=str(data_dir))
     chosen = torch.from_numpy(np.random.default_rng(5).choice(10_000, NUM_DIGITS, replace=False))
     return split.images[chosen], split.labels[chosen]
 
@@ -153,9 +152,7 @@ def test_bombs_are_refused_before_they_are_decoded(width: int, height: int, tmp_
         read_image(path)
 
 
-def test_bad_files_are_told_and_the_others_go_on(
-    workplace: Path, trained_run: Path, tmp_path: Path, command: Command
-) -> None:
+def test_bad_files_are_told_and_the_others_go_on(trained_run: Path, tmp_path: Path, command: Run) -> None:
     odd = "a (1)=b,é #x.png"
     seven = Image.fromarray(draw_seven())
     seven.save(tmp_path / odd)
@@ -204,7 +201,7 @@ def test_bad_files_are_told_and_the_others_go_on(
     ],
 )
 def test_mistakes_are_told_in_a_line(
-    arguments: list[str], message: str, tmp_path: Path, command: Command
+    arguments: list[str], message: str, tmp_path: Path, command: Run
 ) -> None:
     done = command("predict", *arguments, cwd=tmp_path)
     assert done.returncode != 0

@@ -1,0 +1,226 @@
+"""Which net is better, and what sets them apart:  python -m mnist_lightning.compare runs=[A,B]"""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from mnist_lightning.command import CommandError, compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Compare, check, register
+from mnist_lightning.resume import flatten
+from mnist_lightning.runs import find_checkpoint
+
+if TYPE_CHECKING:
+    from mnist_lightning.data import Digits
+    from mnist_lightning.evaluate import Evaluation
+    from mnist_lightning.figures import Curve
+
+log = logging.getLogger(__name__)
+register()
+
+LEVEL = 0.05  # of McNemar's test
+METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, beside the split's scores
+CURVES = ("train/loss", "val/loss", "train/acc", "val/acc")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A net and what its run left.
+
+    Attributes:
+        folder: of the run; None where only a checkpoint file is known.
+    """
+
+    name: str
+    folder: Path | None
+    settings: dict[str, Any]
+    digits: "Digits"
+    evaluation: "Evaluation"
+
+
+def main() -> None:
+    quote_paths(["runs", "data_dir", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="compare")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        compare(check(cfg, Compare))
+
+
+def compare(settings: Compare) -> None:
+    """Print and write what differs between nets: settings, metrics, curves, and which is better.
+
+    Raises:
+        CommandError: the nets were not measured on the same images.
+        OSError: a checkpoint or the data can't be read, or the output can't be written.
+    """
+    paths = [_find(name) for name in settings.runs]
+    log.info("loading torch and Lightning …")
+    import torch
+
+    from mnist_lightning import figures
+
+    contestants = [
+        _load(letter, path, settings) for letter, path in zip(_letters(len(paths)), paths, strict=True)
+    ]
+    first = contestants[0].digits
+    for other in contestants[1:]:
+        same = len(other.digits) == len(first) and torch.equal(other.digits.images, first.images)
+        if not (same and torch.equal(other.digits.labels, first.labels)):
+            raise CommandError(
+                f"{paths[0]} and {paths[contestants.index(other)]} have other {settings.split} images"
+                " (data.name, data.val_size, data.split_seed): they can't be compared on them"
+                + ("; split=test may do" if settings.split == "val" else "")
+            )
+    folder = Path(settings.output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [contestant.name for contestant in contestants]
+    for contestant, path in zip(contestants, paths, strict=True):
+        print(f"{contestant.name} = {path}")
+    differences = differing([contestant.settings for contestant in contestants])
+    print("\nsettings that differ" if differences else "\nno setting differs")
+    print(tabulate(differences, names))
+    metrics = side_by_side(contestants, settings.split)
+    print(f"\n{len(first):,} {settings.split} images")
+    print(tabulate(metrics, names))
+    result: dict[str, Any] = {
+        "runs": {name: str(path) for name, path in zip(names, paths, strict=True)},
+        "split": settings.split,
+        "settings": {key: dict(zip(names, values, strict=True)) for key, values in differences.items()},
+        "metrics": {key: dict(zip(names, values, strict=True)) for key, values in metrics.items()},
+    }
+    if len(contestants) == 2:
+        result["mcnemar"] = judge(*(contestant.evaluation for contestant in contestants))
+        print(f"\n{result['mcnemar']['sentence']}")
+    if settings.split == "test":
+        print(
+            "\nWhoever chooses a net by its test images has no independent estimate of its accuracy left:"
+            " choose by split=val, and read the test images once."
+        )
+    (folder / "comparison.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    histories = {c.name: history for c in contestants if (history := read_curves(c.folder))}
+    written = ["comparison.json"]
+    if histories:
+        drawing = figures.curves(histories)
+        written += [path.name for path in figures.save({"curves": drawing}, folder)]
+    print(f"\nwritten to {folder}: {', '.join(written)}")
+    if settings.show and histories:
+        figures.show([drawing])
+
+
+def judge(a: "Evaluation", b: "Evaluation") -> dict[str, Any]:
+    """McNemar's test of two nets on the same images, and its meaning in a sentence."""
+    from mnist_lightning.scores import mcnemar
+
+    a_right, b_right = a.predictions == a.labels, b.predictions == b.labels
+    only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
+    p = mcnemar(only_a, only_b)
+    p_text = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+    if p < LEVEL:
+        (better, more), (worse, fewer) = sorted([("A", only_a), ("B", only_b)], key=lambda side: -side[1])
+        sentence = (
+            f"{better} is better than {worse}: {more} images right that {worse} gets wrong,"
+            f" {fewer} the other way, {p_text} (McNemar's exact test)."
+        )
+    else:
+        sentence = (
+            f"No evidence of a difference: {only_a} images only A gets right, {only_b} only B,"
+            f" {p_text} (McNemar's exact test)."
+        )
+    return {"only_A_right": only_a, "only_B_right": only_b, "p": p, "sentence": sentence}
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The keys whose values are not all the same, with their values; "–" where a run has no such key."""
+    keys = sorted({key for one in settings for key in one})
+    rows = {key: [one.get(key, "–") for one in settings] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, list[Any]]:
+    """Scores on the split and what metrics.json tells of the training; never test scores unasked."""
+    evaluations = [contestant.evaluation for contestant in contestants]
+    rows: dict[str, list[Any]] = {
+        f"{split}/acc": [f"{100 * one.accuracy:.2f} %" for one in evaluations],
+        "  95 % interval": [
+            f"{100 * one.interval[0]:.2f}–{100 * one.interval[1]:.2f} %" for one in evaluations
+        ],
+        f"{split}/loss": [f"{one.loss:.4f}" for one in evaluations],
+    }
+    reports = []
+    for contestant in contestants:
+        path = contestant.folder / "metrics.json" if contestant.folder else None
+        reports.append(json.loads(path.read_text()) if path and path.is_file() else {})
+    for key in METRICS:
+        if any(key in report for report in reports):
+            rows[key] = [report.get(key, "–") for report in reports]
+    return rows
+
+
+def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+    """A line a key, a column a run."""
+    if not rows:
+        return ""
+    cells = [["", *names]] + [[key, *map(str, values)] for key, values in rows.items()]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            [f"{line[0]:{widths[0]}}"] + [f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True)]
+        )
+        for line in cells
+    )
+
+
+def read_curves(folder: Path | None) -> "dict[str, Curve]":
+    """The curves by epoch of a run's ``csv/metrics.csv``; none where it has no such file."""
+    import numpy as np
+
+    path = folder / "csv" / "metrics.csv" if folder else None
+    if path is None or not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = {}
+    for key in CURVES:
+        points = [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key) and row.get("epoch")]
+        if points:
+            epochs, values = np.array(points).T
+            history[key] = (epochs, values)
+    return history
+
+
+def _letters(count: int) -> list[str]:
+    return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(count)]
+
+
+def _find(name: str) -> Path:
+    return find_checkpoint(name, name if Path(name).expanduser().is_file() else None)
+
+
+def _load(name: str, path: Path, settings: Compare) -> Contestant:
+    from mnist_lightning.evaluate import score
+    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+    classifier, checkpoint = load_classifier(path)
+    digits = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else None
+    saved = folder / ".hydra" / "config.yaml" if folder else None
+    if saved and saved.is_file():
+        values = flatten(OmegaConf.to_container(OmegaConf.load(saved), resolve=False))
+    else:  # a checkpoint alone tells the net and the data
+        values = {f"model.{key}": value for key, value in checkpoint["hyper_parameters"].items()}
+        values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
+    log_probs = log_probabilities(classifier, digits.images)
+    return Contestant(name, folder, values, digits, score(digits.labels.numpy(), log_probs.numpy()))
+
+
+if __name__ == "__main__":
+    main()

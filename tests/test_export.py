@@ -1,0 +1,63 @@
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import Run
+
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.export import compare, to_onnx
+from mnist_lightning.trained import load_classifier, log_probabilities
+
+
+def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, command: Run) -> None:
+    checkpoint = tmp_path / "a (1)=b,é #x.ckpt"
+    shutil.copy(trained_run / "checkpoints" / "best.ckpt", checkpoint)
+    done = command("export", f"checkpoint={checkpoint.name}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 6  # ours alone: nothing of torch.onnx
+    difference = re.search(r"1,000 test images, largest difference to PyTorch (\S+)", done.stdout)
+    assert difference
+    assert float(difference[1]) < 1e-4
+
+    session = onnxruntime.InferenceSession(tmp_path / "a (1)=b,é #x.onnx")
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [28, 28])
+    assert isinstance(given.shape[0], str)  # any number of images
+    assert (returned.name, returned.type) == ("probabilities", "tensor(float)")
+    classifier, _ = load_classifier(checkpoint)
+    for count in (1, 2, 77):
+        images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        (probabilities,) = session.run(None, {"images": images.numpy()})
+        assert probabilities.shape == (count, 10)
+        assert probabilities.sum(axis=1) == pytest.approx(np.ones(count), abs=1e-5)
+        wanted = log_probabilities(classifier, images).exp().numpy()
+        assert np.abs(probabilities - wanted).max() < 1e-4
+    assert len(list(tmp_path.iterdir())) == 2  # no outputs/
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("activation", ["gelu", "leaky_relu", "elu", "tanh"])
+def test_every_kind_of_net_can_be_exported(activation: str, norm: str) -> None:
+    torch.manual_seed(0)
+    classifier = DigitClassifier(
+        hidden=[16, 8],
+        activation=activation,
+        dropout=0.5,
+        norm=norm,
+        mean=0.5,
+        std=0.25,
+        label_smoothing=0.0,
+    ).eval()
+    images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8)
+    assert compare(to_onnx(classifier), classifier, images) < 1e-5
+
+
+def test_a_missing_checkpoint_is_told_in_a_line(tmp_path: Path, command: Run) -> None:
+    done = command("export", "checkpoint=no.ckpt", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr == "no.ckpt is not a checkpoint: there is no such file\n"
