@@ -178,7 +178,7 @@ def main() -> None:
             print(f"{kind:16} {same:10.1f} % {right:7.1f} %", flush=True)
             sheet += [*seen[:12].numpy()]
     if arguments.sheet:
-        names = [name for kind in ("original", *KINDS) for name in [kind[:9], *[""] * 11]]
+        names = [name for kind in ("original", *KINDS) for name in [kind, *[""] * 11]]
         drawing = figures.digits(np.stack(sheet), names, title="what the net sees", columns=12)
         figures.save({arguments.sheet.stem: drawing}, arguments.sheet.parent)
 

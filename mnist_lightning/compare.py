@@ -151,7 +151,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
     rows: dict[str, list[Any]] = {
         f"{split}/acc": [f"{100 * one.accuracy:.2f} %" for one in evaluations],
         "  95 % interval": [
-            f"{100 * one.interval[0]:.2f}–{100 * one.interval[1]:.2f} %" for one in evaluations
+            "{:.2f}–{:.2f} %".format(*(100 * x for x in one.interval)) for one in evaluations
         ],
         f"{split}/loss": [f"{one.loss:.4f}" for one in evaluations],
     }
@@ -171,12 +171,11 @@ def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
         return ""
     cells = [["", *names]] + [[key, *map(str, values)] for key, values in rows.items()]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            [f"{line[0]:{widths[0]}}"] + [f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in cells
-    )
+    lines = []
+    for key, *values in cells:
+        columns = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([f"{key:{widths[0]}}", *columns]))
+    return "\n".join(lines)
 
 
 def read_curves(folder: Path | None) -> "dict[str, Curve]":

@@ -82,7 +82,6 @@ def to_onnx(classifier: "DigitClassifier") -> bytes:
 
     net = torch.nn.Sequential(classifier.net, torch.nn.Softmax(dim=1)).eval()
     example = torch.zeros(2, 28, 28, dtype=torch.uint8)
-    buffer = io.BytesIO()
     with _quiet():
         program = torch.onnx.export(
             net,
@@ -94,8 +93,8 @@ def to_onnx(classifier: "DigitClassifier") -> bytes:
             verbose=False,
         )
         assert program is not None
-        program.save(buffer)
-    return buffer.getvalue()
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
 def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> float:

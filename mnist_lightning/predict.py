@@ -93,7 +93,8 @@ def predict(settings: Predict) -> int:
                 drawings[str(file)] = drawing
     done = len(files) - failures
     print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv and a figure for each")
-    figures.show(drawings.values())
+    if settings.show:
+        figures.show(drawings.values())
     return failures
 
 

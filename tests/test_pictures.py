@@ -73,7 +73,6 @@ def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command
         *arguments,
         *SHORT,
         "hydra.sweep.dir=pictures",
-       ,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
