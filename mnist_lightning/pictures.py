@@ -2,17 +2,19 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
+from mnist_lightning.loggers import TensorBoardLogger
 from mnist_lightning.network import NUM_CLASSES, FeedForward
 from mnist_lightning.scores import confusion_matrix
 
@@ -47,56 +49,45 @@ class TensorBoardPictures(Callback):
         self.enabled = enabled
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writer = _find_writer(trainer) if self.enabled else None
-        if writer is None:
-            return
-        writer.add_custom_scalars(LAYOUT)
-        images, labels = _split(trainer, "train")
-        drawing = figures.digits(
-            images[:NUM_DIGITS].numpy(),
-            [str(label) for label in labels[:NUM_DIGITS].tolist()],
-            title=f"the first {NUM_DIGITS} training images",
-        )
-        _add(writer, "data/digits", drawing, step=0)
-        _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
+        with self._writing(trainer) as writer:
+            if writer is None:
+                return
+            writer.add_custom_scalars(LAYOUT)
+            images, labels = _split(trainer, "train")
+            drawing = figures.digits(
+                images[:NUM_DIGITS].numpy(),
+                [str(label) for label in labels[:NUM_DIGITS].tolist()],
+                title=f"the first {NUM_DIGITS} training images",
+            )
+            _add(writer, "data/digits", drawing, step=0)
+            _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writer = _find_writer(trainer) if self.enabled else None
-        if writer is None:
-            return
-        weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
-        drawing = figures.first_layer(
-            weights[:NUM_UNITS].reshape(-1, 28, 28).numpy(),
-            title=f"first layer after training: {min(NUM_UNITS, len(weights))} of {len(weights)} units",
-        )
-        _add(writer, "net/first_layer", drawing, step=trainer.global_step)
+        with self._writing(trainer) as writer:
+            if writer is None:
+                return
+            weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
+            drawing = figures.first_layer(
+                weights[:NUM_UNITS].reshape(-1, 28, 28).numpy(),
+                title=f"first layer after training: {min(NUM_UNITS, len(weights))} of {len(weights)} units",
+            )
+            _add(writer, "net/first_layer", drawing, step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writer = _find_writer(trainer) if self.enabled else None
-        if writer is None or trainer.state.fn != TrainerFn.VALIDATING:
+        if trainer.state.fn != TrainerFn.VALIDATING:
             return
-        images, labels = _split(trainer, "val")
-        with torch.inference_mode():
-            probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
-        confidences, predictions = probabilities.max(dim=1)
-        wrong = (predictions != labels).nonzero().squeeze(1)
-        worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
-        names = [str(label) for label in range(NUM_CLASSES)]
-        title = f"{len(wrong):,} of {len(labels):,} validation images misread"
-        matrix = confusion_matrix(labels.numpy(), predictions.numpy(), NUM_CLASSES)
-        drawings = {
-            "val/confusion_matrix": figures.confusion_matrix(matrix, names, title=title),
-            "val/mistakes": figures.mistakes(
-                images[worst].numpy(),
-                [names[label] for label in labels[worst].tolist()],
-                [names[label] for label in predictions[worst].tolist()],
-                confidences[worst].numpy(),
-                title=f"{title}, the most confident ones",
-            ),
-        }
-        for tag, drawing in drawings.items():
-            _add(writer, tag, drawing, step=trainer.global_step)
-        writer.flush()
+        with self._writing(trainer) as writer:
+            if writer is None:
+                return
+            images, labels = _split(trainer, "val")
+            with torch.inference_mode():
+                probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
+            for tag, drawing in _draw_validation(images, labels, probabilities).items():
+                _add(writer, tag, drawing, step=trainer.global_step)
+            writer.flush()
+
+    def _writing(self, trainer: L.Trainer) -> AbstractContextManager[SummaryWriter | None]:
+        return _writing(trainer) if self.enabled else nullcontext()
 
 
 class Histograms(Callback):
@@ -109,18 +100,47 @@ class Histograms(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx + 1 != trainer.num_training_batches or (writer := _find_writer(trainer)) is None:
+        if batch_idx + 1 != trainer.num_training_batches:
             return
-        for name, parameter in pl_module.named_parameters():
-            for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
-                writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
+        with _writing(trainer) as writer:
+            if writer is None:
+                return
+            for name, parameter in pl_module.named_parameters():
+                for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                    writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
 
 
-def _find_writer(trainer: L.Trainer) -> SummaryWriter | None:
-    if not trainer.is_global_zero:
-        return None
-    loggers = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-    return next((logger.experiment for logger in loggers), None)
+@contextmanager
+def _writing(trainer: L.Trainer) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's writer, where there is one that still can write; its failures never stop a run."""
+    loggers = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger) and not one.failed]
+    if not loggers or not trainer.is_global_zero:
+        yield None
+        return
+    with loggers[0].forgiving():
+        yield loggers[0].experiment
+
+
+def _draw_validation(
+    images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor
+) -> dict[str, Figure]:
+    """The confusion matrix and the most confident mistakes.  (N, 28, 28), (N,), (N, 10)"""
+    confidences, predictions = probabilities.max(dim=1)
+    wrong = (predictions != labels).nonzero().squeeze(1)
+    worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
+    names = [str(label) for label in range(NUM_CLASSES)]
+    title = f"{len(wrong):,} of {len(labels):,} validation images misread"
+    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), NUM_CLASSES)
+    return {
+        "val/confusion_matrix": figures.confusion_matrix(matrix, names, title=title),
+        "val/mistakes": figures.mistakes(
+            images[worst].numpy(),
+            [names[label] for label in labels[worst].tolist()],
+            [names[label] for label in predictions[worst].tolist()],
+            confidences[worst].numpy(),
+            title=f"{title}, the most confident ones",
+        ),
+    }
 
 
 def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:

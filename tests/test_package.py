@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "files": set(),
     "signals": set(),
     "command": set(),
-    "runs": set(),
+    "runs": {"checkpoint"},
     "resume": {"config"},
     "prepare": {"config", "resume"},
     "network": set(),
@@ -27,6 +27,11 @@ MAY_IMPORT = {
     "loggers": set(),
     "checkpoint": set(),
     "callbacks": {"figures", "network"},
+    "figures": set(),
+    "scores": set(),
+    "handwriting": set(),
+    "pictures": {"figures", "loggers", "network", "scores"},
+    "trained": {"checkpoint", "classifier", "data"},
     "classifier": {"network"},
 }
 
