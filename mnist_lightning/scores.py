@@ -56,7 +56,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     half = Z_95 / (1 + squared / trials) * math.sqrt(
         share * (1 - share) / trials + squared / (4 * trials**2)
     )  # fmt: skip
-    return max(0.0, center - half), min(1.0, center + half)
+    # rounding must not part the interval from a share of 0 or 1
+    return 0.0 if successes == 0 else center - half, 1.0 if successes == trials else center + half
 
 
 def confusion_matrix(labels: Labels, predictions: Labels, num_classes: int) -> NDArray[np.int64]:
