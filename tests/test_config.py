@@ -22,7 +22,9 @@ MISTAKES = {
     ("data.val_size=60000",): "data.val_size must be in [0, 59999], got 60000",
     ("data.val_size=-1",): "data.val_size must be in [0, 59999], got -1",
     ("data.batch_size=0",): "data.batch_size must be >= 1, got 0",
-    ("data.batch_size=60000",): "data.batch_size must be at most the 55000 training images that data.val_size=5000 leaves",
+    (
+        "data.batch_size=60000",
+    ): "data.batch_size must be at most the 55000 training images that data.val_size=5000 leaves",
     ("data.num_workers=-1",): "data.num_workers must be >= 0, got -1",
     ("optimizer.weight_decay=-1",): "optimizer.weight_decay must be a finite number >= 0, got -1",
     ("trainer.log_every_n_steps=0",): "trainer.log_every_n_steps must be a whole number >= 1, got 0",

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from mnist_lightning.config import ConfigError
 from mnist_lightning.train import train
 
-numbers = st.one_of(st.integers(-2, 300), st.sampled_from([0.0, 0.5, 1e-4, 1e30, -1.0, float("nan"), float("inf")]))
+numbers = st.one_of(
+    st.integers(-2, 300), st.sampled_from([0.0, 0.5, 1e-4, 1e30, -1.0, float("nan"), float("inf")])
+)
 overrides = st.fixed_dictionaries(
     {},
     optional={
@@ -53,7 +55,11 @@ def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, ob
     arguments = [f"{key}={value}".replace(" ", "") for key, value in chosen.items()]
     try:
         settings = settle(
-            run_dir, f"data.data_dir='{data_dir}'", "+trainer.limit_train_batches=2", "logger=none", *arguments
+            run_dir,
+            f"data.data_dir='{data_dir}'",
+            "+trainer.limit_train_batches=2",
+            "logger=none",
+            *arguments,
         )
     except ConfigError as error:
         assert any(key.split(".")[-1] in str(error) for key in chosen), error
