@@ -30,7 +30,7 @@ def start(cwd: Path, environment: dict[str, str], *arguments: str) -> "subproces
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
 
 
-def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]", patience: float = 120) -> None:
+def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]", patience: float = 600) -> None:
     end = time.monotonic() + patience
     while not list(cwd.glob("run/checkpoints/*.ckpt")):
         assert process.poll() is None, (cwd / "output").read_text()
@@ -100,7 +100,7 @@ def kill_and_resume(
         process.wait()
         process = start(folder, environment, "resume=run")
         time.sleep(generator.uniform(2, 9))  # some kills hit the start-up
-    assert process.wait(timeout=120) == 0, (folder / "output").read_text()
+    assert process.wait(timeout=600) == 0, (folder / "output").read_text()
     assert_twins(whole_runs[more], folder / "run")
     assert not list(folder.rglob(".writing-*"))
 
@@ -160,7 +160,7 @@ def stop(sig: signal.Signals, moment: float, cwd: Path, environment: dict[str, s
         wait_for_checkpoint(cwd, process)
         time.sleep(moment)
     process.send_signal(sig)
-    assert process.wait(timeout=30) == 128 + sig, (cwd / "output").read_text()
+    assert process.wait(timeout=120) == 128 + sig, (cwd / "output").read_text()
     if moment >= 0:
         assert load(cwd / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
         assert "saved at step" in (cwd / "output").read_text()
