@@ -6,6 +6,7 @@ config beside it, in ``.hydra/resume-<number>/``.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from mnist_lightning.command import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.runs import find_run
+from mnist_lightning.status import read
 
 KEY = "resume="
 # What decides the weights: a run can't go on with another value of these.
@@ -47,6 +49,20 @@ def rewrite_arguments() -> None:
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.prepare.Prepare",
     ]
+
+
+def resume_job(job_dir: Path) -> str | None:
+    """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
+    a checkpoint, else nothing, and all that an earlier attempt has left but its log is removed."""
+    status = read(job_dir)
+    checkpoints = job_dir / "checkpoints"
+    if status is not None and status.state == "interrupted" and any(checkpoints.glob("*.ckpt")):
+        return str(job_dir)
+    for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in ("metrics.json", "val_correct.npy"):
+        (job_dir / file).unlink(missing_ok=True)
+    return None
 
 
 def check_resumption(settings: Train) -> None:
