@@ -62,11 +62,15 @@ class ReportEachJob(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: "JobReturn", **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            job_dir = Path(config.hydra.runtime.output_dir)
-            sweep = write_tables(Path(config.hydra.sweep.dir))
-            for job in sweep.jobs:
-                if job.name == job_dir.name:
-                    log.info("%s", tell(job, sweep))
+            tell_job(Path(config.hydra.runtime.output_dir))
+
+
+def tell_job(job_dir: Path) -> None:
+    """Rewrite the tables of a job's sweep, and log the job in a line."""
+    sweep = write_tables(job_dir.parent)
+    for job in sweep.jobs:
+        if job.name == job_dir.name:
+            log.info("%s", tell(job, sweep))
 
 
 def tell(job: Job, sweep: Sweep) -> str:
