@@ -120,7 +120,9 @@ def describe(error: BaseException) -> tuple[str, str]:
     if isinstance(error, Pruned):
         return "pruned", str(error)
     line = " ".join(str(error).split())
-    if isinstance(error, CommandError) or (isinstance(error, SystemExit) and isinstance(error.code, str)):
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return "failed", f"something called sys.exit({'' if error.code is None else error.code})"
+    if isinstance(error, (CommandError, SystemExit)):
         return "failed", line
     return "failed", f"{type(error).__name__}: {line}"
 

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_lightning import signals
 from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.resume import flatten
 from mnist_lightning.status import Status, lock, read
-from mnist_lightning.sweep import MULTIRUN
+from mnist_lightning.sweep import MULTIRUN, read_multirun
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class GridSweeper(BasicSweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.resumed = (self.sweep_dir / MULTIRUN).is_file()
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """
@@ -48,15 +50,23 @@ class GridSweeper(BasicSweeper):
                 self.sweep_dir.rmdir()  # nothing is lost: it is empty
             raise
         with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
-            OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
+            if not self.resumed:
+                OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
             returns = self.launch_all()
         self.hydra_context.callbacks.on_multirun_end(config=self.config)
         self.finish()
         return returns
 
     def prepare(self, arguments: list[str]) -> None:
-        """Know the jobs, and check them all."""
+        """Know the jobs, and check them all.
+
+        Raises:
+            ConfigError: a job's settings are wrong, or are not those of the sweep to go on with.
+        """
         assert self.hydra_context is not None
+        assert self.config is not None
+        if self.resumed:
+            check_same(self.sweep_dir, self.config)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (self.jobs,) = self.split_arguments(overrides, None)
@@ -74,12 +84,26 @@ class GridSweeper(BasicSweeper):
                 log.info("checked the settings of %d of %d jobs", number + 1, len(jobs))
 
     def launch_all(self) -> list[JobReturn]:
+        numbered = [(number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number)]
+        if len(numbered) < len(self.jobs):
+            log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
         size = self.max_batch_size or len(self.jobs)
-        numbered = list(enumerate(self.jobs))
         returns: list[JobReturn] = []
         for start in range(0, len(numbered), size):
             returns += self.launch(numbered[start : start + size])
         return returns
+
+    def is_finished(self, number: int) -> bool:
+        """
+        Raises:
+            SystemExit: the job is running, in a process that outlives its sweep.
+        """
+        status = read(self.sweep_dir / str(number))
+        if status is None:
+            return False
+        if status.state == "running":
+            sys.exit(f"job {number} of {self.sweep_dir} is still running: wait until it has ended")
+        return status.state in ("completed", "pruned")
 
     def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
         """Run jobs, each in the folder of its number."""
@@ -139,6 +163,29 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
             f"a multirun compares its jobs by {settings.monitor.metric}, and data.val_size=0 leaves no"
             " validation split: set data.val_size=5000, or start such runs one by one"
         )
+
+
+def check_same(sweep_dir: Path, config: DictConfig) -> None:
+    """
+    Raises:
+        ConfigError: the folder holds a sweep with other settings.
+    """
+    saved = read_multirun(sweep_dir)
+    before = saved["hydra"]["overrides"]["task"], {k: v for k, v in saved.items() if k != "hydra"}
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    now = list(config.hydra.overrides.task), OmegaConf.to_container(own)
+    params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
+    changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
+    changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]
+    changed += [f"{argument} is missing" for argument in before[0] if argument not in now[0]]
+    old, new = flatten(before[1]), flatten(now[1])
+    changed += [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"the sweep in {sweep_dir} has other settings ({'; '.join(changed)})")
 
 
 @contextmanager
