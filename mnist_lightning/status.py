@@ -4,10 +4,10 @@ import contextlib
 import fcntl
 import itertools
 import json
-import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,8 +16,6 @@ from pathlib import Path
 from mnist_lightning import signals
 from mnist_lightning.command import CommandError
 from mnist_lightning.files import write_atomic
-
-log = logging.getLogger(__name__)
 
 FILE = "status.json"
 Metrics = dict[str, float]
@@ -103,7 +101,8 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
             if not in_sweep or status.state == "interrupted":
                 raise
             if isinstance(error, SystemExit):
-                log.error("%s", status.error, exc_info=True)
+                with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
+                    traceback.print_exc(file=file)
         finally:
             status.seconds = round(time.monotonic() - start, 3)
             with contextlib.suppress(OSError):

@@ -101,7 +101,7 @@ class OptunaSweeper(GridSweeper):
     def launch_all(self) -> list[JobReturn]:
         study = self.open_study()
         space = {key: to_distribution(override) for key, override in self.space.items()}
-        size: int = self.n_jobs or getattr(self.launcher, "n_jobs", 1)
+        size = self.n_jobs or int(getattr(self.launcher, "n_jobs", 1))
         batch = self.find_unfinished(study)
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
