@@ -317,13 +317,13 @@ def draw(sweep: Sweep, folder: Path) -> None:
 
 
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
-    """Epochs, counted from 1, and the metric's value after each; empty where none were logged."""
+    """Epochs, from 1, and the metric's value after each; empty where none were logged."""
     epochs, values = [], []
     try:
         with (job.folder / "csv" / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get(metric):
-                    epochs.append(int(row["epoch"]) + 1)
+                    epochs.append(int(row["epoch"]))
                     values.append(float(row[metric]))
     except (OSError, ValueError, KeyError):
         return [], []

@@ -76,8 +76,8 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
         run_dir: exists.
         overrides: of the run's command line.
         in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
-            the other jobs go on; but an interruption ends the sweep too.  The ``CommandError`` has
-            no traceback: that would keep the run's tensors in memory.
+            the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
+            the frames of its causes, with the run's tensors, are let go.
 
     Yields:
         The status, for its metrics to be filled in.
@@ -103,12 +103,20 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
             if isinstance(error, SystemExit):
                 with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
                     traceback.print_exc(file=file)
+            forget(error)
         finally:
             status.seconds = round(time.monotonic() - start, 3)
             with contextlib.suppress(OSError):
                 status.write(run_dir)
     if in_sweep and status.error is not None:
         raise CommandError(status.error)
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the frames of an exception and of those before it, and so of their tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def describe(error: BaseException) -> tuple[str, str]:
