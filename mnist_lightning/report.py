@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import functools
 import io
 import logging
 import math
@@ -270,14 +271,19 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
 
 def read_correct(setting: Setting) -> "dict[str, np.ndarray]":
     """By seed: (N,) int8 of the validation images, 1 where the net was right."""
-    import numpy as np
-
     correct = {}
     for job in setting.jobs:
-        path = job.folder / "val_correct.npy"
-        if path.is_file():
-            correct[job.params.get(SEED, "")] = np.unpackbits(np.load(path)).astype(np.int8)
+        images = load_correct(job.folder / "val_correct.npy", job.status.started)
+        if images is not None:
+            correct[job.params.get(SEED, "")] = images
     return correct
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
+def load_correct(path: Path, started: float) -> "np.ndarray | None":
+    import numpy as np
+
+    return np.unpackbits(np.load(path)).astype(np.int8) if path.is_file() else None
 
 
 def draw(sweep: Sweep, folder: Path) -> None:

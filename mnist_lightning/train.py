@@ -24,6 +24,7 @@ from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.files import write_atomic
 from mnist_lightning.resume import resume_job, rewrite_arguments
 from mnist_lightning.status import is_main_process, track
+from mnist_lightning.sweep import split_overrides
 
 if TYPE_CHECKING:
     import lightning as L
@@ -257,6 +258,10 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in settings_by_key.items()
     }
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        # TensorBoard's table opens with the first five by name: show what the sweep is about
+        told = split_overrides(HydraConfig.get().overrides.task)
+        values = {key: value for key, value in values.items() if key in told} or values
     finals = {
         f"final/{key}": value
         for key, value in metrics.items()
