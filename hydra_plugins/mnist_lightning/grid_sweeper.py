@@ -31,9 +31,10 @@ class GridSweeper(BasicSweeper):
     """Every combination of the swept values, each checked before the first job starts."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.sweep_dir = Path(config.hydra.sweep.dir)
         self.resumed = (self.sweep_dir / MULTIRUN).is_file()
+        with _no_empty_folder(self.sweep_dir):
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """
@@ -43,12 +44,8 @@ class GridSweeper(BasicSweeper):
         """
         assert self.config is not None
         assert self.hydra_context is not None
-        try:
+        with _no_empty_folder(self.sweep_dir):
             self.prepare(arguments)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.sweep_dir.rmdir()  # nothing is lost: it is empty
-            raise
         with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
             if not self.resumed:
                 OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
@@ -186,6 +183,17 @@ def check_same(sweep_dir: Path, config: DictConfig) -> None:
     ]
     if changed:
         raise ConfigError(f"the sweep in {sweep_dir} has other settings ({'; '.join(changed)})")
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A sweep that never begins leaves no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -71,15 +71,15 @@ class ProcessesLauncher(Launcher):
 
     def __init__(self, n_jobs: int | None) -> None:
         super().__init__()
-        if n_jobs is not None and n_jobs < 1:
-            raise CommandError(f"hydra.launcher.n_jobs must be >= 1, got {n_jobs}")
-        self.n_jobs = n_jobs or count_cpus()
+        self.n_jobs = count_cpus() if n_jobs is None else n_jobs
         self.workers: list[Worker] = []
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if self.n_jobs < 1:
+            raise CommandError(f"hydra.launcher.n_jobs must be >= 1, got {self.n_jobs}")
         self.hydra_context = hydra_context
         self.task_function = task_function
         self.config = config
