@@ -5,6 +5,7 @@ own device.  Decoding and transforming image by image is what makes a usual MNIS
 times slower than its arithmetic.
 """
 
+import functools
 import gzip
 import hashlib
 import logging
@@ -175,23 +176,13 @@ class MNISTDataModule(L.LightningDataModule):
         Raises:
             OSError: the folder can't be made or written, or a download failed.
         """
-        if self.dataset == "mnist":
-            unpack(self.data_dir)
-        else:
-            download(self.dataset, self.data_dir)
+        make_whole(self.dataset, self.data_dir, stamp(self.dataset, self.data_dir))
 
     def setup(self, stage: str) -> None:
         if self.splits:
             return
-        dataset = DATASETS[self.dataset]
-        train = dataset(str(self.data_dir), train=True)
-        test = dataset(str(self.data_dir), train=False)
-        val_indices, train_indices = split(train.targets, self.val_size, self.split_seed)
-        self.splits = {
-            "train": Digits(train.data[train_indices], train.targets[train_indices]),
-            "val": Digits(train.data[val_indices], train.targets[val_indices]),
-            "test": Digits(test.data, test.targets),
-        }
+        state = stamp(self.dataset, self.data_dir)
+        self.splits = read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -267,6 +258,43 @@ def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tenso
         chosen = torch.randperm(len(members), generator=generator)[:quota]
         is_val[members[chosen]] = True
     return is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
+
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+def stamp(name: str, data_dir: Path) -> Stamp:
+    """Changes when a raw file is written, replaced or removed: inode, time and size of each."""
+    stats: list[tuple[int, int, int] | None] = []
+    for file in RAW_FILES:
+        try:
+            stat = (data_dir / DATASETS[name].__name__ / "raw" / file).stat()
+        except OSError:
+            stats.append(None)
+        else:
+            stats.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(stats)
+
+
+@functools.lru_cache(maxsize=1)  # the next job of a sweep need not check the same files again
+def make_whole(name: str, data_dir: Path, state: Stamp) -> None:
+    if name == "mnist":
+        unpack(data_dir)
+    else:
+        download(name, data_dir)
+
+
+@functools.lru_cache(maxsize=1)  # and uses the same tensors, which nobody writes to
+def read_splits(name: str, data_dir: Path, val_size: int, split_seed: int, state: Stamp) -> dict[str, Digits]:
+    dataset = DATASETS[name]
+    train = dataset(str(data_dir), train=True)
+    test = dataset(str(data_dir), train=False)
+    val_indices, train_indices = split(train.targets, val_size, split_seed)
+    return {
+        "train": Digits(train.data[train_indices], train.targets[train_indices]),
+        "val": Digits(train.data[val_indices], train.targets[val_indices]),
+        "test": Digits(test.data, test.targets),
+    }
 
 
 def unpack(data_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from mnist_lightning.command import quote
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.resume import check_resumption
 
@@ -52,6 +53,8 @@ def prepare(config: DictConfig, kind: str) -> None:
             folder = claim(folder)
             with read_write(config), open_dict(config):
                 OmegaConf.update(config, key, str(folder))
+                if kind == "sweep":  # its jobs' configs are composed anew from these
+                    config.hydra.overrides.hydra.append(f"{key}={quote(str(folder))}")
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
     except (ConfigError, OSError) as error:

@@ -6,6 +6,7 @@ config beside it, in ``.hydra/resume-<number>/``.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,13 @@ from omegaconf import OmegaConf
 from mnist_lightning.command import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.runs import find_run
+from mnist_lightning.status import read
+from mnist_lightning.sweep import find_sweep, own_overrides, read_multirun, split_overrides
 
 KEY = "resume="
 # What decides the weights: a run can't go on with another value of these.
 FIXED = ("seed", "label_smoothing", "monitor", "data", "model", "optimizer", "scheduler")
+SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FREE = ("data.data_dir", "data.num_workers")
 
 
@@ -31,6 +35,9 @@ def rewrite_arguments() -> None:
     """
     names = [argument for argument in sys.argv[1:] if argument.startswith(KEY)]
     if not names or "--config-path" in sys.argv:  # the latter: a child process of a DDP run
+        return
+    if not {"-m", "--multirun"}.isdisjoint(sys.argv):
+        sys.argv[1:] = resume_sweep(names[-1].removeprefix(KEY), sys.argv[1:])
         return
     folder = find_run(names[-1].removeprefix(KEY)).absolute()
     number = len(list(folder.glob(".hydra/resume-*"))) + 1
@@ -47,6 +54,43 @@ def rewrite_arguments() -> None:
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.prepare.Prepare",
     ]
+
+
+def resume_sweep(name: str, arguments: list[str]) -> list[str]:
+    """The command line that goes on with a sweep: its own, with another launcher if one is given.
+
+    Raises:
+        OSError: there is no such sweep.
+        ConfigError: other settings are given beside it.
+    """
+    folder = find_sweep(name)
+    saved = own_overrides(read_multirun(folder))
+    values = split_overrides(saved)
+    for argument in arguments:
+        if argument in ("-m", "--multirun", *saved) or argument.startswith(KEY):
+            continue
+        key = argument.partition("=")[0]
+        if key == "hydra/launcher":
+            saved = [one for one in saved if not one.startswith(("hydra/launcher=", "hydra.launcher."))]
+        elif not key.startswith(SWEEP_FREE):
+            before = f"{key}={values[key]}" if key in values else f"no {key}"
+            raise ConfigError(f"{folder} can't be resumed with {argument}: its command has {before}")
+        saved = [*(one for one in saved if not one.startswith(f"{key}=")), argument]
+    return ["-m", *saved, f"hydra.sweep.dir={quote(str(folder))}"]
+
+
+def resume_job(job_dir: Path) -> str | None:
+    """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
+    a checkpoint, else nothing, and all that an earlier attempt has left but its log is removed."""
+    status = read(job_dir)
+    checkpoints = job_dir / "checkpoints"
+    if status is not None and status.state == "interrupted" and any(checkpoints.glob("*.ckpt")):
+        return str(job_dir)
+    for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in ("metrics.json", "val_correct.npy"):
+        (job_dir / file).unlink(missing_ok=True)
+    return None
 
 
 def check_resumption(settings: Train) -> None:

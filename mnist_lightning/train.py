@@ -1,5 +1,6 @@
 """Train a feed-forward net on MNIST:  python -m mnist_lightning.train [key=value …]"""
 
+import functools
 import json
 import logging
 import os
@@ -21,10 +22,15 @@ from mnist_lightning import __version__, signals
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.files import write_atomic
-from mnist_lightning.resume import rewrite_arguments
+from mnist_lightning.resume import resume_job, rewrite_arguments
+from mnist_lightning.status import is_main_process, track
+from mnist_lightning.sweep import split_overrides
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch import Tensor
+
+    from mnist_lightning.classifier import DigitClassifier
 
 log = logging.getLogger(__name__)
 register()
@@ -47,8 +53,14 @@ def run(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
-        metrics = train(settings, run_dir, test=settings.test and not in_sweep)
+    if in_sweep:
+        settings.resume = resume_job(run_dir)
+    with track(run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep) as status:
+        with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
+            metrics = train(settings, run_dir, test=settings.test and not in_sweep)
+        status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+    if is_main_process() and not in_sweep:
+        log.info("%s", summarize(metrics, run_dir))
     value = metrics.get(settings.monitor.metric)
     return value if isinstance(value, float) else None
 
@@ -130,6 +142,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     for evaluate in evaluations:
         evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
         metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+    if data.val_size and trainer.is_global_zero:
+        digits = datamodule.splits["val"]
+        save_correct(classifier, digits.images, digits.labels, run_dir / "val_correct.npy")
     metrics |= last
     metrics |= {
         "epochs": trainer.current_epoch,
@@ -143,7 +158,6 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     if trainer.is_global_zero:
         write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         write_hyperparameters(trainer, settings, metrics)
-        log.info("%s", summarize(metrics, run_dir))
     return metrics
 
 
@@ -194,6 +208,23 @@ def skip_device_probe() -> None:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
+def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> None:
+    """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
+
+    Args:
+        images: (N, 28, 28) uint8.
+        labels: (N,) int64.
+    """
+    import numpy as np
+    import torch
+
+    classifier.eval()
+    with torch.inference_mode():
+        predictions = classifier(images.to(classifier.device)).argmax(1).cpu()
+    np.save(path, np.packbits((predictions == labels).numpy()))
+
+
+@functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
     folder = Path(__file__).parent
@@ -227,6 +258,10 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in settings_by_key.items()
     }
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        # TensorBoard's table opens with the first five by name: show what the sweep is about
+        told = split_overrides(HydraConfig.get().overrides.task)
+        values = {key: value for key, value in values.items() if key in told} or values
     finals = {
         f"final/{key}": value
         for key, value in metrics.items()
@@ -273,4 +308,6 @@ def summarize(metrics: Metrics, run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from mnist_lightning import train as module  # not __main__: a cluster's launcher sends its name
+
+    module.main()

@@ -1,22 +1,143 @@
-"""Hydra's own sweeper, made careful: a mistake in the last job is told before the first one starts."""
+"""Hydra's own sweeper, made careful: mistakes are told before the first job starts, one job's failure
+is its own, and the sweep ends with a report."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
 
+from mnist_lightning import signals
 from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.resume import flatten
+from mnist_lightning.status import Status, lock, read
+from mnist_lightning.sweep import MULTIRUN, read_multirun
+
+log = logging.getLogger(__name__)
+
+Job = list[str]  # a job's overrides
 
 
 class GridSweeper(BasicSweeper):
     """Every combination of the swept values, each checked before the first job starts."""
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.resumed = (self.sweep_dir / MULTIRUN).is_file()
+        with _no_empty_folder(self.sweep_dir):
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """
+        Raises:
+            ConfigError: a job's settings are wrong; no job has started.
+            SystemExit: jobs failed, all others have finished; or Ctrl-C (130) or SIGTERM (143).
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        with _no_empty_folder(self.sweep_dir):
+            self.prepare(arguments)
+        with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
+            if not self.resumed:
+                OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
+            returns = self.launch_all()
+        self.hydra_context.callbacks.on_multirun_end(config=self.config)
+        self.finish()
+        return returns
+
+    def prepare(self, arguments: list[str]) -> None:
+        """Know the jobs, and check them all.
+
+        Raises:
+            ConfigError: a job's settings are wrong, or are not those of the sweep to go on with.
+        """
         assert self.hydra_context is not None
         assert self.config is not None
-        for overrides in batch:
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        if self.resumed:
+            check_same(self.sweep_dir, self.config)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (self.jobs,) = self.split_arguments(overrides, None)
+        self.check_jobs(self.jobs)
+
+    def check_jobs(self, jobs: Sequence[Job]) -> None:
+        assert self.hydra_context is not None
+        assert self.config is not None
+        start = time.monotonic()
+        for number, overrides in enumerate(jobs):
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check_job(cfg, overrides)
+            if time.monotonic() - start > 2:
+                start = time.monotonic()
+                log.info("checked the settings of %d of %d jobs", number + 1, len(jobs))
+
+    def launch_all(self) -> list[JobReturn]:
+        numbered = [(number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number)]
+        if len(numbered) < len(self.jobs):
+            log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
+        size = self.max_batch_size or len(self.jobs)
+        returns: list[JobReturn] = []
+        for start in range(0, len(numbered), size):
+            returns += self.launch(numbered[start : start + size])
+        return returns
+
+    def is_finished(self, number: int) -> bool:
+        """
+        Raises:
+            SystemExit: the job is running, in a process that outlives its sweep.
+        """
+        status = read(self.sweep_dir / str(number))
+        if status is None:
+            return False
+        if status.state == "running":
+            sys.exit(f"job {number} of {self.sweep_dir} is still running: wait until it has ended")
+        return status.state in ("completed", "pruned")
+
+    def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
+        """Run jobs, each in the folder of its number."""
+        assert self.launcher is not None
+        first = jobs[0][0]
+        overrides = [
+            # a launcher counts upwards by itself
+            job if number == first + position else [*job, f"hydra.sweep.subdir={number}"]
+            for position, (number, job) in enumerate(jobs)
+        ]
+        returns = self.launcher.launch(overrides, initial_job_idx=first)
+        for (number, job), job_return in zip(jobs, returns, strict=True):
+            self.note_lost(number, job, job_return)
+        return returns
+
+    def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
+        """A job that was killed before it could leave a status has failed."""
+        job_dir = self.sweep_dir / str(number)
+        status = read(job_dir)
+        if status is None and job_dir.is_dir():
+            error = getattr(job_return, "_return_value", None)
+            Status(state="failed", error=str(error or "left no status"), overrides=job).write(job_dir)
+
+    def finish(self) -> None:
+        """Write the report, show the top of its table.
+
+        Raises:
+            SystemExit: jobs failed.
+        """
+        from mnist_lightning.report import summarize, write_report
+
+        sweep = write_report(self.sweep_dir)
+        print(summarize(sweep), flush=True)
+        unfinished = sweep.in_state("failed", "interrupted")
+        if unfinished:
+            names = ", ".join(job.name for job in unfinished)
+            sys.exit(f"{len(unfinished)} of {len(sweep.jobs)} jobs did not finish: {names}")
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -25,11 +146,70 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
         ConfigError: the job's settings are wrong, or can't be part of a sweep.
     """
     try:
-        trainer = check(cfg, Train).trainer
+        settings = check(cfg, Train)
     except ConfigError as error:
         raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+    trainer = settings.trainer
     if trainer.get("devices", 1) != 1 or "ddp" in str(trainer.get("strategy")):
         raise ConfigError(
             "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
             " start such runs one by one"
         )
+    if settings.data.val_size == 0:
+        raise ConfigError(
+            f"a multirun compares its jobs by {settings.monitor.metric}, and data.val_size=0 leaves no"
+            " validation split: set data.val_size=5000, or start such runs one by one"
+        )
+
+
+def check_same(sweep_dir: Path, config: DictConfig) -> None:
+    """
+    Raises:
+        ConfigError: the folder holds a sweep with other settings.
+    """
+    saved = read_multirun(sweep_dir)
+    before = saved["hydra"]["overrides"]["task"], {k: v for k, v in saved.items() if k != "hydra"}
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    now = list(config.hydra.overrides.task), OmegaConf.to_container(own)
+    params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
+    changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
+    changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]
+    changed += [f"{argument} is missing" for argument in before[0] if argument not in now[0]]
+    old, new = flatten(before[1]), flatten(now[1])
+    changed += [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"the sweep in {sweep_dir} has other settings ({'; '.join(changed)})")
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A sweep that never begins leaves no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+@contextmanager
+def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the sweep and not just the job; what it has is reported."""
+    try:
+        yield
+    except SystemExit:
+        if signals.received():
+            from mnist_lightning.report import write_tables
+
+            with contextlib.suppress(OSError):
+                write_tables(sweep_dir)
+            folder = shlex.quote(str(sweep_dir))
+            print(
+                f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
+                file=sys.stderr,
+            )
+        raise

@@ -1,0 +1,67 @@
+"""Give up trials of a search that are behind the others."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from mnist_lightning.status import Pruned
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIAL = "trial.json"  # what a search leaves in a trial's folder: its storage, study and id
+
+
+class Pruning(Callback):
+    """Reports each epoch's metric to the study, and ends the run when its pruner says so.
+
+    A run that belongs to no search is left alone.
+
+    Args:
+        run_dir: the run's folder.
+        monitor: the metric.
+        pruner: of Optuna.
+    """
+
+    def __init__(self, *, run_dir: str, monitor: str, pruner: "optuna.pruners.BasePruner") -> None:
+        self.file = Path(run_dir) / TRIAL
+        self.monitor = monitor
+        self.pruner = pruner
+        self.trial: optuna.Trial | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.file.is_file():
+            return
+        import optuna
+
+        saved = json.loads(self.file.read_text())
+        study = optuna.load_study(
+            study_name=saved["study_name"], storage=open_storage(saved["storage"]), pruner=self.pruner
+        )
+        self.trial = optuna.Trial(study, saved["id"])
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """
+        Raises:
+            Pruned: at this epoch the others were better.
+        """
+        if self.trial is None:
+            return
+        value = trainer.callback_metrics[self.monitor].item()
+        self.trial.report(value, step=trainer.current_epoch)
+        if self.trial.should_prune():
+            raise Pruned(f"{self.monitor} {value:.4f} after epoch {trainer.current_epoch + 1}")
+
+
+def open_storage(name: str) -> Any:
+    """An Optuna storage: of the URL of a database, or of a journal file."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if "://" in name:
+        return optuna.storages.RDBStorage(name)
+    return optuna.storages.JournalStorage(JournalFileBackend(name))

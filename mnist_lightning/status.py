@@ -1,0 +1,182 @@
+"""What became of a run: ``status.json`` in its folder."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mnist_lightning import signals
+from mnist_lightning.command import CommandError
+from mnist_lightning.files import write_atomic
+
+FILE = "status.json"
+Metrics = dict[str, float]
+
+
+class Pruned(Exception):
+    """A search has given this run up: others were better at the same epoch."""
+
+
+@dataclass
+class Status:
+    """What ``status.json`` holds.
+
+    Attributes:
+        state: "running", "completed", "failed", "interrupted" (Ctrl-C, SIGTERM) or "pruned".
+        error: in one line; None where there is none.
+        overrides: of the run's command line, in Hydra's syntax.
+        started: seconds since 1970-01-01 UTC.
+        seconds: from start to end.
+        metrics: the numbers of ``metrics.json``.
+    """
+
+    state: str = "running"
+    error: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    started: float = 0.0
+    seconds: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+
+    def write(self, run_dir: Path) -> None:
+        """Nobody ever sees half a file.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        write_atomic(run_dir / FILE, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def read(run_dir: Path) -> Status | None:
+    """A run's status, or None where it left none that can be read.
+
+    A run that says "running" while no process holds its folder was killed: it is "interrupted".
+    """
+    try:
+        status = Status(**json.loads((run_dir / FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if status.state == "running" and not is_locked(run_dir):
+        status.state, status.error = "interrupted", "its process is gone"
+    return status
+
+
+@contextmanager
+def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterator[Status]:
+    """Keep ``status.json`` while a run goes on, and hold the run's folder against a second process.
+
+    Args:
+        run_dir: exists.
+        overrides: of the run's command line.
+        in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
+            the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
+            the frames of its causes, with the run's tensors, are let go.
+
+    Yields:
+        The status, for its metrics to be filled in.
+    """
+    if not is_main_process():
+        yield Status()
+        return
+    before = None if in_sweep else read(run_dir)
+    status = Status(overrides=before.overrides if before else list(overrides))  # not "resume="
+    status.started = time.time()
+    start = time.monotonic()
+    with lock(run_dir):
+        # A disk that is full or read-only stops the training itself, with an error that says more.
+        with contextlib.suppress(OSError):
+            status.write(run_dir)
+        try:
+            yield status
+            status.state = "completed"
+        except BaseException as error:
+            status.state, status.error = describe(error)
+            if not in_sweep or status.state == "interrupted":
+                raise
+            if isinstance(error, SystemExit):
+                with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
+                    traceback.print_exc(file=file)
+            forget(error)
+        finally:
+            status.seconds = round(time.monotonic() - start, 3)
+            with contextlib.suppress(OSError):
+                status.write(run_dir)
+    if in_sweep and status.error is not None:
+        raise CommandError(status.error)
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the frames of an exception and of those before it, and so of their tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """State and error line of a run that ended with this exception."""
+    leaves_requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code == -1
+    if signals.received() or leaves_requeued:
+        return "interrupted", "stopped by a signal"
+    if isinstance(error, Pruned):
+        return "pruned", str(error)
+    line = " ".join(str(error).split())
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return "failed", f"something called sys.exit({'' if error.code is None else error.code})"
+    if isinstance(error, (CommandError, SystemExit)):
+        return "failed", line
+    return "failed", f"{type(error).__name__}: {line}"
+
+
+def is_main_process() -> bool:
+    """False in the processes that ``trainer=ddp`` adds to a run."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for as long as this process lives at most: the system lets go of it by itself.
+
+    Raises:
+        CommandError: another process holds it.
+    """
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:  # a full disk: see track
+        yield
+        return
+    try:
+        for attempt in itertools.count():
+            if grab(handle, fcntl.LOCK_EX):
+                break
+            if attempt == 10:  # a glance of is_locked is over long ago
+                raise CommandError(f"another process is at work in {folder}")
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not grab(handle, fcntl.LOCK_SH)
+    finally:
+        os.close(handle)
+
+
+def grab(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

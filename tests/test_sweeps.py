@@ -1,0 +1,298 @@
+"""Sweeps end to end: failures, interruptions, resumption, launchers, searches."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import Run
+
+from mnist_lightning.pruning import open_storage
+
+TINY = ("trainer.max_epochs=2", "+trainer.limit_train_batches=10", "logger=csv")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+FAULTS = {"PYTHONPATH": str(Path(__file__).parent)}
+FAULT = "+callbacks.fault._target_=faults.Fault"
+
+
+def find_sweep(cwd: Path) -> Path:
+    (sweep,) = (cwd / "logs" / "train" / "multiruns").iterdir()
+    return sweep
+
+
+def read_statuses(sweep: Path) -> dict[int, dict[str, Any]]:
+    return {int(path.parent.name): json.loads(path.read_bytes()) for path in sweep.glob("*/status.json")}
+
+
+def start_sweep(environment: dict[str, str], cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_lightning.train", "-m", *arguments],
+        cwd=cwd,
+        env=environment | ONE_THREAD | FAULTS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(holds: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+ERRORS = {
+    "raise": "RuntimeError: something broke",
+    "exit": "something called sys.exit(0)",
+    "diverge": "train/loss is nan",
+    "disk": "No space left on device",
+    "memory": "can't allocate memory",
+    "kill": "killed by SIGKILL",
+}
+
+
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_failure_is_its_jobs_own(command: Run, tmp_path: Path, launcher: str) -> None:
+    kinds = ["raise", "exit", "diverge", "disk", "memory", "none"]
+    if launcher == "processes":
+        kinds.insert(0, "kill")
+    done = command(
+        "train",
+        "-m",
+        f"hydra/launcher={launcher}",
+        *(["hydra.launcher.n_jobs=2"] if launcher == "processes" else []),
+        FAULT,
+        f"+callbacks.fault.kind={','.join(kinds)}",
+        *TINY,
+        cwd=tmp_path,
+        **ONE_THREAD,
+        **FAULTS,
+    )
+    sweep = find_sweep(tmp_path)
+    statuses = read_statuses(sweep)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{len(kinds) - 1} of {len(kinds)} jobs did not finish")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [statuses[number]["state"] for number in range(len(kinds))] == (
+        ["failed"] * (len(kinds) - 1) + ["completed"]
+    )
+    with (sweep / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["callbacks.fault.kind"] for row in rows] == kinds
+    report = (sweep / "report.md").read_text()
+    for number, kind in enumerate(kinds[:-1]):
+        assert ERRORS[kind] in statuses[number]["error"]
+        assert ERRORS[kind] in rows[number]["error"]
+        assert ERRORS[kind] in report
+        if kind not in ("kill", "diverge"):  # nothing is left to write, nothing is wrong with the code
+            assert "Traceback" in (sweep / str(number) / "train.log").read_text()
+    assert float(rows[-1]["val/acc"]) == statuses[len(kinds) - 1]["metrics"]["val/acc"]
+
+
+def test_a_killed_sweep_goes_on_and_repeats_nothing(
+    environment: dict[str, str], command: Run, tmp_path: Path
+) -> None:
+    sweeping = start_sweep(
+        environment,
+        tmp_path,
+        "hydra/launcher=processes",
+        "hydra.launcher.n_jobs=2",
+        "seed=1,2,3",
+        "+trainer.limit_train_batches=20,400",  # the first job is done long before the second
+        "trainer.max_epochs=6",
+        "logger=csv",
+    )
+    root = tmp_path / "logs" / "train" / "multiruns"
+
+    def one_done_and_one_under_way() -> bool:
+        statuses = read_statuses(find_sweep(tmp_path)) if root.is_dir() and any(root.iterdir()) else {}
+        under_way = [number for number, status in statuses.items() if status["state"] == "running"]
+        return any(status["state"] == "completed" for status in statuses.values()) and any(
+            (find_sweep(tmp_path) / str(number) / "checkpoints" / "last.ckpt").exists()
+            for number in under_way
+        )
+
+    wait_for(one_done_and_one_under_way)
+    workers = Path(f"/proc/{sweeping.pid}/task/{sweeping.pid}/children").read_text().split()
+    assert len(workers) == 2
+    sweeping.send_signal(signal.SIGKILL)
+    sweeping.communicate()
+    wait_for(lambda: not any(Path("/proc", worker).exists() for worker in workers), seconds=10)
+
+    sweep = find_sweep(tmp_path)
+    before = read_statuses(sweep)
+    completed = {number for number, status in before.items() if status["state"] == "completed"}
+    assert 0 < len(completed) < 6
+    report = command("report", "run=latest", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "interrupted" in (sweep / "report.md").read_text()
+
+    other = command("train", "-m", "resume=latest", "trainer.max_epochs=7", cwd=tmp_path)
+    assert other.returncode != 0
+    assert "trainer.max_epochs=7: its command has trainer.max_epochs=6" in other.stderr
+
+    saved = (sweep / "multirun.yaml").read_bytes()
+    done = command("train", "-m", "resume=latest", "hydra/launcher=basic", cwd=tmp_path, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    after = read_statuses(sweep)
+    assert {status["state"] for status in after.values()} == {"completed"}
+    assert sorted(after) == [0, 1, 2, 3, 4, 5]
+    assert all(after[number] == before[number] for number in completed)
+    assert (sweep / "multirun.yaml").read_bytes() == saved
+    continued = [
+        number
+        for number in after
+        if "going on from" in (sweep / str(number) / "train.log").read_text() and number not in completed
+    ]
+    assert continued
+    for number in continued:  # the curve of an interrupted job is whole
+        with (sweep / str(number) / "csv" / "metrics.csv").open() as file:
+            epochs = [row["epoch"] for row in csv.DictReader(file) if row["val/acc"]]
+        assert epochs == ["1", "2", "3", "4", "5", "6"]
+
+    again = command("train", "-m", "resume=latest", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert read_statuses(sweep) == after
+
+
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_sigterm_ends_the_sweep(environment: dict[str, str], tmp_path: Path, launcher: str) -> None:
+    sweeping = start_sweep(
+        environment,
+        tmp_path,
+        f"hydra/launcher={launcher}",
+        "seed=1,2,3",
+        "trainer.max_epochs=500",
+        "logger=csv",
+    )
+    checkpoint = "logs/train/multiruns/*/0/checkpoints/last.ckpt"
+    wait_for(lambda: any(tmp_path.glob(checkpoint)))
+    sweeping.send_signal(signal.SIGTERM)
+    _, errors = sweeping.communicate(timeout=20)
+    assert sweeping.returncode == 143, errors
+    assert "-m resume=" in errors
+    sweep = find_sweep(tmp_path)
+    assert read_statuses(sweep)[0]["state"] == "interrupted"
+    assert "interrupted" in (sweep / "results.csv").read_text()
+
+
+def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
+    metrics = []
+    for launcher in ("basic", "processes", "submitit_local"):
+        cwd = tmp_path / launcher
+        cwd.mkdir()
+        done = command(
+            "train",
+            "-m",
+            f"hydra/launcher={launcher}",
+            "model.hidden=8,16",
+            "model.dropout=0.2",
+            *TINY,
+            cwd=cwd,
+            **ONE_THREAD,
+        )
+        assert done.returncode == 0, done.stderr
+        statuses = read_statuses(find_sweep(cwd))
+        assert {status["state"] for status in statuses.values()} == {"completed"}
+        for status in statuses.values():
+            del status["metrics"]["train_seconds"]
+        metrics.append([statuses[number]["metrics"] for number in (0, 1)])
+        assert len((find_sweep(cwd) / "results.csv").read_text().splitlines()) == 3
+    assert metrics[0] == metrics[1] == metrics[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("data.val_size=0", "seed=1,2"), "data.val_size=0 leaves no validation split"),
+        (("model.dropout=0.1,1.5",), "model.dropout must be in [0, 1), got 1.5"),
+        (("trainer=ddp", "seed=1,2"), "trainer=ddp can't be part of a multirun"),
+        (("search=mlp", "optimizer.lr=interval(-1,1)"), "optimizer.lr must be a finite number > 0"),
+        (("search=mlp", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials must be >= 1, got 0"),
+        (("hydra/launcher=processes", "hydra.launcher.n_jobs=0", "seed=1,2"), "n_jobs must be >= 1, got 0"),
+        (("resume=latest",), "there is no sweep under"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_job(
+    command: Run, tmp_path: Path, arguments: tuple[str, ...], line: str
+) -> None:
+    done = command("train", "-m", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("logs/train/multiruns/*"))
+
+
+def test_a_search_records_prunes_and_resumes(
+    environment: dict[str, str], command: Run, tmp_path: Path
+) -> None:
+    settings = (
+        "search=mlp",
+        "hydra.sweeper.params=null",
+        "hydra.sweeper.seed=51",  # draws good ones first
+        "model.hidden=16",
+        "optimizer.lr=choice(3e-3,1e-8,1e30)",
+        "callbacks.pruning.pruner.n_startup_trials=1",
+        "callbacks.pruning.pruner.n_warmup_steps=0",
+        *TINY,
+    )
+    searching = start_sweep(environment, tmp_path, *settings, "hydra.sweeper.n_trials=8")
+    wait_for(lambda: len(list(tmp_path.glob("logs/train/multiruns/*/*/status.json"))) >= 3)
+    searching.send_signal(signal.SIGKILL)
+    searching.communicate()
+    sweep = find_sweep(tmp_path)
+    done = command("train", "-m", "resume=latest", cwd=tmp_path, **ONE_THREAD)
+    assert done.returncode == 1, done.stderr  # some jobs have failed
+    assert "jobs did not finish" in done.stderr
+
+    study = optuna.load_study(study_name=None, storage=open_storage(str(sweep / "optuna.journal")))
+    statuses = read_statuses(sweep)
+    assert len(study.trials) == 8
+    assert sorted(statuses) == list(range(8))
+    states = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed"}
+    for trial in study.trials:
+        status = statuses[trial.number]
+        assert status["state"] == states[trial.state.name]
+        assert f"optimizer.lr={trial.params['optimizer.lr']}" in status["overrides"]
+        if trial.state.name == "COMPLETE":
+            assert trial.value == status["metrics"]["val/acc"]
+        if trial.params["optimizer.lr"] == "1e+30":
+            assert trial.state.name == "FAIL"
+            assert "nan" in trial.user_attrs["error"]
+    assert {trial.state.name for trial in study.trials} == set(states)
+
+    more = command("train", "-m", "resume=latest", "hydra.sweeper.n_trials=9", cwd=tmp_path, **ONE_THREAD)
+    assert more.returncode == 1
+    assert sorted(read_statuses(sweep)) == list(range(9))
+
+
+def test_two_processes_share_a_study(environment: dict[str, str], tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    open_storage(storage)  # both making its tables at once is a race that Optuna loses
+    arguments = (
+        "search=mlp",
+        "model.hidden=16",
+        f"hydra.sweeper.storage={storage}",
+        "hydra.sweeper.n_trials=6",
+        *TINY,
+    )
+    both = [
+        start_sweep(environment, tmp_path, *arguments, f"hydra.sweep.dir=sweep-{name}") for name in ("a", "b")
+    ]
+    for one in both:
+        _, errors = one.communicate(timeout=200)
+        assert one.returncode == 0, errors
+    numbers = [sorted(read_statuses(tmp_path / f"sweep-{name}")) for name in ("a", "b")]
+    assert sorted(numbers[0] + numbers[1]) == list(range(6))
+    study = optuna.load_study(study_name=None, storage=open_storage(storage))
+    finished = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    assert len(finished) == 6
+    assert os.path.exists(tmp_path / "study.db")
