@@ -38,7 +38,6 @@ MAY_IMPORT = {
     "data": set(),
     "loggers": set(),
     "pruning": set(),
-    "figures": set(),
     "checkpoint": set(),
     "callbacks": {"figures", "network"},
     "figures": set(),
