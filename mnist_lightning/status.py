@@ -151,6 +151,7 @@ def lock(folder: Path) -> Iterator[None]:
     except OSError:  # a full disk: see track
         yield
         return
+    _held.add(handle)
     try:
         for attempt in itertools.count():
             if grab(handle, fcntl.LOCK_EX):
@@ -160,7 +161,21 @@ def lock(folder: Path) -> Iterator[None]:
             time.sleep(0.02)
         yield
     finally:
+        _held.discard(handle)
         os.close(handle)
+
+
+_held: set[int] = set()  # file descriptors of locks
+
+
+def _let_go() -> None:
+    """In a forked child: loader workers outlive a killed parent by seconds, and must not hold its lock."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def is_locked(folder: Path) -> bool:

@@ -55,7 +55,8 @@ def run(cfg: DictConfig) -> float | None:
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     if in_sweep:
         settings.resume = resume_job(run_dir)
-    with track(run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep) as status:
+    overrides = hydra_cfg.overrides.task
+    with compact_errors(in_sweep=in_sweep), track(run_dir, overrides, in_sweep=in_sweep) as status:
         with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
