@@ -53,7 +53,11 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with rc_context(STYLE):
             figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()  # the style must still hold while the layout is worked out
+            # The style must still hold while the layout is worked out, and once is enough: it takes
+            # longer than the drawing.
+            if (engine := figure.get_layout_engine()) is not None:
+                engine.execute(figure)
+                figure.set_layout_engine("none")
         return figure
 
     return wrapper
