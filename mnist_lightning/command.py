@@ -11,6 +11,8 @@ from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
+from mnist_lightning import signals
+
 
 class CommandError(CompactHydraException):
     """A command that could not go on; Hydra prints it without a traceback."""
@@ -67,11 +69,13 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
         in_sweep: raise a ``CommandError`` instead of leaving the process, so that the other jobs go on.
 
     Raises:
-        SystemExit: with the line; Hydra lets it pass without adding lines of its own.
+        SystemExit: with the line, or with the shell's code of a signal that has come; Hydra lets it pass
+            without adding lines of its own.
     """
     try:
         yield
     except Exception as error:
+        signals.stop_if_asked()  # some libraries swallow what a signal raised in an import, and then fail
         if log_file is not None:
             with contextlib.suppress(OSError), log_file.open("a") as file:
                 traceback.print_exc(file=file)

@@ -186,6 +186,18 @@ def test_signal_at_20_moments(
     stop(sig, moment, tmp_path, environment)
 
 
+def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
+    """As when one comes while numpy is imported: the import is tried again, and fails."""
+    code = (
+        "import contextlib, os, signal; from mnist_lightning import command, signals; signals.install()\n"
+        "with command.compact_errors():\n"
+        "    with contextlib.suppress(BaseException):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    raise ImportError('cannot load module more than once per process')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 143
+
+
 def test_a_second_signal_ends_at_once() -> None:
     code = (
         "import os, signal, time; from mnist_lightning import signals; signals.install()\n"
