@@ -7,7 +7,7 @@ Hydra and OmegaConf is imported here, so that a mistake is told at once.
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,37 @@ class ConfigError(CompactHydraException):
 
 
 @dataclass
+class Augment:
+    """How far training images are deformed, each in its own way (``data/augment=``); see ``Deformation``."""
+
+    rotation: float
+    scale: float
+    shear: float
+    shift: float
+    elastic: float
+    smoothness: float
+
+    def __post_init__(self) -> None:
+        for key, most, unit in (
+            ("rotation", 180, " degrees"),
+            ("scale", 0.9, ""),
+            ("shear", 60, " degrees"),
+            ("shift", 14, " pixels"),
+            ("elastic", 14, " pixels"),
+        ):
+            value = getattr(self, key)
+            require(0 <= value <= most, f"data.augment.{key} must be in [0, {most}]{unit}, got {value}")
+        require(
+            1 <= self.smoothness <= 28,
+            f"data.augment.smoothness must be in [1, 28] pixels, got {self.smoothness}",
+        )
+
+    @property
+    def deforms(self) -> bool:
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic))
+
+
+@dataclass
 class Data:
     """Where the digits come from, how they are split and batched (``data=``)."""
 
@@ -50,6 +81,7 @@ class Data:
     num_workers: int
     mean: float
     std: float
+    augment: Augment
 
     def __post_init__(self) -> None:
         one_of("data.name", self.name, DATASETS)
@@ -68,6 +100,12 @@ class Data:
             f"data.batch_size must be at most the {num_train} training images that"
             f" data.val_size={self.val_size} leaves, got {self.batch_size}",
         )
+
+    def module_arguments(self) -> dict[str, Any]:
+        """Those of ``MNISTDataModule``, all but the seed."""
+        arguments = asdict(self)
+        del arguments["mean"], arguments["std"]  # the net normalises
+        return arguments | {"augment": asdict(self.augment) if self.augment.deforms else None}
 
 
 @dataclass

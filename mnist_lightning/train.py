@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import warnings
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from mnist_lightning import __version__, signals
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.files import write_atomic
-from mnist_lightning.resume import resume_job, rewrite_arguments
+from mnist_lightning.resume import flatten, resume_job, rewrite_arguments
 from mnist_lightning.status import is_main_process, track
 from mnist_lightning.sweep import split_overrides
 
@@ -94,15 +95,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     skip_device_probe()
     L.seed_everything(settings.seed, workers=True, verbose=False)
     data, model = settings.data, settings.model
-    datamodule = MNISTDataModule(
-        name=data.name,
-        data_dir=data.data_dir,
-        batch_size=data.batch_size,
-        val_size=data.val_size,
-        split_seed=data.split_seed,
-        num_workers=data.num_workers,
-        seed=settings.seed,
-    )
+    datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
     classifier = DigitClassifier(
         hidden=model.hidden,
         activation=model.activation,
@@ -251,10 +244,9 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
     from mnist_lightning.loggers import TensorBoardLogger
 
     settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
-    for group in ("data", "model"):
-        settings_by_key |= {f"{group}.{key}": v for key, v in vars(getattr(settings, group)).items()}
-    for group in ("optimizer", "scheduler", "trainer"):
-        settings_by_key |= {f"{group}.{key}": v for key, v in getattr(settings, group).items()}
+    everything = asdict(settings)
+    for group in ("data", "model", "optimizer", "scheduler", "trainer"):
+        settings_by_key |= flatten(everything[group], f"{group}.")
     values = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in settings_by_key.items()
