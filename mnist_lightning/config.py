@@ -177,6 +177,7 @@ class Train:
     test: bool
     resume: str | None
     label_smoothing: float
+    ema_decay: float | None
     monitor: Monitor
     checkpoint: CheckpointSchedule
     data: Data
@@ -192,6 +193,10 @@ class Train:
         require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be in (0, 1), or null for no average, got {self.ema_decay}",
         )
         for group in ("optimizer", "scheduler", "trainer", "callbacks", "logger"):
             value = getattr(self, group) or {}

@@ -157,12 +157,15 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
 
 def make_callbacks(settings: Train) -> "list[L.Callback]":
     """The config's callbacks; without a validation split the last checkpoint is the best."""
+    from mnist_lightning.averaging import ExponentialMovingAverage
+
     callbacks = {name: dict(callback) for name, callback in settings.callbacks.items() if callback}
     if settings.data.val_size == 0:
         for callback in callbacks.values():
             if str(callback["_target_"]).endswith("Checkpoints"):
                 callback["monitor"] = None
-    return [instantiate(callback) for callback in callbacks.values()]
+    made = [instantiate(callback) for callback in callbacks.values()]
+    return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
 def make_loggers(settings: Train, purge_step: int | None) -> "list[L.pytorch.loggers.Logger]":
@@ -244,6 +247,7 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
     from mnist_lightning.loggers import TensorBoardLogger
 
     settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
+    settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights
     everything = asdict(settings)
     for group in ("data", "model", "optimizer", "scheduler", "trainer"):
         settings_by_key |= flatten(everything[group], f"{group}.")

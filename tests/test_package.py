@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "resume": {"config"},
     "prepare": {"config", "resume"},
     "network": set(),
+    "averaging": set(),
     "data": {"deform"},
     "deform": set(),
     "loggers": set(),
