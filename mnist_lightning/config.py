@@ -258,6 +258,8 @@ class Evaluate:
 
     run: str
     checkpoint: str | None
+    runs: Any  # list of str
+    tta: int
     split: str
     data_dir: str | None
     output: str | None
@@ -266,6 +268,13 @@ class Evaluate:
     def __post_init__(self) -> None:
         one_of("split", self.split, SPLITS)
         check_source(self.run, self.checkpoint)
+        at_least("tta", self.tta, 0)
+        if self.runs != []:
+            self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
+            require(
+                self.run == "latest" and self.checkpoint is None,
+                "runs names the nets to average: give no run and no checkpoint beside it",
+            )
 
 
 @dataclass

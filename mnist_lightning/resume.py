@@ -88,7 +88,7 @@ def resume_job(job_dir: Path) -> str | None:
         return str(job_dir)
     for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
         shutil.rmtree(folder, ignore_errors=True)
-    for file in ("metrics.json", "val_correct.npy"):
+    for file in ("metrics.json", "val_correct.npy", "test_correct.npy"):
         (job_dir / file).unlink(missing_ok=True)
     return None
 

@@ -136,9 +136,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     for evaluate in evaluations:
         evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
         metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    if data.val_size and trainer.is_global_zero:
-        digits = datamodule.splits["val"]
-        save_correct(classifier, digits.images, digits.labels, run_dir / "val_correct.npy")
+    evaluated = ["val"] * bool(data.val_size) + ["test"] * test
+    for split in evaluated if trainer.is_global_zero else []:
+        digits = datamodule.splits[split]
+        save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
     metrics |= last
     metrics |= {
         "epochs": trainer.current_epoch,

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "scores": set(),
     "handwriting": set(),
     "pictures": {"figures", "loggers", "network", "scores"},
-    "trained": {"checkpoint", "classifier", "data"},
+    "trained": {"checkpoint", "classifier", "data", "deform"},
     "classifier": {"network"},
 }
 
