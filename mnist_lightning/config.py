@@ -116,6 +116,8 @@ class Model:
     activation: str
     dropout: float
     norm: str
+    input_noise: float
+    noise: float
 
     def __post_init__(self) -> None:
         sizes = self.hidden if isinstance(self.hidden, list) else [self.hidden]
@@ -127,7 +129,9 @@ class Model:
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.norm", self.norm, NORMS)
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
-        for key, idle in (("dropout", 0), ("norm", "none")):
+        for key in ("input_noise", "noise"):
+            check_number(f"model.{key}", getattr(self, key), *NOT_NEGATIVE)
+        for key, idle in (("dropout", 0), ("norm", "none"), ("noise", 0)):
             value = getattr(self, key)
             require(
                 bool(self.hidden) or value == idle,

@@ -64,6 +64,8 @@ class Deformation:
     def __call__(self, images: Tensor, *key: int) -> Tensor:
         """The images, deformed.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 28, 28) float, in [0, 255]
 
+        Bilinear, so that only rounding can leave that range.
+
         Args:
             key: whole numbers, say seed, step and rank, that alone decide what is drawn.
         """

@@ -101,6 +101,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         activation=model.activation,
         dropout=model.dropout,
         norm=model.norm,
+        input_noise=model.input_noise,
+        noise=model.noise,
         mean=data.mean,
         std=data.std,
         label_smoothing=settings.label_smoothing,
