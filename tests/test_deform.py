@@ -99,7 +99,7 @@ def test_scale_stretches_each_axis_by_its_share() -> None:
     assert mean.abs().max() < 0.01
     width, height = (spread[:, i, i].sqrt() / size for i, size in enumerate((2, 3)))
     for share in (width, height):
-        assert 1.17 < share.max() < 1.22
+        assert 1.17 < share.max() < 1.23, "bilinear sampling blurs a little"
         assert 0.79 < share.min() < 0.84
     assert torch.corrcoef(torch.stack([width, height]))[0, 1].abs() < 0.1, "each on its own"
 
