@@ -118,7 +118,7 @@ def evaluate(settings: Evaluate) -> None:
     names = class_names(name)
     folder = find_output(settings, paths[0])
     folder.mkdir(parents=True, exist_ok=True)
-    metrics: dict[str, Any] = {"checkpoints": [str(path) for path in paths], "tta": settings.tta}
+    metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
     metrics |= {"data": name, "split": settings.split} | to_metrics(evaluation)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(folder / "predictions.csv", evaluation)
