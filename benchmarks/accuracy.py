@@ -120,7 +120,8 @@ def name_preset(run: Path) -> str:
     """What was typed for a run, less what does not decide how good it gets."""
     saved = run / ".hydra" / "overrides.yaml"
     overrides = yaml.safe_load(saved.read_text()) if saved.is_file() else ["unknown"]
-    return " ".join(sorted(one for one in overrides if not one.lstrip("+").startswith(ASIDE))) or "default"
+    kept = [one for one in overrides if not one.lstrip("+").startswith(ASIDE)]
+    return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or "default"
 
 
 def write(groups: dict[tuple[str, str], list[Result]], pictures: dict[str, Path], hardware: str) -> str:
