@@ -32,7 +32,7 @@ class DigitClassifier(L.LightningModule):
     of an epoch.  ``self.log`` and a metric's update in each step would double a small net's time.
 
     Args:
-        hidden, activation, dropout, norm, mean, std: of the net, see ``FeedForward``.
+        hidden, activation, dropout, norm, mean, std, input_noise, noise: of the net, see ``FeedForward``.
         label_smoothing: in [0, 1), of the training loss only (Szegedy et al. 2016,
             arXiv 1512.00567, section 7).
         optimizer: makes the optimizer from the parameters; not needed to evaluate.
@@ -51,6 +51,8 @@ class DigitClassifier(L.LightningModule):
         mean: float,
         std: float,
         label_smoothing: float,
+        input_noise: float = 0.0,
+        noise: float = 0.0,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: "functools.partial[LRScheduler] | None" = None,
     ) -> None:
@@ -58,7 +60,14 @@ class DigitClassifier(L.LightningModule):
         # plain numbers and strings only: the checkpoint must load with weights_only=True
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         self.net = FeedForward(
-            hidden=hidden, activation=activation, dropout=dropout, norm=norm, mean=mean, std=std
+            hidden=hidden,
+            activation=activation,
+            dropout=dropout,
+            norm=norm,
+            mean=mean,
+            std=std,
+            input_noise=input_noise,
+            noise=noise,
         )
         self.label_smoothing = label_smoothing
         self.make_optimizer = optimizer

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_lightning.command import CommandError, compact_errors, quote_paths
+from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.resume import flatten
-from mnist_lightning.runs import find_checkpoint
+from mnist_lightning.runs import find_any
 
 if TYPE_CHECKING:
     from mnist_lightning.data import Digits
@@ -59,27 +59,19 @@ def compare(settings: Compare) -> None:
     """Print and write what differs between nets: settings, metrics, curves, and which is better.
 
     Raises:
-        CommandError: the nets were not measured on the same images.
-        OSError: a checkpoint or the data can't be read, or the output can't be written.
+        OSError: the nets were not measured on the same images, a checkpoint or the data can't be read,
+            or the output can't be written.
     """
-    paths = [_find(name) for name in settings.runs]
+    paths = [find_any(name) for name in settings.runs]
     log.info("loading torch and Lightning …")
-    import torch
-
     from mnist_lightning import figures
+    from mnist_lightning.trained import check_same_images
 
     contestants = [
         _load(letter, path, settings) for letter, path in zip(_letters(len(paths)), paths, strict=True)
     ]
     first = contestants[0].digits
-    for other in contestants[1:]:
-        same = len(other.digits) == len(first) and torch.equal(other.digits.images, first.images)
-        if not (same and torch.equal(other.digits.labels, first.labels)):
-            raise CommandError(
-                f"{paths[0]} and {paths[contestants.index(other)]} have other {settings.split} images"
-                " (data.name, data.val_size, data.split_seed): they can't be compared on them"
-                + ("; split=test may do" if settings.split == "val" else "")
-            )
+    check_same_images(paths, [contestant.digits for contestant in contestants], settings.split)
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     names = [contestant.name for contestant in contestants]
@@ -198,10 +190,6 @@ def read_curves(folder: Path | None) -> "dict[str, Curve]":
 
 def _letters(count: int) -> list[str]:
     return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(count)]
-
-
-def _find(name: str) -> Path:
-    return find_checkpoint(name, name if Path(name).expanduser().is_file() else None)
 
 
 def _load(name: str, path: Path, settings: Compare) -> Contestant:

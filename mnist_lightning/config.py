@@ -7,7 +7,7 @@ Hydra and OmegaConf is imported here, so that a mistake is told at once.
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,37 @@ class ConfigError(CompactHydraException):
 
 
 @dataclass
+class Augment:
+    """How far training images are deformed, each in its own way (``data/augment=``); see ``Deformation``."""
+
+    rotation: float
+    scale: float
+    shear: float
+    shift: float
+    elastic: float
+    smoothness: float
+
+    def __post_init__(self) -> None:
+        for key, most, unit in (
+            ("rotation", 180, " degrees"),
+            ("scale", 0.9, ""),
+            ("shear", 60, " degrees"),
+            ("shift", 14, " pixels"),
+            ("elastic", 14, " pixels"),
+        ):
+            value = getattr(self, key)
+            require(0 <= value <= most, f"data.augment.{key} must be in [0, {most}]{unit}, got {value}")
+        require(
+            1 <= self.smoothness <= 28,
+            f"data.augment.smoothness must be in [1, 28] pixels, got {self.smoothness}",
+        )
+
+    @property
+    def deforms(self) -> bool:
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic))
+
+
+@dataclass
 class Data:
     """Where the digits come from, how they are split and batched (``data=``)."""
 
@@ -50,6 +81,7 @@ class Data:
     num_workers: int
     mean: float
     std: float
+    augment: Augment
 
     def __post_init__(self) -> None:
         one_of("data.name", self.name, DATASETS)
@@ -69,6 +101,12 @@ class Data:
             f" data.val_size={self.val_size} leaves, got {self.batch_size}",
         )
 
+    def module_arguments(self) -> dict[str, Any]:
+        """Those of ``MNISTDataModule``, all but the seed."""
+        arguments = asdict(self)
+        del arguments["mean"], arguments["std"]  # the net normalises
+        return arguments | {"augment": asdict(self.augment) if self.augment.deforms else None}
+
 
 @dataclass
 class Model:
@@ -78,6 +116,8 @@ class Model:
     activation: str
     dropout: float
     norm: str
+    input_noise: float
+    noise: float
 
     def __post_init__(self) -> None:
         sizes = self.hidden if isinstance(self.hidden, list) else [self.hidden]
@@ -89,7 +129,9 @@ class Model:
         one_of("model.activation", self.activation, ACTIVATIONS)
         one_of("model.norm", self.norm, NORMS)
         require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
-        for key, idle in (("dropout", 0), ("norm", "none")):
+        for key in ("input_noise", "noise"):
+            check_number(f"model.{key}", getattr(self, key), *NOT_NEGATIVE)
+        for key, idle in (("dropout", 0), ("norm", "none"), ("noise", 0)):
             value = getattr(self, key)
             require(
                 bool(self.hidden) or value == idle,
@@ -139,6 +181,7 @@ class Train:
     test: bool
     resume: str | None
     label_smoothing: float
+    ema_decay: float | None
     monitor: Monitor
     checkpoint: CheckpointSchedule
     data: Data
@@ -154,6 +197,10 @@ class Train:
         require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be in (0, 1), or null for no average, got {self.ema_decay}",
         )
         for group in ("optimizer", "scheduler", "trainer", "callbacks", "logger"):
             value = getattr(self, group) or {}
@@ -215,6 +262,8 @@ class Evaluate:
 
     run: str
     checkpoint: str | None
+    runs: Any  # list of str
+    tta: int
     split: str
     data_dir: str | None
     output: str | None
@@ -223,6 +272,13 @@ class Evaluate:
     def __post_init__(self) -> None:
         one_of("split", self.split, SPLITS)
         check_source(self.run, self.checkpoint)
+        at_least("tta", self.tta, 0)
+        if self.runs != []:
+            self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
+            require(
+                self.run == "latest" and self.checkpoint is None,
+                "runs names the nets to average: give no run and no checkpoint beside it",
+            )
 
 
 @dataclass

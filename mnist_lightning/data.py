@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
+from mnist_lightning.deform import Deformation
 from mnist_lightning.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class MNISTDataModule(L.LightningDataModule):
         val_size: number of validation images; 0 trains on all 60,000.
         split_seed: chooses the validation images.
         num_workers: of each loader.
-        seed: of the order of the training images.
+        seed: of the order of the training images and of their deformations.
+        augment: how far training images are deformed, the arguments of ``Deformation``; None: not.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class MNISTDataModule(L.LightningDataModule):
         split_seed: int,
         num_workers: int,
         seed: int,
+        augment: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -153,6 +156,8 @@ class MNISTDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.seed = seed
+        self.augment = augment
+        self.deform: Deformation | None = None  # made where the first batch lies
         self.splits: dict[str, Digits] = {}
         self.resume_epoch = 0  # where the training order goes on, see load_state_dict
         self.resume_batch = 0
@@ -197,6 +202,21 @@ class MNISTDataModule(L.LightningDataModule):
         sampler.epoch = self.resume_epoch
         sampler.start = self.resume_batch * (self.batch_size // world_size)
         return loader
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Deform the images of a training step: a function of (seed, step, rank), resumed or not.
+
+        Here, on the device, and not in the loader: one process then does a whole batch at once.
+        """
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return batch
+        images, labels = batch
+        if self.deform is None:
+            self.deform = Deformation(**self.augment, device=images.device)
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of this step, from 0
+        return self.deform(images, self.seed, step, self.trainer.global_rank), labels
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return self._loader("val", EVAL_BATCH_SIZE)

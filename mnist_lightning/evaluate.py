@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
-from mnist_lightning.runs import find_checkpoint
+from mnist_lightning.runs import find_any, find_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def main() -> None:
-    quote_paths(["run", "checkpoint", "data_dir", "output"])
+    quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
     run()
 
 
@@ -80,29 +80,55 @@ def evaluate(settings: Evaluate) -> None:
     Raises:
         OSError: the checkpoint or the data can't be read, or the output can't be written.
     """
-    path = find_checkpoint(settings.run, settings.checkpoint)
+    paths = (
+        [find_any(name) for name in settings.runs]
+        if settings.runs
+        else [find_checkpoint(settings.run, settings.checkpoint)]
+    )
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
     from mnist_lightning.data import class_names
-    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+    from mnist_lightning.trained import (
+        average,
+        check_same_images,
+        load_classifier,
+        load_split,
+        log_probabilities,
+        make_deformation,
+    )
 
-    classifier, checkpoint = load_classifier(path)
-    split = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+    loaded = [load_classifier(path) for path in paths]
+    splits = [
+        load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+        for path, (_, checkpoint) in zip(paths, loaded, strict=True)
+    ]
+    check_same_images(paths, splits, settings.split)
+    split = splits[0]
     start = time.perf_counter()
-    evaluation = score(split.labels.numpy(), log_probabilities(classifier, split.images).numpy())
+    said = []
+    for path, (classifier, checkpoint) in zip(paths, loaded, strict=True):
+        deform = make_deformation(path, checkpoint) if settings.tta else None
+        said.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
+        if time.perf_counter() - start > 2:
+            log.info("%s: %d of %d nets, %.1f s", path, len(said), len(paths), time.perf_counter() - start)
+    evaluation = score(split.labels.numpy(), average(said).numpy())
     seconds = time.perf_counter() - start
 
-    name = str(checkpoint["datamodule_hyper_parameters"]["name"])
+    name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
     names = class_names(name)
-    folder = find_output(settings, path)
+    folder = find_output(settings, paths[0])
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = {"checkpoint": str(path), "data": name, "split": settings.split} | to_metrics(evaluation)
+    metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
+    metrics |= {"data": name, "split": settings.split} | to_metrics(evaluation)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(folder / "predictions.csv", evaluation)
     pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
     written = figures.save(pictures, folder)
 
-    print(f"{'checkpoint':13} {path}")
+    for path in paths:
+        print(f"{'checkpoint':13} {path}")
+    if settings.tta:
+        print(f"{'averaged over':13} {settings.tta} deformations of each image")
     print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
     print(tabulate(evaluation, names))
     print(f"\nwritten to {folder}:")
@@ -140,11 +166,15 @@ def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]")
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:
-    """The folder to write to: the user's, the run's, or one beside a lone checkpoint file."""
+    """The folder to write to: the user's, the run's, one beside a lone checkpoint file, or one of several
+    runs."""
     if settings.output is not None:
         return Path(settings.output).expanduser()
+    if settings.runs:
+        return Path("logs/evaluate") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}" / settings.split
     if settings.checkpoint is None:
-        return checkpoint.parent.parent / "evaluation" / settings.split
+        split = f"{settings.split}-tta{settings.tta}" if settings.tta else settings.split
+        return checkpoint.parent.parent / "evaluation" / split
     return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split
 
 

@@ -22,7 +22,7 @@ from mnist_lightning.sweep import find_sweep, own_overrides, read_multirun, spli
 
 KEY = "resume="
 # What decides the weights: a run can't go on with another value of these.
-FIXED = ("seed", "label_smoothing", "monitor", "data", "model", "optimizer", "scheduler")
+FIXED = ("seed", "label_smoothing", "ema_decay", "monitor", "data", "model", "optimizer", "scheduler")
 SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FREE = ("data.data_dir", "data.num_workers")
 
@@ -88,7 +88,7 @@ def resume_job(job_dir: Path) -> str | None:
         return str(job_dir)
     for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
         shutil.rmtree(folder, ignore_errors=True)
-    for file in ("metrics.json", "val_correct.npy"):
+    for file in ("metrics.json", "val_correct.npy", "test_correct.npy"):
         (job_dir / file).unlink(missing_ok=True)
     return None
 

@@ -39,6 +39,15 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
     )
 
 
+def find_any(name: str) -> Path:
+    """The checkpoint that a run's folder, "latest" or a checkpoint file's name stands for.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return find_checkpoint(name, name if Path(name).expanduser().is_file() else None)
+
+
 def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
     """The file to read: ``checkpoint`` itself, or the best of a run (the newest where none is best).
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import warnings
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from mnist_lightning import __version__, signals
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.files import write_atomic
-from mnist_lightning.resume import resume_job, rewrite_arguments
+from mnist_lightning.resume import flatten, resume_job, rewrite_arguments
 from mnist_lightning.status import is_main_process, track
 from mnist_lightning.sweep import split_overrides
 
@@ -94,20 +95,14 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     skip_device_probe()
     L.seed_everything(settings.seed, workers=True, verbose=False)
     data, model = settings.data, settings.model
-    datamodule = MNISTDataModule(
-        name=data.name,
-        data_dir=data.data_dir,
-        batch_size=data.batch_size,
-        val_size=data.val_size,
-        split_seed=data.split_seed,
-        num_workers=data.num_workers,
-        seed=settings.seed,
-    )
+    datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
     classifier = DigitClassifier(
         hidden=model.hidden,
         activation=model.activation,
         dropout=model.dropout,
         norm=model.norm,
+        input_noise=model.input_noise,
+        noise=model.noise,
         mean=data.mean,
         std=data.std,
         label_smoothing=settings.label_smoothing,
@@ -143,9 +138,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     for evaluate in evaluations:
         evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
         metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    if data.val_size and trainer.is_global_zero:
-        digits = datamodule.splits["val"]
-        save_correct(classifier, digits.images, digits.labels, run_dir / "val_correct.npy")
+    evaluated = ["val"] * bool(data.val_size) + ["test"] * test
+    for split in evaluated if trainer.is_global_zero else []:
+        digits = datamodule.splits[split]
+        save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
     metrics |= last
     metrics |= {
         "epochs": trainer.current_epoch,
@@ -164,12 +160,15 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
 
 def make_callbacks(settings: Train) -> "list[L.Callback]":
     """The config's callbacks; without a validation split the last checkpoint is the best."""
+    from mnist_lightning.averaging import ExponentialMovingAverage
+
     callbacks = {name: dict(callback) for name, callback in settings.callbacks.items() if callback}
     if settings.data.val_size == 0:
         for callback in callbacks.values():
             if str(callback["_target_"]).endswith("Checkpoints"):
                 callback["monitor"] = None
-    return [instantiate(callback) for callback in callbacks.values()]
+    made = [instantiate(callback) for callback in callbacks.values()]
+    return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
 def make_loggers(settings: Train, purge_step: int | None) -> "list[L.pytorch.loggers.Logger]":
@@ -251,10 +250,10 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
     from mnist_lightning.loggers import TensorBoardLogger
 
     settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
-    for group in ("data", "model"):
-        settings_by_key |= {f"{group}.{key}": v for key, v in vars(getattr(settings, group)).items()}
-    for group in ("optimizer", "scheduler", "trainer"):
-        settings_by_key |= {f"{group}.{key}": v for key, v in getattr(settings, group).items()}
+    settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights
+    everything = asdict(settings)
+    for group in ("data", "model", "optimizer", "scheduler", "trainer"):
+        settings_by_key |= flatten(everything[group], f"{group}.")
     values = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in settings_by_key.items()

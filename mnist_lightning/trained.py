@@ -1,5 +1,7 @@
 """A trained net, read back from what its run left, and asked."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
+from mnist_lightning.deform import Deformation
 
 
 def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -60,9 +63,62 @@ def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: 
     return digits
 
 
-def log_probabilities(classifier: DigitClassifier, images: Tensor) -> Tensor:
-    """What the net says of each image.  (N, 28, 28) uint8 or float, in [0, 255] -> (N, 10) float"""
+def check_same_images(paths: Sequence[Path], splits: Sequence[Digits], name: str) -> None:
+    """That all these runs have the same images in the split of this name.
+
+    Raises:
+        OSError: two have others.
+    """
+    first = splits[0]
+    for path, other in zip(paths, splits, strict=True):
+        same = len(other) == len(first) and torch.equal(other.images, first.images)
+        if not (same and torch.equal(other.labels, first.labels)):
+            raise OSError(
+                f"{paths[0]} and {path} have other {name} images"
+                " (data.name, data.val_size, data.split_seed): they can't be compared on them"
+                + ("; split=test may do" if name == "val" else "")
+            )
+
+
+def log_probabilities(
+    classifier: DigitClassifier,
+    images: Tensor,
+    *,
+    deform: Deformation | None = None,
+    tta: int = 0,
+) -> Tensor:
+    """What the net says of each image.  (N, 28, 28) uint8 or float, in [0, 255] -> (N, 10) float
+
+    Args:
+        deform: of test-time averaging, see ``make_deformation``; needed where ``tta`` > 0.
+        tta: deformations of each image whose probabilities are averaged; 0: the image itself.
+    """
     with torch.inference_mode():
-        return torch.cat(
-            [F.log_softmax(classifier(batch), dim=1) for batch in torch.split(images, EVAL_BATCH_SIZE)]
+        said = []
+        for number, batch in enumerate(torch.split(images, EVAL_BATCH_SIZE)):
+            if deform is None or tta == 0:
+                said.append(F.log_softmax(classifier(batch), dim=1))
+                continue
+            variants = (deform(batch, number, variant) for variant in range(tta))
+            said.append(average([F.log_softmax(classifier(variant), dim=1) for variant in variants]))
+        return torch.cat(said)
+
+
+def average(log_probabilities: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean of the probabilities.  K times (N, C) -> (N, C)"""
+    return torch.logsumexp(torch.stack(list(log_probabilities)), dim=0) - math.log(len(log_probabilities))
+
+
+def make_deformation(path: Path, checkpoint: dict[str, Any]) -> Deformation:
+    """The deformation that a checkpoint's net was trained with.
+
+    Raises:
+        OSError: it was trained with none.
+    """
+    augment = checkpoint["datamodule_hyper_parameters"].get("augment")
+    if augment is None:
+        raise OSError(
+            f"{path} was trained without deformations (data.augment), and tta averages over those of the"
+            " training: use tta=0"
         )
+    return Deformation(**augment)

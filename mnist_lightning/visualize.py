@@ -1,6 +1,7 @@
 """What the data looks like:  python -m mnist_lightning.visualize [key=value …]"""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 register()
 
 NUM_IMAGES = 60  # of the grid: six rows of ten
+NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 
 def main() -> None:
@@ -37,18 +39,11 @@ def visualize(settings: Visualize) -> None:
 
     from mnist_lightning import figures
     from mnist_lightning.data import MNISTDataModule, class_names
+    from mnist_lightning.deform import Deformation
     from mnist_lightning.network import NUM_CLASSES
 
     data = settings.data
-    datamodule = MNISTDataModule(
-        name=data.name,
-        data_dir=data.data_dir,
-        batch_size=data.batch_size,
-        val_size=data.val_size,
-        split_seed=data.split_seed,
-        num_workers=data.num_workers,
-        seed=0,
-    )
+    datamodule = MNISTDataModule(**data.module_arguments(), seed=0)
     datamodule.prepare_data()
     datamodule.setup("fit")
     names = class_names(data.name)
@@ -77,6 +72,16 @@ def visualize(settings: Visualize) -> None:
         ),
         "pixels": figures.pixel_histogram(pixels.long().numpy(), mean=mean, std=std, title=data.name),
     }
+    if data.augment.deforms:
+        originals = train.images[:NUM_DEFORMED]
+        deform = Deformation(**asdict(data.augment))
+        variants = [originals.float(), *(deform(originals, number) for number in range(NUM_VARIANTS))]
+        drawings["augmented"] = figures.digits(
+            torch.stack(variants, dim=1).flatten(0, 1).numpy(),
+            (["as it is"] + [""] * NUM_VARIANTS) * NUM_DEFORMED,
+            title=f"{data.name}: {NUM_DEFORMED} training images and {NUM_VARIANTS} deformations of each",
+            columns=1 + NUM_VARIANTS,
+        )
     for path in figures.save(drawings, Path(settings.output).expanduser()):
         print(path)
     sizes = ", ".join(f"{int(count.sum()):,} {name}" for name, count in counts.items())

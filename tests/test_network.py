@@ -66,3 +66,20 @@ def test_norm_normalises(norm: str, axis: int, images: torch.Tensor) -> None:
     torch.testing.assert_close(
         normalised.std(axis, correction=0), torch.ones(normalised.shape[1 - axis]), atol=1e-2, rtol=0
     )
+
+
+@pytest.mark.parametrize("key", ["input_noise", "noise"])
+def test_noise_disturbs_training_by_its_size_and_nothing_else(key: str) -> None:
+    """Small noise through a smooth activation: what comes out spreads as the noise that goes in."""
+    images = torch.full((4000, 28, 28), 100, dtype=torch.uint8)
+    spreads = {}
+    for std in (0.1, 0.2):
+        torch.manual_seed(1)
+        arguments: dict[str, float] = {key: std}
+        net = FeedForward(
+            hidden=[50], activation="elu", dropout=0.0, norm="none", mean=0.1307, std=0.3081, **arguments
+        )
+        with torch.no_grad():
+            spreads[std] = net(images).std(dim=0).mean().item()
+            assert net.eval()(images).std(dim=0).max() < 1e-5
+    assert spreads[0.2] / spreads[0.1] == pytest.approx(2, rel=0.1)

@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "resume": {"config"},
     "prepare": {"config", "resume"},
     "network": set(),
-    "data": set(),
+    "averaging": set(),
+    "data": {"deform"},
+    "deform": set(),
     "loggers": set(),
     "pruning": set(),
     "checkpoint": set(),
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "scores": set(),
     "handwriting": set(),
     "pictures": {"figures", "loggers", "network", "scores"},
-    "trained": {"checkpoint", "classifier", "data"},
+    "trained": {"checkpoint", "classifier", "data", "deform"},
     "classifier": {"network"},
 }
 

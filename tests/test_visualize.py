@@ -25,6 +25,14 @@ def test_visualize_draws_mnist(tmp_path: Path, command: Run) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # no outputs/
 
 
+def test_deformations_are_drawn_where_there_are_some(tmp_path: Path, command: Run) -> None:
+    done = command("visualize", "data.augment.rotation=20", "output=pictures", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "pictures" / "augmented.png") as picture:
+        assert picture.size[0] == 960
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
 def test_visualize_takes_data_of_the_same_format(tmp_path: Path, command: Run) -> None:
     """MNIST's images reversed stand for Fashion-MNIST, which can't be had without a network."""
     raw = tmp_path / "data" / "FashionMNIST" / "raw"

@@ -1,0 +1,186 @@
+"""The table of what feed-forward nets reach on MNIST's test images, from the folders of finished runs.
+
+Runs that differ in their seed alone make one row: each seed's error, their mean and standard deviation.
+What evaluate wrote of the same runs (tta=16, runs=[…]) makes rows of its own.  The images that all seeds
+of a preset get wrong go into a figure beside the table.
+
+    python -m benchmarks.accuracy logs/train/runs logs/evaluate
+"""
+
+import argparse
+import collections
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mnist_lightning import figures
+from mnist_lightning.data import MNISTDataModule
+
+# net, test error in %, source
+REFERENCES = (
+    ("784-128-64-10, SGD, 15 epochs (the tutorial)", "2.5–2.8", "published notebook runs"),
+    ("2 × 800, cross-entropy, elastic deformations", "0.70", "Simard, Steinkraus, Platt 2003"),
+    ("permutation-invariant: ladder network", "0.57", "arXiv 1511.06430"),
+    ("2500-2000-1500-1000-500, deformations, 114 h on a GTX 280", "0.35", "Ciresan 2010, arXiv 1003.0358"),
+    ("committee of 7 such nets", "0.31", "Ciresan 2011, arXiv 1103.4487"),
+)
+TRAIN = "python -m mnist_lightning.train"
+ASIDE = ("seed=", "data.data_dir=", "data.num_workers=", "hydra", "resume=", "test=", "logger=", "callbacks")
+MOST_SHOWN = 80  # images of a figure
+
+
+@dataclass(frozen=True)
+class Result:
+    """One reading of the test images."""
+
+    preset: str  # what the training's command line chose, without the seed
+    way: str  # of evaluation: "" for the net alone
+    seed: str
+    error: float  # in %
+    seconds: float | None  # of training
+    parameters: int | None
+    correct: Path | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="of runs and evaluations, or above them")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.md"), help="the table")
+    parser.add_argument("--hardware", default="not told", help="what the runs ran on, in words")
+    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/", help="where MNIST lies")
+    arguments = parser.parse_args()
+    results = sorted(collect(arguments.folders), key=lambda one: (one.preset, one.way, one.seed))
+    if not results:
+        sys.exit(f"no run that has read the test images under {', '.join(map(str, arguments.folders))}")
+    groups: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
+    for result in results:
+        groups[result.preset, result.way].append(result)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    pictures = draw(groups, arguments.data_dir, arguments.output)
+    arguments.output.write_text(write(groups, pictures, arguments.hardware))
+    print(arguments.output, *pictures.values(), sep="\n")
+
+
+def collect(folders: list[Path]) -> list[Result]:
+    paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.json")}
+    results = []
+    for path in sorted(paths):
+        metrics = json.loads(path.read_text())
+        if "test/acc" in metrics:
+            results.append(_of_training(path.parent, metrics))
+        elif metrics.get("split") == "test" and "checkpoints" in metrics:
+            results += _of_evaluation(metrics)
+    return results
+
+
+def _of_training(folder: Path, metrics: dict[str, Any]) -> Result:
+    return Result(
+        preset=name_preset(folder),
+        way="",
+        seed=str(metrics["seed"]),
+        error=100 * (1 - metrics["test/acc"]),
+        seconds=metrics.get("train_seconds"),
+        parameters=metrics.get("num_parameters"),
+        correct=path if (path := folder / "test_correct.npy").is_file() else None,
+    )
+
+
+def _of_evaluation(metrics: dict[str, Any]) -> list[Result]:
+    """None where the net alone was evaluated: its training has told that."""
+    runs = [Path(checkpoint).parent.parent for checkpoint in metrics["checkpoints"]]
+    ways = [f"mean of {len(runs)} nets"] * (len(runs) > 1) + [f"tta={metrics['tta']}"] * bool(metrics["tta"])
+    reports = [run / "metrics.json" for run in runs]
+    if not ways:
+        return []
+    if missing := [str(report) for report in reports if not report.is_file()]:
+        print(f"left out, the runs have moved: {', '.join(missing)}", file=sys.stderr)
+        return []
+    told = [json.loads(report.read_text()) for report in reports]
+    seconds = [one["train_seconds"] for one in told if "train_seconds" in one]
+    return [
+        Result(
+            preset=" and ".join(sorted({name_preset(run) for run in runs})),
+            way=", ".join(ways),
+            seed="+".join(str(one["seed"]) for one in told),
+            error=100 * metrics["mistakes"] / metrics["images"],
+            seconds=sum(seconds) if len(seconds) == len(runs) else None,
+            parameters=sum(one["num_parameters"] for one in told),
+            correct=None,
+        )
+    ]
+
+
+def name_preset(run: Path) -> str:
+    """What was typed for a run, less what does not decide how good it gets."""
+    saved = run / ".hydra" / "overrides.yaml"
+    overrides = yaml.safe_load(saved.read_text()) if saved.is_file() else ["unknown"]
+    kept = [one for one in overrides if not one.lstrip("+").startswith(ASIDE)]
+    return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or "default"
+
+
+def write(groups: dict[tuple[str, str], list[Result]], pictures: dict[str, Path], hardware: str) -> str:
+    lines = [
+        "# Accuracy on MNIST's 10,000 test images",
+        "",
+        "Written by `python -m benchmarks.accuracy` from run folders; not typed.  Fully connected layers",
+        "only.  Mean ± standard deviation over seeds; the protocol is in `docs/records.md`.",
+        f"The runs' hardware: {hardware}.",
+        "",
+        "| net | test error in % | each seed | training | parameters |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {net}; {source} | {error} | – | – | – |" for net, error, source in REFERENCES]
+    for (preset, way), results in groups.items():
+        errors = [result.error for result in results]
+        spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else " (one run)"
+        each = ", ".join(f"{result.seed}: {result.error:.2f}" for result in results)
+        seconds = [result.seconds for result in results if result.seconds is not None]
+        duration = f"{statistics.mean(seconds):,.0f} s" if seconds else "–"
+        parameters = f"{results[0].parameters:,}" if results[0].parameters else "–"
+        name = f"**{preset}**" + (f", {way}" if way else "")
+        cells = [name, f"{statistics.mean(errors):.3f}{spread}", each, duration, parameters]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## Commands", "", "```"]
+    for preset in dict.fromkeys(preset for preset, _ in groups):
+        seeds = ",".join(result.seed for result in groups.get((preset, ""), []))
+        chosen = "" if preset == "default" else f" {preset}"
+        lines.append(f"for seed in {seeds.replace(',', ' ')}; do {TRAIN}{chosen} seed=$seed; done")
+    lines += ["```"]
+    for preset, picture in pictures.items():
+        lines += ["", f"## Wrong in all seeds: {preset}", "", f"![the images]({picture.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def draw(groups: dict[tuple[str, str], list[Result]], data_dir: str, output: Path) -> dict[str, Path]:
+    """A sheet for each preset: the test images that none of its seeds reads rightly."""
+    shared = {"batch_size": 1, "val_size": 0, "split_seed": 0, "num_workers": 0, "seed": 0}
+    datamodule = MNISTDataModule(name="mnist", data_dir=data_dir, **shared)
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    digits = datamodule.splits["test"]
+    drawings, titles = {}, {}
+    for (preset, way), results in groups.items():
+        paths = [result.correct for result in results if result.correct is not None]
+        if way or len(paths) < 2:
+            continue
+        right = np.array([np.unpackbits(np.load(path), count=len(digits)) for path in paths])
+        wrong = (~right.any(axis=0)).nonzero()[0]
+        name = "".join(c if c.isalnum() else "_" for c in preset.removeprefix("experiment="))
+        titles[preset] = f"{output.stem}_{name}"
+        drawings[titles[preset]] = figures.digits(
+            digits.images[wrong[:MOST_SHOWN]].numpy(),
+            [f"{digits.labels[index]}   #{index}" for index in wrong[:MOST_SHOWN]],
+            title=f"{preset}: {len(wrong)} test images wrong in all {len(paths)} seeds; label and index",
+        )
+    written = figures.save(drawings, output.parent)
+    return dict(zip(titles, written, strict=True))
+
+
+if __name__ == "__main__":
+    main()

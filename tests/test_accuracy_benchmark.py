@@ -1,0 +1,129 @@
+"""The table of accuracies, from runs that really trained and evaluations that really read them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, Run
+from PIL import Image
+
+from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+SETTINGS = (
+    "data/augment=elastic",
+    "model.hidden=32",
+    "+trainer.limit_train_batches=60",
+    "trainer.max_epochs=1",
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a deformed training, and a run without deformations, in one folder."""
+    cwd = tmp_path_factory.mktemp("runs")
+    for name, arguments in (
+        ("a", (*SETTINGS, "seed=1")),
+        ("b", (*SETTINGS, "seed=2")),
+        ("plain", (*SETTINGS[1:], "data.val_size=4000")),
+    ):
+        done = command("train", *arguments, f"hydra.run.dir={name}", "logger=none", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def read(path: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((path / "metrics.json").read_text())
+    return content
+
+
+def test_several_runs_are_averaged(workplace: Path, command: Run) -> None:
+    done = command("evaluate", "runs=[a,b]", "output=pair", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    metrics = read(workplace / "pair")
+    means = 0.0
+    for name in ("a", "b"):
+        path = workplace / name / "checkpoints" / "best.ckpt"
+        classifier, checkpoint = load_classifier(path)
+        digits = load_split(path, checkpoint, "test", data_dir=None)
+        means = means + log_probabilities(classifier, digits.images).exp() / 2  # type: ignore[assignment]
+    right = means.argmax(1) == digits.labels  # type: ignore[attr-defined]
+    assert metrics["acc"] == pytest.approx(right.float().mean().item(), abs=1e-6)
+    assert {path.suffix for path in (workplace / "pair").iterdir()} == {".json", ".csv", ".png"}
+    assert "mean cross-entropy" in done.stdout
+
+
+def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
+    said = []
+    for output in ("one", "two"):
+        done = command("evaluate", "run=a", "tta=3", f"output={output}", cwd=workplace)
+        assert done.returncode == 0, done.stderr
+        assert "3 deformations of each image" in done.stdout
+        said.append((workplace / output / "predictions.csv").read_text())
+    assert said[0] == said[1]
+    assert command("evaluate", "run=a", "output=whole", cwd=workplace).returncode == 0
+    assert (workplace / "whole" / "predictions.csv").read_text() != said[0]
+    assert abs(read(workplace / "one")["acc"] - read(workplace / "whole")["acc"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run=plain", "tta=2"), "was trained without deformations (data.augment)"),
+        (("runs=[a,plain]", "split=val"), "have other val images"),
+        (("runs=[a]",), "runs must be at least 2 names"),
+        (("runs=[a,b]", "run=a"), "give no run and no checkpoint beside it"),
+        (("tta=-1",), "tta must be >= 0, got -1"),
+    ],
+)
+def test_what_can_not_be_averaged_is_told_in_a_line(
+    arguments: tuple[str, ...], message: str, workplace: Path, command: Run
+) -> None:
+    done = command("evaluate", *arguments, cwd=workplace)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_table_comes_from_the_runs(workplace: Path, command: Run, environment: dict[str, str]) -> None:
+    for arguments in (("runs=[a,b]", "output=committee"), ("run=a", "tta=2")):
+        assert command("evaluate", *arguments, cwd=workplace).returncode == 0
+    folders = [str(workplace / name) for name in ("a", "b", "committee")]
+    output = workplace / "table" / "accuracy.md"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", *folders, "--output", str(output)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    table = output.read_text()
+    assert "Simard, Steinkraus, Platt 2003" in table
+    errors = [100 * (1 - read(workplace / name)["test/acc"]) for name in ("a", "b")]
+    rows = [line for line in table.splitlines() if "data/augment=elastic" in line and line[0] == "|"]
+    assert len(rows) == 3, "the seeds, their mean, and test-time averaging"
+    assert f"| {np.mean(errors):.3f} ± {np.std(errors, ddof=1):.3f} | 1: {errors[0]:.2f}, 2: " in table
+    committee = 100 * (1 - read(workplace / "committee")["acc"])
+    assert any("mean of 2 nets" in row and f"| {committee:.3f} (one run) | 1+2:" in row for row in rows)
+    assert any("tta=2" in row for row in rows)
+    right = [np.unpackbits(np.load(workplace / n / "test_correct.npy"), count=10_000) for n in ("a", "b")]
+    assert [100 - r.mean() * 100 for r in right] == pytest.approx(errors, abs=1e-4)
+    (picture,) = output.parent.glob("*.png")
+    assert picture.name in table
+    with Image.open(picture) as image:
+        assert image.size[0] == 960
+
+
+def test_without_runs_it_says_so(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("no run that has read the test images")

@@ -1,0 +1,157 @@
+"""Each amount changes what it names, the same key draws the same, and digits stay what they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import settle
+from torch import Tensor
+
+from mnist_lightning.checkpoint import load
+from mnist_lightning.data import MNISTDataModule, read_splits, stamp, unpack
+from mnist_lightning.deform import CENTER, Deformation
+from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+Fit = Callable[..., dict[str, object]]
+NONE = {"rotation": 0, "scale": 0, "shear": 0, "shift": 0, "elastic": 0, "smoothness": 5.0}
+COUNT = 2000
+
+
+def make(**amounts: float) -> Deformation:
+    return Deformation(**(NONE | amounts))
+
+
+@pytest.fixture(scope="module")
+def images(data_dir: Path) -> Tensor:
+    unpack(data_dir)
+    return read_splits("mnist", data_dir, 0, 0, stamp("mnist", data_dir))["train"].images[:COUNT]
+
+
+def moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the ink of each image lies and how it spreads, in pixels.  -> (B, 2) x and y, (B, 2, 2)"""
+    place = torch.arange(28) - CENTER
+    points = torch.stack([place.repeat(28), place.repeat_interleave(28)]).double()
+    ink = images.flatten(1).double()
+    ink = ink / ink.sum(dim=1, keepdim=True)
+    mean = ink @ points.T
+    away = points - mean[:, :, None]
+    return mean, torch.einsum("bp,bip,bjp->bij", ink, away, away)
+
+
+def blots(x: float, y: float, *, wide: float = 1.5, tall: float = 1.5) -> Tensor:
+    """The same smooth blot of ink in each of many images, its centre at (x, y) from the middle."""
+    place = torch.arange(28) - CENTER
+    blot = torch.exp(-0.5 * (((place - x) / wide) ** 2 + ((place[:, None] - y) / tall) ** 2))
+    return (255 * blot).expand(COUNT, 28, 28)
+
+
+def test_without_an_amount_the_images_stay(images: Tensor) -> None:
+    same = make()(images, 1)
+    assert same.dtype == torch.float32
+    torch.testing.assert_close(same, images.float(), rtol=0, atol=0.01)
+
+
+def test_pixels_stay_in_their_range(images: Tensor) -> None:
+    wild = make(rotation=45, scale=0.5, shear=30, shift=8, elastic=4, smoothness=2)(images, 1)
+    assert wild.shape == images.shape
+    assert wild.min() >= 0
+    assert wild.max() <= 255.001, "rounding of the weights of four neighbours"
+    assert wild.isfinite().all()
+
+
+def test_the_key_alone_decides(images: Tensor) -> None:
+    one, two = (make(rotation=10, elastic=1) for _ in range(2))
+    first = one(images, 1, 7, 0)
+    assert not torch.equal(one(images, 1, 8, 0), first)
+    assert not torch.equal(two(images, 2, 7, 0), first)
+    assert not torch.equal(two(images, 1, 7, 1), first)
+    assert torch.equal(two(images, 1, 7, 0), first)
+
+
+def test_the_global_random_state_is_not_touched(images: Tensor) -> None:
+    before = torch.get_rng_state()
+    make(rotation=10, elastic=1)(images, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_shift_moves_by_pixels() -> None:
+    mean, spread = moments(make(shift=3)(blots(0, 0), 1))
+    assert mean.abs().max() <= 3.01
+    assert mean.amax(dim=0).min() > 2.9
+    assert mean.amin(dim=0).max() < -2.9
+    assert mean.mean(dim=0).abs().max() < 0.15, "either way alike"
+    assert (torch.diagonal(spread, dim1=1, dim2=2).sqrt() - 1.5).abs().max() < 0.1
+
+
+def test_rotation_turns_about_the_centre() -> None:
+    mean, _ = moments(make(rotation=30)(blots(0, 0, wide=3), 1))
+    assert mean.abs().max() < 0.01, "what lies in the centre stays there"
+    mean, _ = moments(make(rotation=30)(blots(6, 0), 1))
+    assert (mean.norm(dim=1) - 6).abs().max() < 0.1, "the distance to the centre stays"
+    angle = torch.rad2deg(torch.atan2(mean[:, 1], mean[:, 0]))
+    assert 29 < angle.max() < 30.5
+    assert -30.5 < angle.min() < -29
+
+
+def test_scale_stretches_each_axis_by_its_share() -> None:
+    mean, spread = moments(make(scale=0.2)(blots(0, 0, wide=2, tall=3), 1))
+    assert mean.abs().max() < 0.01
+    width, height = (spread[:, i, i].sqrt() / size for i, size in enumerate((2, 3)))
+    for share in (width, height):
+        assert 1.17 < share.max() < 1.23, "bilinear sampling blurs a little"
+        assert 0.79 < share.min() < 0.84
+    assert torch.corrcoef(torch.stack([width, height]))[0, 1].abs() < 0.1, "each on its own"
+
+
+def test_shear_leans_upright_lines_and_keeps_rows() -> None:
+    mean, _ = moments(make(shear=20)(blots(0, 6), 1))
+    assert (mean[:, 1] - 6).abs().max() < 0.05
+    lean = torch.rad2deg(torch.atan2(mean[:, 0], mean[:, 1])).abs()
+    assert 19 < lean.max() < 20.5
+
+
+def test_elastic_displaces_by_its_standard_deviation_and_smoothly() -> None:
+    for smoothness in (4.0, 6.0):
+        deformation = make(elastic=1.2, smoothness=smoothness)
+        deformation.generator.manual_seed(1)
+        moved = deformation._sources(4000).flatten(2) - deformation.places[:2]
+        assert moved.std(dim=0).mean() == pytest.approx(1.2, rel=0.02)
+        assert (moved.std(dim=0) - 1.2).abs().max() < 0.1, "everywhere alike"
+        # white noise that a Gaussian has smoothed is correlated by exp(-d² / 4 s²) over a distance d
+        field = moved.view(4000, 2, 28, 28)
+        for distance in (3, 6):
+            pairs = (field[..., :-distance] * field[..., distance:]).mean() / 1.2**2
+            expected = torch.tensor(-(distance**2) / (4 * smoothness**2)).exp()
+            assert pairs == pytest.approx(expected.item(), abs=0.04)
+
+
+def test_images_are_deformed_in_training_only_and_each_epoch_anew(data_dir: Path) -> None:
+    augment = {**NONE, "rotation": 10, "elastic": 1}
+    common = {"name": "mnist", "data_dir": str(data_dir), "batch_size": 50, "val_size": 5000}
+    datamodule = MNISTDataModule(**common, split_seed=0, num_workers=0, seed=1, augment=augment)  # type: ignore[arg-type]
+    batch = (torch.zeros(50, 28, 28, dtype=torch.uint8), torch.zeros(50, dtype=torch.long))
+    assert datamodule.on_after_batch_transfer(batch, 0) is batch, "no trainer trains"
+
+
+def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> None:
+    """Labels survive: the net reads other deformations of images that it has never seen."""
+    arguments = ("data/augment=elastic", "trainer.max_epochs=2", "model.norm=batch", "logger=none")
+    metrics = fit(*arguments)
+    assert metrics["val/acc"] > 0.96  # type: ignore[operator]
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    checkpoint = load(path)
+    augment = checkpoint["datamodule_hyper_parameters"]["augment"]
+    assert augment["elastic"] == 1.2
+    classifier, _ = load_classifier(path)
+    digits = load_split(path, checkpoint, "val", data_dir=None)
+    deformed = Deformation(**augment)(digits.images, 5)
+    right = log_probabilities(classifier, deformed).argmax(1) == digits.labels
+    assert right.float().mean() > 0.85
+    plain = fit(*arguments[1:], folder="plain")
+    assert plain["last/train/acc"] > metrics["last/train/acc"] + 0.03, "validation is on whole digits"  # type: ignore[operator]
+
+
+def test_amounts_of_zero_are_no_deformation(tmp_path: Path) -> None:
+    assert settle(tmp_path).data.module_arguments()["augment"] is None
+    assert settle(tmp_path, "data.augment.shift=1").data.module_arguments()["augment"]["shift"] == 1
