@@ -17,7 +17,7 @@ def append(path: Path, accuracy: float) -> None:
 
 
 class EpochAccuracy(Callback):
-    """Given to ``train`` as ``+callbacks.epoch_accuracy._target_=benchmarks.epoch_accuracy.EpochAccuracy``."""
+    """A user's callback to ``train``, given by ``+callbacks.epoch_accuracy._target_=…``."""
 
     def __init__(self, log: str) -> None:
         self.log = Path(log)

@@ -31,7 +31,7 @@ from benchmarks.measure import (
 )
 
 IMPORTS = "import hydra, lightning, torch, torchvision, matplotlib.figure, torch.utils.tensorboard"
-NUM_TRAIN = 55_000
+NUM_TRAIN, BATCH_SIZE = 55_000, 256  # of the default run
 LARGE = "model.hidden=[4096,4096]"
 # a table's name -> the rows' names -> what is said on the command line
 GROUPS: dict[str, dict[str, list[str]]] = {
@@ -73,13 +73,13 @@ class Run:
     peak: float
 
 
-def run(arguments: list[str], *, threads: int | None) -> Run:
-    """One whole command."""
+def run(arguments: list[str], *, images: int, threads: int | None) -> Run:
+    """One whole command; ``images`` are those of an epoch."""
     with empty_folder() as folder:
         process = start("-m", "mnist_lightning.train", *arguments, cwd=folder, threads=threads)
         peak = wait(process.pid, folder)
         metrics = json.loads((folder / "run" / "metrics.json").read_text())
-    return Run(metrics["epochs"] * NUM_TRAIN, metrics["train_seconds"], peak)
+    return Run(metrics["epochs"] * images, metrics["train_seconds"], peak)
 
 
 def measure_imports() -> float:
@@ -136,7 +136,9 @@ def make(arguments: argparse.Namespace, name: str, more: list[str]) -> "partial[
         *more,
     ]
     threads = int(name.partition("=")[2]) if name.startswith("OMP_NUM_THREADS=") else None
-    return partial(run, command, threads=threads)
+    sizes = [int(one.partition("=")[2]) for one in more if one.startswith("data.batch_size=")]
+    images = NUM_TRAIN if arguments.steps is None else arguments.steps * (sizes or [BATCH_SIZE])[0]
+    return partial(run, command, images=min(images, NUM_TRAIN), threads=threads)
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def tabulate(compared: dict[int, dict[str, list[Result]]], device: str) -> Table
 
 def tabulate_tutorial(results: dict[str, list[Result]], device: str) -> Table:
     steps = {name: [result.step for result in found] for name, found in results.items()}
-    ours, theirs = steps.values()
+    *_, theirs = steps.values()
     rows = [
         [
             name,
