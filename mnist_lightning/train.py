@@ -10,7 +10,6 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +84,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         MisconfigurationException: settings that Lightning can't use on this machine.
     """
     log.info("loading torch and Lightning …")
+    from importlib.metadata import version  # 0.04 s that a config error need not wait for
+
     import lightning as L
     from lightning.pytorch.callbacks import Checkpoint
 
@@ -194,7 +195,6 @@ def quiet() -> None:
     for message in (
         r".*does not have many workers",  # the images are in memory
         r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
-        r".*requested to overfit but enabled \w+ dataloader shuffling",  # debug=overfit
         r".*your dataloader is not resumable",  # its sampler is
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     ):
