@@ -102,8 +102,11 @@ class LocalCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
+        """``storage_options`` may name a copy to be written as well: ``{"copy": path}``."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), serialize(checkpoint))
+        content = serialize(checkpoint)
+        for target in (path, *(storage_options or {}).values()):
+            write_atomic(Path(target), content)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -215,12 +218,12 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
         for logger in trainer.loggers:  # a checkpoint must not be ahead of its curves
             logger.save()
-        target = self.folder / name
         next_last = self.folder / f"{TEMPORARY}{LAST}"
-        trainer.save_checkpoint(target if name == BEST else next_last)
+        if name == BEST:
+            trainer.save_checkpoint(self.folder / BEST, storage_options={"copy": next_last})
+        else:
+            trainer.save_checkpoint(next_last)
         if trainer.is_global_zero:
-            if name == BEST:
-                write_atomic(next_last, target.read_bytes())
             last = self.folder / LAST
             if last.exists():
                 last.replace(self.folder / PREVIOUS)

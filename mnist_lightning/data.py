@@ -1,8 +1,8 @@
 """The digits: where they come from, the three splits, the loaders.
 
-All images stay in memory as uint8, and a batch is one indexing operation; the net normalises on its
-own device.  Decoding and transforming image by image is what makes a usual MNIST project several
-times slower than its arithmetic.
+All images stay as uint8 in the memory of the device that trains, and a batch is one indexing operation
+there; the net normalises.  Decoding and transforming image by image is what makes a usual MNIST project
+several times slower than its arithmetic.
 """
 
 import functools
@@ -60,10 +60,12 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once.  -> (B, 28, 28) uint8, (B,) int64"""
-        chosen = torch.tensor(indices)
-        return self.images[chosen], self.labels[chosen]
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """A whole batch at once.  (B,) int64 on the images' device -> (B, 28, 28) uint8, (B,) int64"""
+        return self.images[indices], self.labels[indices]
+
+    def to(self, device: torch.device) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device))
 
 
 class EpochSampler(Sampler[int]):
@@ -113,9 +115,35 @@ class EpochSampler(Sampler[int]):
             return self.num_samples // self.world_size
         return len(range(self.rank, self.num_samples, self.world_size))
 
-    def __iter__(self) -> Iterator[int]:
+    def take(self) -> Tensor:
+        """What ``iter`` gives, as a tensor."""
         start, self.start = self.start, 0
-        yield from self.order()[start:].tolist()
+        return self.order()[start:]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.take().tolist()
+
+
+class BatchIndices(Sampler[Tensor]):
+    """A sampler's indices in batches, as tensors on a device: they go there once an epoch, so that no step
+    waits for a copy.
+
+    Args:
+        sampler: of an epoch's indices; Lightning looks for it here to call its ``set_epoch``.
+        batch_size: of all batches but the last, which may be smaller.
+        device: of the images.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, device: torch.device) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.sampler.take().to(self.device).split(self.batch_size)  # type: ignore[no-untyped-call]
 
 
 class MNISTDataModule(L.LightningDataModule):
@@ -197,7 +225,7 @@ class MNISTDataModule(L.LightningDataModule):
                 f" got {self.batch_size}"
             )
         loader = self._loader("train", self.batch_size // world_size)
-        sampler = loader.sampler
+        sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]
         assert isinstance(sampler, EpochSampler)
         sampler.epoch = self.resume_epoch
         sampler.start = self.resume_batch * (self.batch_size // world_size)
@@ -225,18 +253,21 @@ class MNISTDataModule(L.LightningDataModule):
         return self._loader("test", EVAL_BATCH_SIZE)
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        digits = self.splits[split]
+        digits, trainer = self.splits[split], self.trainer
+        overfit = trainer is not None and trainer.overfit_batches > 0  # the same few batches each epoch
         sampler = EpochSampler(
             len(digits),
-            shuffle=split == "train",
+            shuffle=split == "train" and not overfit,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
         )
+        device = torch.device("cpu")
+        if trainer is not None and self.num_workers == 0:  # worker processes hand over through the host
+            device = trainer.strategy.root_device
         return DataLoader(
-            digits,
-            batch_size=batch_size,
-            sampler=sampler,
+            digits.to(device),
+            batch_sampler=BatchIndices(sampler, batch_size, device),  # type: ignore[arg-type]  # a tensor, no list
             num_workers=self.num_workers,
             collate_fn=_identity,
             persistent_workers=self.num_workers > 0,

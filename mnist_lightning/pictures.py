@@ -35,7 +35,8 @@ NUM_UNITS = 60  # of the first layer that are drawn
 
 
 class TensorBoardPictures(Callback):
-    """Charts, digits and graph before training; weights, confusion matrix and mistakes after it.
+    """Charts before training; digits, graph, weights, confusion matrix and mistakes after it, so that
+    nobody waits for them.
 
     The validation pictures belong to the net that ``trainer.validate`` is called with after training,
     the one whose metrics are published.  Nothing happens in a step, no random number is drawn, and
@@ -53,6 +54,11 @@ class TensorBoardPictures(Callback):
             if writer is None:
                 return
             writer.add_custom_scalars(LAYOUT)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with self._writing(trainer) as writer:
+            if writer is None:
+                return
             images, labels = _split(trainer, "train")
             drawing = figures.digits(
                 images[:NUM_DIGITS].numpy(),
@@ -61,11 +67,6 @@ class TensorBoardPictures(Callback):
             )
             _add(writer, "data/digits", drawing, step=0)
             _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self._writing(trainer) as writer:
-            if writer is None:
-                return
             weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
             drawing = figures.first_layer(
                 weights[:NUM_UNITS].reshape(-1, 28, 28).numpy(),

@@ -8,6 +8,8 @@ import platform
 import shlex
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +86,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         MisconfigurationException: settings that Lightning can't use on this machine.
     """
     log.info("loading torch and Lightning …")
+
     import lightning as L
     from lightning.pytorch.callbacks import Checkpoint
 
@@ -109,6 +112,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         optimizer=instantiate(settings.optimizer, _partial_=True),
         scheduler=instantiate(settings.scheduler, _partial_=True) or None,
     )
+    if settings.compile:
+        classifier.net.compile()  # in place: the checkpoint's keys stay the same
     newest, purge_step = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
@@ -123,7 +128,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
         _convert_="all",
     )
-    with signals.deferred():
+    with signals.deferred(), compiler_errors():
         trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
     kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
@@ -189,7 +194,6 @@ def quiet() -> None:
     for message in (
         r".*does not have many workers",  # the images are in memory
         r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
-        r".*requested to overfit but enabled \w+ dataloader shuffling",  # debug=overfit
         r".*your dataloader is not resumable",  # its sampler is
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     ):
@@ -206,6 +210,25 @@ def skip_device_probe() -> None:
 
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """
+    Raises:
+        MisconfigurationException: with compile=true, where torch.compile can't work on this machine.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch._dynamo.exc import BackendCompilerFailed  # Lightning has imported torch._dynamo
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise MisconfigurationException(
+            f"compile=true: torch.compile can't work here ({cause}); it needs a C++ compiler (g++ or clang++)"
+            " on a CPU and Triton on a GPU; compile=false needs neither"
+        ) from error
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> None:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "pruning": set(),
     "checkpoint": set(),
     "callbacks": {"figures", "network"},
+    "profiler": set(),
     "figures": set(),
     "scores": set(),
     "handwriting": set(),

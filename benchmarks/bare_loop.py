@@ -1,0 +1,85 @@
+"""A plain torch loop: the project's net, images in memory, optimizer and schedule, and nothing around them.
+
+As a script it trains the project's default net and evaluates it on the test images after each epoch:
+
+    python -m benchmarks.bare_loop
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def train_epoch(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    steps: int | None = None,
+) -> None:
+    """One epoch.
+
+    Args:
+        net: (B, 28, 28) uint8 -> (B, 10).
+        images: (N, 28, 28) uint8, on the net's device.
+        labels: (N,) int64, there too.
+        order: (M,) int64, the indices of the epoch.
+        steps: at most so many; None: all.
+    """
+    for batch in order.to(images.device).split(batch_size)[:steps]:
+        loss = F.cross_entropy(net(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def accuracy(net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    with torch.inference_mode():
+        return (net(images).argmax(1) == labels).float().mean().item()
+
+
+def main() -> None:
+    """The default run's settings, written out."""
+    from benchmarks.epoch_accuracy import append
+    from mnist_lightning.network import FeedForward
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="of an epoch at most")
+    parser.add_argument("--log", type=Path, default=Path("test_accuracy.jsonl"), help="file to write to")
+    arguments = parser.parse_args()
+
+    from torchvision.datasets import MNIST
+
+    folder = Path(arguments.data_dir).expanduser()
+    train, test = (MNIST(str(folder), train=is_train) for is_train in (True, False))
+    images, labels = train.data[:55_000], train.targets[:55_000]
+    torch.manual_seed(1)
+    net = FeedForward(hidden=[256], activation="relu", dropout=0.0, norm="none", mean=0.1307, std=0.3081)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.004, weight_decay=0.01, fused=True)
+    steps = arguments.epochs * -(-len(images) // 256)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    start = time.monotonic()
+    for epoch in range(1, arguments.epochs + 1):
+        order = torch.randperm(len(images))
+        train_epoch(net, images, labels, order, 256, optimizer, scheduler, arguments.steps)
+        reached = accuracy(net, test.data, test.targets)
+        append(arguments.log, reached)
+        print(f"epoch {epoch}   test acc {100 * reached:.2f} %   {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

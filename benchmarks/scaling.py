@@ -1,0 +1,145 @@
+"""Time and peak memory of a whole run against one setting at a time.
+
+Each run is a process of ``train`` with the default settings but for the one that is varied, and few
+epochs.  Its training time is ``train_seconds`` of its ``metrics.json`` (steps, validation, checkpoints);
+its peak memory is what the system reports of the process (``ru_maxrss``), beside that of a process which
+only imports what ``train`` imports.  With two processes (``trainer=ddp``) the memory is the larger one's
+and images a second are those of both together; with equal ``OMP_NUM_THREADS`` both share the cores.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --only threads processes
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.measure import (
+    Table,
+    check_exit,
+    empty_folder,
+    make_parser,
+    publish,
+    spread,
+    start,
+    take_turns,
+)
+
+IMPORTS = "import hydra, lightning, torch, torchvision, matplotlib.figure, torch.utils.tensorboard"
+NUM_TRAIN, BATCH_SIZE = 55_000, 256  # of the default run
+LARGE = "model.hidden=[4096,4096]"
+# a table's name -> the rows' names -> what is said on the command line
+GROUPS: dict[str, dict[str, list[str]]] = {
+    "hidden": {
+        f"model.hidden={hidden}": [f"model.hidden={hidden}"]
+        for hidden in ("64", "256", "1024", "4096", "[1024,1024]")
+    },
+    "batch": {f"data.batch_size={size}": [f"data.batch_size={size}"] for size in (32, 64, 256, 1024, 4096)},
+    "epochs": {f"trainer.max_epochs={epochs}": [f"trainer.max_epochs={epochs}"] for epochs in (1, 2, 4, 8)},
+    "threads": {f"OMP_NUM_THREADS={threads}": [] for threads in (1, 2)},
+    "processes": {
+        f"{name}, batch {size}": [f"trainer={trainer}", f"data.batch_size={size}"]
+        for size in (256, 2048)
+        for name, trainer in (("1 process", "cpu"), ("2 processes", "ddp"))
+    },
+    "precision": {
+        f"{net}, {name}": [*hidden, *more]
+        for net, hidden in (("784-256-10", []), ("784-4096-4096-10", [LARGE]))
+        for name, more in (
+            ("32-bit", []),
+            ("trainer.precision=bf16-mixed", ["+trainer.precision=bf16-mixed"]),
+            ("compile=true", ["compile=true"]),
+        )
+    },
+}
+
+
+@dataclass
+class Run:
+    """
+    Attributes:
+        images: that were trained on, counted in each epoch.
+        seconds: of training.
+        peak: MiB of the process (the larger one of two).
+    """
+
+    images: int
+    seconds: float
+    peak: float
+
+
+def run(arguments: list[str], *, images: int, threads: int | None) -> Run:
+    """One whole command; ``images`` are those of an epoch."""
+    with empty_folder() as folder:
+        process = start("-m", "mnist_lightning.train", *arguments, cwd=folder, threads=threads)
+        peak = wait(process.pid, folder)
+        metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    return Run(metrics["epochs"] * images, metrics["train_seconds"], peak)
+
+
+def measure_imports() -> float:
+    """MiB."""
+    with empty_folder() as folder:
+        return wait(start("-c", IMPORTS, cwd=folder).pid, folder)
+
+
+def wait(pid: int, folder: Path) -> float:
+    """-> MiB at the process's peak, or at that of the largest process it has waited for"""
+    _, status, usage = os.wait4(pid, 0)
+    check_exit(os.waitstatus_to_exitcode(status), folder)
+    kibibytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes / 1024
+
+
+def tabulate(group: str, runs: dict[str, list[Run]], imports: float) -> Table:
+    rows = [
+        [
+            name,
+            spread([one.seconds for one in found]),
+            f"{statistics.median(one.images / one.seconds for one in found):,.0f}",
+            f"{statistics.median(one.peak for one in found) - imports:+.0f}",
+        ]
+        for name, found in runs.items()
+    ]
+    header = ["", "s of training: median (range)", "images a second", f"MiB above the imports' {imports:.0f}"]
+    return Table(group, header, rows)
+
+
+def main() -> None:
+    parser = make_parser("scaling", __doc__, repeats=3)
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="these tables")
+    parser.add_argument("--rows", type=int, help="so many rows of each at most (all)")
+    parser.add_argument("--epochs", type=int, default=2, help="of each run (2)")
+    parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
+    parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
+    arguments = parser.parse_args()
+    tables, samples = [], {}
+    imports = statistics.median(measure_imports() for _ in range(arguments.pairs))
+    for group in arguments.only:
+        rows = dict(list(GROUPS[group].items())[: arguments.rows])
+        runs = take_turns({name: make(arguments, name, more) for name, more in rows.items()}, arguments.pairs)
+        tables.append(tabulate(group, runs, imports))
+        samples[group] = {name: [asdict(one) for one in found] for name, found in runs.items()}
+    publish("scaling", arguments, tables, samples)
+
+
+def make(arguments: argparse.Namespace, name: str, more: list[str]) -> "partial[Run]":
+    command = [
+        *("hydra.run.dir=run", "test=false", f"data.data_dir={arguments.data_dir}"),
+        f"trainer.max_epochs={arguments.epochs}",
+        *([] if arguments.steps is None else [f"+trainer.limit_train_batches={arguments.steps}"]),
+        *more,
+    ]
+    threads = int(name.partition("=")[2]) if name.startswith("OMP_NUM_THREADS=") else None
+    sizes = [int(one.partition("=")[2]) for one in more if one.startswith("data.batch_size=")]
+    images = NUM_TRAIN if arguments.steps is None else arguments.steps * (sizes or [BATCH_SIZE])[0]
+    return partial(run, command, images=min(images, NUM_TRAIN), threads=threads)
+
+
+if __name__ == "__main__":
+    main()

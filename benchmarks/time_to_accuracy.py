@@ -1,0 +1,120 @@
+"""How long from pressing Enter to a net of 97, 97.5, 98 and 99 % on the official test images.
+
+Each contestant is a cold process: Python starts, imports, reads the data, trains.  Its clock starts
+before the process does.  So that all are looked at alike, each evaluates the 10,000 test images after
+every epoch and notes the time at which it knew the accuracy; that evaluation is part of its time.  The
+project never does this by itself: a callback of the benchmark is given to it, through the command line.
+An accuracy counts as reached at the first epoch that shows it; no run is chosen by it.
+
+The contestants: this project (``--project`` takes its command's arguments, "" is the default run; can be
+given again), the tutorial's loop for its 15 epochs, and a bare torch loop with the default run's settings.
+
+    python -m benchmarks.time_to_accuracy
+    python -m benchmarks.time_to_accuracy --project "" --project "experiment=tutorial"
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from benchmarks.measure import (
+    Table,
+    check_exit,
+    empty_folder,
+    make_parser,
+    publish,
+    spread,
+    start,
+    take_turns,
+)
+
+LEVELS = (0.97, 0.975, 0.98, 0.99)
+LOG = "test_accuracy.jsonl"
+
+
+@dataclass
+class Run:
+    """
+    Attributes:
+        seconds: from the start of the process to its end.
+        curve: seconds since the start, and test accuracy, after each epoch.
+    """
+
+    seconds: float
+    curve: list[tuple[float, float]]
+
+    def reached(self, level: float) -> float:
+        """Seconds; infinite where it never was."""
+        return next((seconds for seconds, accuracy in self.curve if accuracy >= level), math.inf)
+
+
+def run(command: list[str]) -> Run:
+    with empty_folder() as folder:
+        began = time.time()
+        code = start(*command, cwd=folder).wait()
+        seconds = time.time() - began
+        check_exit(code, folder)
+        lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return Run(seconds, [(line["time"] - began, line["accuracy"]) for line in lines])
+
+
+def list_contestants(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Command lines, without Python itself."""
+    data_dir, steps = arguments.data_dir, arguments.steps
+    limit = [] if steps is None else ["--steps", str(steps)]
+    callback = [
+        "+callbacks.epoch_accuracy._target_=benchmarks.epoch_accuracy.EpochAccuracy",
+        f"+callbacks.epoch_accuracy.log={LOG}",
+    ]
+    contestants = {}
+    for words in arguments.project or [""]:
+        more = [] if steps is None else [f"+trainer.limit_train_batches={steps}"]
+        more += [] if arguments.epochs is None else [f"trainer.max_epochs={arguments.epochs}"]
+        own = [*shlex.split(words), f"data.data_dir={data_dir}", *callback, *more]
+        contestants[f"train {words}".strip()] = ["-m", "mnist_lightning.train", *own]
+    for name, module in (("the tutorial's loop", "tutorial_loop"), ("bare torch loop", "bare_loop")):
+        epochs = [] if arguments.epochs is None else ["--epochs", str(arguments.epochs)]
+        command = ["-m", f"benchmarks.{module}", f"--data-dir={data_dir}", f"--log={LOG}"]
+        contestants[name] = [*command, *epochs, *limit]
+    return contestants
+
+
+def tabulate(runs: dict[str, list[Run]]) -> Table:
+    rows = []
+    for name, found in runs.items():
+        cells = []
+        for level in LEVELS:
+            times = [one.reached(level) for one in found]
+            missed = sum(map(math.isinf, times))
+            cells.append(
+                spread(times, digits=1) if not missed else f"in {len(times) - missed} of {len(times)}"
+            )
+        best = [100 * one.curve[-1][1] for one in found]
+        rows.append([name, *cells, spread([one.seconds for one in found], digits=1), spread(best)])
+    header = ["", *(f"s to {100 * level:g} %" for level in LEVELS), "s in all", "% at the end"]
+    return Table("whole process, cold: median (range)", header, rows)
+
+
+def main() -> None:
+    parser = make_parser("time_to_accuracy", __doc__, repeats=5)
+    parser.add_argument("--project", action="append", help='arguments of train; again for another ("")')
+    parser.add_argument("--epochs", type=int, help="of each contestant (as each says itself)")
+    parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
+    parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
+    arguments = parser.parse_args()
+    contestants: dict[str, Callable[[], Run]] = {
+        name: partial(run, command) for name, command in list_contestants(arguments).items()
+    }
+    runs = take_turns(contestants, arguments.pairs)
+    samples = {name: [asdict(one) for one in found] for name, found in runs.items()}
+    publish("time_to_accuracy", arguments, [tabulate(runs)], samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Each benchmark in its smallest form: it runs, and it compares the same work.  No time is judged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+NAMES = ("step_overhead", "time_to_accuracy", "startup", "scaling", "report")
+
+
+def benchmark(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert {"cpu", "load", "torch", "lightning"} <= content["machine"].keys()
+    assert all(len(row) == len(table["header"]) for table in content["tables"] for row in table["rows"])
+    return content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str) -> None:
+    assert f"python -m benchmarks.{name}" in benchmark(name, "--help")
+
+
+def test_step_overhead_compares_equal_arithmetic(data_dir: Path) -> None:
+    """train, a bare loop and bare Lightning end with the same bits, the tutorial's loop with the same loss."""
+    from benchmarks import step_overhead
+
+    overrides = [
+        *(f"data.data_dir='{data_dir}'", "data.batch_size=64", "data.val_size=0"),
+        *("trainer.max_epochs=2", "+trainer.limit_train_batches=5", "trainer.accelerator=cpu"),
+    ]
+    results = {
+        "train": [step_overhead.run_project(overrides)],
+        "bare": [step_overhead.run_bare(overrides, "cpu", 5)],
+        "Lightning": [step_overhead.run_bare_lightning(overrides, "cpu", 5)],
+    }
+    step_overhead.check_same_work(results, device="cpu")
+    assert {found[0].steps for found in results.values()} == {10}
+    for name in ("bare", "Lightning"):
+        for key, value in results["train"][0].weights.items():
+            assert torch.equal(value, results[name][0].weights[key]), (name, key)
+    results["bare"][0].weights["layers.1.bias"][0] += 1e-6
+    with pytest.raises(SystemExit, match="train and bare have not computed the same"):
+        step_overhead.check_same_work(results, device="cpu")
+    results["bare"] = [step_overhead.run_bare(overrides, "cpu", 4)]
+    with pytest.raises(SystemExit, match="train took 10 steps, bare 8"):
+        step_overhead.check_same_work(results, device="cpu")
+
+    tutorial = ["experiment=tutorial", *overrides, "trainer.max_epochs=1"]
+    ours = step_overhead.run_project(tutorial)
+    theirs = step_overhead.run_tutorial(tutorial, data_dir, 5)
+    assert (ours.steps, theirs.steps) == (5, 5)
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
+    for mine, other in zip(list(ours.weights.values())[2:], theirs.weights.values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def test_progress_bar_is_drawn_while_it_is_measured() -> None:
+    from benchmarks.step_overhead import terminal
+
+    before = sys.stderr
+    with terminal():
+        assert sys.stderr.isatty()
+        print("a bar", file=sys.stderr)
+    assert sys.stderr is before
+
+
+def test_step_overhead(tmp_path: Path, data_dir: Path) -> None:
+    path = tmp_path / "step.json"
+    arguments = ("--pairs", "1", "--steps", "3", "--batch-sizes", "64", "256", "--data-dir", str(data_dir))
+    assert "batch 256: bare torch loop" in benchmark("step_overhead", *arguments, "--output", str(path))
+    assert [len(table["rows"]) for table in results(path)["tables"]] == [5, 2]
+
+
+def test_time_to_accuracy(tmp_path: Path, data_dir: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    arguments = ("--pairs", "1", "--steps", "30", "--epochs", "2", "--data-dir", str(data_dir))
+    projects = ("--project", "", "--project", "optimizer.lr=0.002 model.hidden=64")
+    benchmark("time_to_accuracy", *arguments, *projects, "--output", str(path))
+    samples = results(path)["samples"]
+    assert len(samples) == 4
+    for name, (run,) in samples.items():
+        times, accuracies = zip(*run["curve"], strict=True)
+        assert len(accuracies) == 2, name
+        assert 0.1 < accuracies[0] < 0.98, name
+        assert 0 < times[0] < times[1] < run["seconds"], name
+
+
+def test_reached_is_the_first_epoch_that_shows_it() -> None:
+    from benchmarks.time_to_accuracy import Run
+
+    run = Run(9.0, [(3.0, 0.95), (5.0, 0.975), (7.0, 0.97)])
+    assert [run.reached(level) for level in (0.95, 0.97, 0.98)] == [3.0, 5.0, float("inf")]
+
+
+def test_startup(tmp_path: Path, data_dir: Path) -> None:
+    path = tmp_path / "startup.json"
+    benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
+    seconds = results(path)["samples"]
+    assert len(seconds) == 8
+    assert all(one > 0 for (one,) in seconds.values())
+
+
+def test_scaling(tmp_path: Path, data_dir: Path) -> None:
+    path = tmp_path / "scaling.json"
+    small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))
+    benchmark("scaling", *small, "--only", "hidden", "threads", "processes", "--output", str(path))
+    samples = results(path)["samples"]
+    assert samples.keys() == {"hidden", "threads", "processes"}
+    for group in samples.values():
+        ((run,),) = group.values()
+        assert run["images"] == 3 * 256
+        assert run["peak"] > 50
+
+
+def test_report_puts_the_tables_into_the_readme(tmp_path: Path) -> None:
+    from benchmarks.measure import Table, describe_machine
+    from benchmarks.report import MARKER
+
+    table = {"title": "steps", "header": ["", "ms"], "rows": [["train", "1.5"], ["bare", "1.2"]]}
+    content = {
+        "benchmark": "step_overhead",
+        "options": {"pairs": "5"},
+        "machine": describe_machine(),
+        "tables": [table],
+    }
+    (tmp_path / "step.json").write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n\n{MARKER}\n\nold")
+    for _ in range(2):
+        benchmark("report", "--results", str(tmp_path), "--readme", str(readme))
+    written = readme.read_text()
+    assert written.startswith(f"above\n\n{MARKER}\n\n### step_overhead")
+    assert "old" not in written
+    assert written.count("`python -m benchmarks.step_overhead --pairs=5`") == 1
+    assert str(Table(**table)) in written  # type: ignore[arg-type]
+
+
+def test_take_turns_and_the_median_of_ratios() -> None:
+    from benchmarks.measure import ratio, take_turns
+
+    order: list[str] = []
+    take_turns({name: lambda name=name: order.append(name) for name in "AB"}, 3)  # type: ignore[misc]
+    assert order == ["A", "B"] * 3
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
