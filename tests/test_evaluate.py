@@ -88,7 +88,8 @@ def test_mistakes_are_told_in_a_line(
 
 
 def test_settings_are_checked_without_a_process() -> None:
-    values = {"run": "latest", "checkpoint": None, "data_dir": None, "output": None, "show": False}
+    values = {"run": "latest", "checkpoint": None, "runs": [], "tta": 0}
+    values |= {"data_dir": None, "output": None, "show": False}
     assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]
