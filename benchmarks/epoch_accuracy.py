@@ -19,8 +19,8 @@ def append(path: Path, accuracy: float) -> None:
 class EpochAccuracy(Callback):
     """A user's callback to ``train``, given by ``+callbacks.epoch_accuracy._target_=…``."""
 
-    def __init__(self, log: str) -> None:
-        self.log = Path(log)
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)  # Lightning gives a callback a `log` of its own
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         digits = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
@@ -28,4 +28,4 @@ class EpochAccuracy(Callback):
         with torch.inference_mode():
             predictions = pl_module(digits.images.to(pl_module.device)).argmax(1).cpu()
         pl_module.train()
-        append(self.log, (predictions == digits.labels.cpu()).float().mean().item())
+        append(self.path, (predictions == digits.labels.cpu()).float().mean().item())

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from benchmarks.measure import (
     Table,
@@ -33,6 +34,7 @@ from benchmarks.measure import (
     start,
     take_turns,
 )
+from mnist_lightning.data import unpack
 
 LEVELS = (0.97, 0.975, 0.98, 0.99)
 LOG = "test_accuracy.jsonl"
@@ -70,7 +72,7 @@ def list_contestants(arguments: argparse.Namespace) -> dict[str, list[str]]:
     limit = [] if steps is None else ["--steps", str(steps)]
     callback = [
         "+callbacks.epoch_accuracy._target_=benchmarks.epoch_accuracy.EpochAccuracy",
-        f"+callbacks.epoch_accuracy.log={LOG}",
+        f"+callbacks.epoch_accuracy.path={LOG}",
     ]
     contestants = {}
     for words in arguments.project or [""]:
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
     parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
     arguments = parser.parse_args()
+    unpack(Path(arguments.data_dir))  # the project would do so, in its own time
     contestants: dict[str, Callable[[], Run]] = {
         name: partial(run, command) for name, command in list_contestants(arguments).items()
     }

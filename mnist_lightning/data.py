@@ -254,7 +254,7 @@ class MNISTDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
         digits, trainer = self.splits[split], self.trainer
-        overfit = trainer is not None and trainer.overfit_batches > 0  # the same few batches each epoch
+        overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
         sampler = EpochSampler(
             len(digits),
             shuffle=split == "train" and not overfit,

@@ -241,3 +241,48 @@ def test_awkward_names(command: Run, tmp_path: Path) -> None:
     done = command("train", f"data.data_dir={data_dir}", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
+
+
+def test_compiled_run_leaves_an_ordinary_checkpoint(command: Run, tmp_path: Path) -> None:
+    """It is resumed with and without compilation, evaluated, and learns what an uncompiled net learns."""
+    settings = (*QUICK, "scheduler=none", "test=false")
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        done = command("train", f"compile={compiled}", f"hydra.run.dir={name}", *settings, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    checkpoints = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("eager", "compiled")
+    ]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    for key, value in checkpoints[0].items():
+        torch.testing.assert_close(value, checkpoints[1][key], rtol=1e-3, atol=1e-4)
+    for arguments in (
+        ("train", "resume=compiled", "trainer.max_epochs=2"),
+        ("train", "resume=compiled", "trainer.max_epochs=3", "compile=false"),
+        ("evaluate", "run=compiled"),
+    ):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
+    done = command(
+        *("train", "compile=true", *QUICK, "trainer.accelerator=cpu"), cwd=tmp_path, CXX="/no/such/compiler"
+    )
+    assert done.returncode == 1
+    assert "compile=true: torch.compile can't work here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bfloat16_run_resumes_and_keeps_32_bits(command: Run, tmp_path: Path) -> None:
+    settings = (*QUICK, "scheduler=none", "test=false", "+trainer.precision=bf16-mixed")
+    losses = []
+    for more in ((), ("resume=run", "trainer.max_epochs=2")):
+        done = command("train", *(more or (*settings, "hydra.run.dir=run")), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+        floats = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
+        assert {value.dtype for value in floats} == {torch.float32}
+        losses.append(read_json(tmp_path / "run" / "metrics.json")["last/train/loss"])
+    assert checkpoint["global_step"] == 20
+    assert losses[1] < losses[0]
