@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-from mnist_lightning.files import write_atomic
+from mnist_lightning.files import LONG_LEFT, remove_leftovers, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +307,7 @@ def unpack(data_dir: Path) -> None:
         OSError: the folder or a file can't be made, read or replaced.
     """
     raw = make_raw_folder(data_dir, "MNIST")
+    remove_leftovers(raw, age=LONG_LEFT)
     for file, (_, _, md5) in RAW_FILES.items():
         path = raw / file
         if os.path.lexists(path):

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_lightning import signals
 from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.files import LONG_LEFT, remove_leftovers
 from mnist_lightning.resume import flatten
 from mnist_lightning.status import Status, lock, read
 from mnist_lightning.sweep import MULTIRUN, read_multirun
@@ -47,6 +48,7 @@ class GridSweeper(BasicSweeper):
         with _no_empty_folder(self.sweep_dir):
             self.prepare(arguments)
         with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
+            remove_leftovers(self.sweep_dir, age=LONG_LEFT)
             if not self.resumed:
                 OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
             returns = self.launch_all()
