@@ -360,6 +360,18 @@ def make_raw_folder(data_dir: Path, dataset: str) -> Path:
     return raw
 
 
+def is_whole(name: str, data_dir: Path) -> bool:
+    """Whether all four files of a data set are there and right; nothing is written."""
+    raw = data_dir / DATASETS[name].__name__ / "raw"
+    try:
+        return all(
+            find_fault(raw / file, md5) is None if name == "mnist" else is_idx(raw / file, magic, count)
+            for file, (magic, count, md5) in RAW_FILES.items()
+        )
+    except OSError:
+        return False
+
+
 def find_fault(path: Path, md5: str) -> str | None:
     """What is wrong with a file, as a predicate ("is …"), or None where its content is right."""
     try:

@@ -97,6 +97,29 @@ def test_a_failure_is_its_jobs_own(command: Run, tmp_path: Path, launcher: str) 
     assert float(rows[-1]["val/acc"]) == statuses[len(kinds) - 1]["metrics"]["val/acc"]
 
 
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_job_without_room_for_its_folder_is_its_own_affair(
+    command: Run, tmp_path: Path, launcher: str
+) -> None:
+    sweep = tmp_path / "sweep"
+    (sweep / "1").mkdir(parents=True)
+    (sweep / "0").touch()  # no folder can be made here
+    (sweep / "1" / ".hydra").touch()  # nor here, for the job's settings
+    done = command(
+        *("train", "-m", "seed=1,2,3", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", *TINY),
+        cwd=tmp_path,
+        **ONE_THREAD,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "2 of 3 jobs did not finish: 1, 0"
+    assert {number: status["state"] for number, status in read_statuses(sweep).items()} == {
+        1: "failed",
+        2: "completed",
+    }
+    assert "File exists" in (sweep / "report.md").read_text()
+
+
 def test_a_killed_sweep_goes_on_and_repeats_nothing(
     environment: dict[str, str], command: Run, tmp_path: Path
 ) -> None:

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_lightning import signals
+from mnist_lightning.command import CommandError
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.files import LONG_LEFT, remove_leftovers
 from mnist_lightning.resume import flatten
@@ -33,6 +35,7 @@ class GridSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.lost: list[str] = []  # jobs whose folder can't hold a status
         self.resumed = (self.sweep_dir / MULTIRUN).is_file()
         with _no_empty_folder(self.sweep_dir):
             super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
@@ -107,24 +110,36 @@ class GridSweeper(BasicSweeper):
     def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
         """Run jobs, each in the folder of its number."""
         assert self.launcher is not None
+        if isinstance(self.launcher, BasicLauncher) and len(jobs) > 1:  # lest one job's folder stop them all
+            return [job_return for job in jobs for job_return in self.launch([job])]
         first = jobs[0][0]
         overrides = [
             # a launcher counts upwards by itself
             job if number == first + position else [*job, f"hydra.sweep.subdir={number}"]
             for position, (number, job) in enumerate(jobs)
         ]
-        returns = self.launcher.launch(overrides, initial_job_idx=first)
+        try:
+            returns = self.launcher.launch(overrides, initial_job_idx=first)
+        except OSError as error:
+            if len(jobs) > 1:
+                raise
+            returns = [JobReturn(overrides=jobs[0][1], status=JobStatus.FAILED)]
+            returns[0].return_value = CommandError(str(error))
         for (number, job), job_return in zip(jobs, returns, strict=True):
             self.note_lost(number, job, job_return)
         return returns
 
     def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
-        """A job that was killed before it could leave a status has failed."""
+        """A job that ended before it could leave a status, killed or without a folder, has failed."""
         job_dir = self.sweep_dir / str(number)
-        status = read(job_dir)
-        if status is None and job_dir.is_dir():
+        if read(job_dir) is None:
             error = getattr(job_return, "_return_value", None)
-            Status(state="failed", error=str(error or "left no status"), overrides=job).write(job_dir)
+            status = Status(state="failed", error=str(error or "left no status"), overrides=job)
+            log.error("job %3d failed  %s", number, status.error)
+            try:
+                status.write(job_dir)
+            except OSError:
+                self.lost.append(str(number))
 
     def finish(self) -> None:
         """Write the report, show the top of its table.
@@ -136,10 +151,10 @@ class GridSweeper(BasicSweeper):
 
         sweep = write_report(self.sweep_dir)
         print(summarize(sweep), flush=True)
-        unfinished = sweep.in_state("failed", "interrupted")
-        if unfinished:
-            names = ", ".join(job.name for job in unfinished)
-            sys.exit(f"{len(unfinished)} of {len(sweep.jobs)} jobs did not finish: {names}")
+        names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
+        if names:
+            count = len(sweep.jobs) + len(self.lost)
+            sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
