@@ -122,8 +122,9 @@ def forget(error: BaseException | None) -> None:
 
 def describe(error: BaseException) -> tuple[str, str]:
     """State and error line of a run that ended with this exception."""
-    leaves_requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code == -1
-    if signals.received() or leaves_requeued:
+    # submitit has queued its job again: on SLURM, and where it plays the cluster itself
+    requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code in (-1, 144)
+    if signals.received() or requeued:
         return "interrupted", "stopped by a signal"
     if isinstance(error, Pruned):
         return "pruned", str(error)

@@ -125,6 +125,14 @@ class GridSweeper(BasicSweeper):
                 raise
             returns = [JobReturn(overrides=jobs[0][1], status=JobStatus.FAILED)]
             returns[0].return_value = CommandError(str(error))
+        except Exception as error:
+            if not type(error).__module__.startswith("submitit."):
+                raise
+            sys.exit(
+                f"a job has ended without a word ({str(error).splitlines()[0]}); the others go on by"
+                " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
+                f" resume={shlex.quote(str(self.sweep_dir))}\ntakes up what is left"
+            )
         for (number, job), job_return in zip(jobs, returns, strict=True):
             self.note_lost(number, job, job_return)
         return returns
