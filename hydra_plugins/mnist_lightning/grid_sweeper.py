@@ -3,6 +3,7 @@ is its own, and the sweep ends with a report."""
 
 import contextlib
 import logging
+import pickle
 import shlex
 import sys
 import time
@@ -10,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
@@ -30,6 +33,34 @@ log = logging.getLogger(__name__)
 Job = list[str]  # a job's overrides
 
 
+class RememberingLoader(ConfigLoaderImpl):
+    """Composes a job's config once.  A sweep needs it twice, to check all jobs before the first starts
+    and to run each, and composing is what costs most between two jobs.
+
+    Attributes:
+        composed: pickled configs of jobs that are checked and not yet run: 60 kB each, a tenth of
+            what the config itself takes.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.composed: dict[tuple[str, ...], bytes] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[ConfigSearchPath]]:
+        return RememberingLoader, (self.config_search_path,)  # to another machine: without the memory
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        known = self.composed.pop(tuple(sweep_overrides), None)
+        if known is None:
+            return super().load_sweep_config(master_config, sweep_overrides)
+        config = pickle.loads(known)
+        assert isinstance(config, DictConfig)
+        return config
+
+    def remember(self, overrides: Sequence[str], config: DictConfig) -> None:
+        self.composed[tuple(overrides)] = pickle.dumps(config)
+
+
 class GridSweeper(BasicSweeper):
     """Every combination of the swept values, each checked before the first job starts."""
 
@@ -37,6 +68,8 @@ class GridSweeper(BasicSweeper):
         self.sweep_dir = Path(config.hydra.sweep.dir)
         self.lost: list[str] = []  # jobs whose folder can't hold a status
         self.resumed = (self.sweep_dir / MULTIRUN).is_file()
+        self.loader = RememberingLoader(hydra_context.config_loader.get_search_path())
+        hydra_context = HydraContext(config_loader=self.loader, callbacks=hydra_context.callbacks)
         with _no_empty_folder(self.sweep_dir):
             super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
@@ -75,12 +108,12 @@ class GridSweeper(BasicSweeper):
         self.check_jobs(self.jobs)
 
     def check_jobs(self, jobs: Sequence[Job]) -> None:
-        assert self.hydra_context is not None
         assert self.config is not None
         start = time.monotonic()
         for number, overrides in enumerate(jobs):
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            cfg = self.loader.load_sweep_config(self.config, overrides)
             check_job(cfg, overrides)
+            self.loader.remember(overrides, cfg)
             if time.monotonic() - start > 2:
                 start = time.monotonic()
                 log.info("checked the settings of %d of %d jobs", number + 1, len(jobs))
