@@ -13,6 +13,7 @@ import math
 import shlex
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,31 @@ def load(path: Path) -> dict[str, Any]:
         raise OSError(f"{path} is damaged: its checksum does not fit its content")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise OSError(f"{path} is refused: it holds compressed data, which torch never writes")
+            if sum(member.file_size for member in members) > len(content):  # parts that overlap
+                raise OSError(f"{path} is refused: its parts claim to be more than the file holds")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError, EOFError, …
         cause = str(error).splitlines()[0][:200]
         raise OSError(f"{path} is refused: it holds more than tensors and plain data ({cause})") from error
+    if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in find_tensors(checkpoint)):
+        raise OSError(f"{path} is refused: it holds a tensor that claims to be larger than its content")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
         raise OSError(f"{path} is no checkpoint of mnist_lightning: it has no hyper_parameters")
     return checkpoint
+
+
+def find_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from find_tensors(inner)
 
 
 def find_newest(folder: Path) -> tuple[Path, dict[str, Any]]:

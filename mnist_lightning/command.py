@@ -87,6 +87,8 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
         if not isinstance(error, kinds) or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         line = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is None and log_file is not None:
+            line += f" ({log_file.parent})"
         if in_sweep:
             raise CommandError(line) from error
         sys.exit(line)

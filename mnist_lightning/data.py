@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 from mnist_lightning.deform import Deformation
-from mnist_lightning.files import write_atomic
+from mnist_lightning.files import LONG_LEFT, remove_leftovers, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -358,6 +358,7 @@ def unpack(data_dir: Path) -> None:
         OSError: the folder or a file can't be made, read or replaced.
     """
     raw = make_raw_folder(data_dir, "MNIST")
+    remove_leftovers(raw, age=LONG_LEFT)
     for file, (_, _, md5) in RAW_FILES.items():
         path = raw / file
         if os.path.lexists(path):
@@ -408,6 +409,18 @@ def make_raw_folder(data_dir: Path, dataset: str) -> Path:
     except OSError as error:
         raise type(error)(f"data.data_dir: can't make the folder {raw}: {error.strerror}") from error
     return raw
+
+
+def is_whole(name: str, data_dir: Path) -> bool:
+    """Whether all four files of a data set are there and right; nothing is written."""
+    raw = data_dir / DATASETS[name].__name__ / "raw"
+    try:
+        return all(
+            find_fault(raw / file, md5) is None if name == "mnist" else is_idx(raw / file, magic, count)
+            for file, (magic, count, md5) in RAW_FILES.items()
+        )
+    except OSError:
+        return False
 
 
 def find_fault(path: Path, md5: str) -> str | None:

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 TEMPORARY = ".writing-"  # what the names of files begin with that are being written
+LONG_LEFT = 60.0  # seconds after which a file that nobody goes on writing is a killed process's
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -34,7 +36,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written; not while another process writes there."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, *, age: float = 0) -> None:
+    """Delete what killed processes left half written, there and in the folders below.
+
+    Args:
+        folder: need not exist.
+        age: seconds since the last write; 0 only where no other process writes.
+    """
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()

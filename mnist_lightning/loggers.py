@@ -41,6 +41,11 @@ class Forgiving:
             if not self.failed:
                 super().log_metrics(metrics, step)  # type: ignore[misc]
 
+    def log_hyperparams(self, params: Any, *metrics: Any) -> None:
+        with self.forgiving():
+            if not self.failed:
+                super().log_hyperparams(params, *metrics)  # type: ignore[misc]
+
     def save(self) -> None:
         with self.forgiving():
             if not self.failed:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_lightning.command import quote
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.resume import check_resumption
+
+ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
 
 
 class Prepare(Callback):
@@ -39,6 +42,7 @@ def prepare(config: DictConfig, kind: str) -> None:
     Raises:
         SystemExit: the settings are wrong, or the folder can't be made.
     """
+    folder: Path | None = None
     try:
         if kind == "run":
             settings = check(config, Train)
@@ -57,11 +61,13 @@ def prepare(config: DictConfig, kind: str) -> None:
                     config.hydra.overrides.hydra.append(f"{key}={quote(str(folder))}")
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
     except (ConfigError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         if isinstance(error, OSError):
-            sys.exit(f"can't write to the run's folder {error.filename}: {error.strerror}")
+            sys.exit(f"can't write to the run's folder {error.filename or folder}: {error.strerror}")
         sys.exit(str(error))
 
 

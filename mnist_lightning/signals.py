@@ -2,31 +2,45 @@
 
 While training (``deferred``), a signal only sets a flag, which ``Checkpoints`` reads at the end of
 a step.  At any other time it ends the process at once, as does a second one.
+
+In a job of submitit, which runs on a cluster, the signal that tells of the end of its time or of a
+pre-emption is deferred in the same way: the newest step is saved before submitit's own handler queues
+the job again.  SIGTERM, which such a job must survive (SLURM sends it before), only saves there.
 """
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _received: int | None = None  # signal number
 _deferring = False
+_requeue: Callable[[int, FrameType | None], object] | None = None  # submitit's handler
 
 
 def install() -> None:
-    """Take over SIGTERM and SIGINT; only the main thread may."""
+    """Take over SIGTERM, SIGINT and, in a job of submitit, its signal; only the main thread may."""
+    global _requeue
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
+    requeueing = signal.Signals["SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")]
+    handler = signal.getsignal(requeueing)
+    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler) and handler is not _handle:
+        _requeue = handler
+        signal.signal(requeueing, _handle)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
     if _received is not None:
-        os._exit(128 + number)
+        if _requeue is None or signal.SIGTERM not in (number, _received):
+            os._exit(128 + number)
+        if number == signal.SIGTERM:
+            return
     _received = number
     if not _deferring:
-        raise SystemExit(128 + number)
+        stop_if_asked()
 
 
 def received() -> bool:
@@ -36,10 +50,19 @@ def received() -> bool:
 def stop_if_asked() -> None:
     """
     Raises:
-        SystemExit: with 128 + the signal's number (143 for SIGTERM, 130 for SIGINT) if one has come.
+        SystemExit: if a signal has come: with 128 + its number (143 for SIGTERM, 130 for SIGINT), or
+            with what submitit says when it has queued the job again.
     """
-    if _received is not None:
-        raise SystemExit(128 + _received)
+    global _received
+    number = _received
+    if number is None:
+        return
+    if _requeue is not None and number == signal.SIGTERM:
+        _received = None
+        return
+    if _requeue is not None and number != signal.SIGINT:
+        _requeue(number, None)
+    raise SystemExit(128 + number)
 
 
 @contextmanager

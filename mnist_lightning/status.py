@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mnist_lightning import signals
 from mnist_lightning.command import CommandError
-from mnist_lightning.files import write_atomic
+from mnist_lightning.files import remove_leftovers, write_atomic
 
 FILE = "status.json"
 Metrics = dict[str, float]
@@ -90,6 +90,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
     status.started = time.time()
     start = time.monotonic()
     with lock(run_dir):
+        remove_leftovers(run_dir)
         # A disk that is full or read-only stops the training itself, with an error that says more.
         with contextlib.suppress(OSError):
             status.write(run_dir)
@@ -121,8 +122,9 @@ def forget(error: BaseException | None) -> None:
 
 def describe(error: BaseException) -> tuple[str, str]:
     """State and error line of a run that ended with this exception."""
-    leaves_requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code == -1
-    if signals.received() or leaves_requeued:
+    # submitit has queued its job again: on SLURM, and where it plays the cluster itself
+    requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code in (-1, 144)
+    if signals.received() or requeued:
         return "interrupted", "stopped by a signal"
     if isinstance(error, Pruned):
         return "pruned", str(error)

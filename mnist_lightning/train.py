@@ -52,6 +52,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
 def run(cfg: DictConfig) -> float | None:
     """Train one net; returns the value of ``monitor.metric`` at its best epoch, for a sweeper."""
+    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     settings = check(cfg, Train)
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)

@@ -1,6 +1,8 @@
 """A trained net, read back from what its run left, and asked."""
 
+import contextlib
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
-from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
+from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule, is_whole
 from mnist_lightning.deform import Deformation
 
 
@@ -24,7 +26,15 @@ def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
     Raises:
         OSError: the file can't be read, or the net it describes is not the one it holds.
     """
-    checkpoint = load(path)
+    try:
+        checkpoint = load(path)
+    except OSError as error:
+        other = find_other(path)
+        if other is None:
+            raise
+        raise OSError(
+            f"{error}; another net is never taken in silence: checkpoint={shlex.quote(str(other))} is whole"
+        ) from error
     try:
         with torch.device("meta"):  # no memory is taken for weights that the file does not hold
             classifier = DigitClassifier(**checkpoint["hyper_parameters"])
@@ -34,6 +44,15 @@ def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
     return classifier.eval(), checkpoint
 
 
+def find_other(path: Path) -> Path | None:
+    """The valid checkpoint beside a damaged one that has seen the most steps."""
+    steps: dict[Path, int] = {}
+    for other in path.parent.glob("*.ckpt"):
+        with contextlib.suppress(OSError):
+            steps[other] = int(load(other)["global_step"])
+    return max(steps, key=lambda other: steps[other]) if steps else None
+
+
 def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None) -> Digits:
     """The images of a checkpoint's run, split as the run had them.
 
@@ -41,7 +60,8 @@ def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: 
         path: of the checkpoint, for the messages.
         checkpoint: what it holds.
         split: "train", "val" or "test".
-        data_dir: where the data lies; None: where the run read it.
+        data_dir: where the data lies, made and filled where something is missing; None: where the run
+            read it.  That path comes from a file that may be a stranger's: it is read, never written.
 
     Raises:
         OSError: the checkpoint does not tell its data, the data can't be read or fetched, or the run
@@ -53,7 +73,13 @@ def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: 
             settings["data_dir"] = data_dir
         datamodule = MNISTDataModule(**settings)
         known = datamodule.dataset
-        datamodule.prepare_data()
+        if data_dir is not None:
+            datamodule.prepare_data()
+        elif not is_whole(known, datamodule.data_dir):
+            raise OSError(
+                f"{path} says that its data lies in {settings['data_dir']}, where it is not, or not whole:"
+                f" data_dir=… says where it lies, or is to be put"
+            )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OSError(f"{path} does not tell which data its net was trained on: {error}") from error
     datamodule.setup("fit")

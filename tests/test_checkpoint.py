@@ -1,8 +1,13 @@
 """Damaged and hostile checkpoints are refused; the one before is used."""
 
+import copy
+import hashlib
+import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_lightning.checkpoint import find_newest, load, serialize
+from mnist_lightning.checkpoint import LABEL, LENGTH, find_newest, load, serialize
 from mnist_lightning.files import TEMPORARY, remove_leftovers, write_atomic
 
 PLAIN: dict[str, Any] = {
@@ -107,29 +112,72 @@ def instantiator(path: Path, ran: Path) -> None:
     write_atomic(path, serialize({"hyper_parameters": ["os.system"], "_instantiator": "os.system"}))
 
 
+def add_checksum(path: Path) -> None:
+    content = path.read_bytes()[:-2]
+    path.write_bytes(content + LENGTH + LABEL + hashlib.sha256(content).hexdigest().encode())
+
+
 def bomb(path: Path, ran: Path) -> None:
-    """A gigabyte of zeros, compressed to one megabyte, with a right checksum."""
-    import hashlib
-
-    from mnist_lightning.checkpoint import LABEL, LENGTH
-
+    """A gigabyte of zeros, compressed to one megabyte."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("archive/data/0", "w") as member,
     ):
         for _ in range(1024):
             member.write(bytes(2**20))
-    content = path.read_bytes()[:-2]
-    path.write_bytes(content + LENGTH + LABEL + hashlib.sha256(content).hexdigest().encode())
+    add_checksum(path)
 
 
-@pytest.mark.parametrize("make", [hostile_pickle, hostile_torch, hostile_checksummed, instantiator, bomb])
+def overlapping(path: Path, ran: Path) -> None:
+    """Ten gigabytes, uncompressed: a thousand entries for the same ten megabytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", bytes(10 * 2**20))
+        for number in range(1, 1000):
+            entry = copy.copy(archive.filelist[0])
+            entry.filename = f"archive/data/{number}"
+            archive.filelist.append(entry)
+    add_checksum(path)
+
+
+def expanded(path: Path, ran: Path) -> None:
+    """Four terabytes: one number, a million times in both directions."""
+    write_atomic(path, serialize(PLAIN | {"state_dict": {"w": torch.zeros(1).expand(10**6, 10**6)}}))
+
+
+HOSTILE = [
+    hostile_pickle,
+    hostile_torch,
+    hostile_checksummed,
+    instantiator,
+    bomb,
+    overlapping,
+    expanded,
+]
+
+
+@pytest.mark.parametrize("make", HOSTILE)
 def test_hostile_files_are_refused(make: Callable[[Path, Path], None], tmp_path: Path) -> None:
     path, ran = tmp_path / "hostile.ckpt", tmp_path / "ran"
     make(path, ran)
     with pytest.raises(OSError, match=r"refused|checksum|no checkpoint of mnist_lightning"):
         load(path)
     assert not ran.exists()
+
+
+def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
+    for make in HOSTILE:
+        make(tmp_path / f"{make.__name__}.ckpt", tmp_path / "ran")
+    code = (
+        "import sys; from pathlib import Path; from mnist_lightning.checkpoint import load\n"
+        "for path in Path(sys.argv[1]).glob('*.ckpt'):\n"
+        "    try: load(path)\n"
+        "    except OSError: print('refused')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read() == b"refused\n" * len(HOSTILE)
+    _, _, usage = os.wait4(process.pid, 0)
+    assert usage.ru_maxrss < 900_000, "kilobytes: torch and Lightning take 500,000"
 
 
 def test_dotted_names_are_data(tmp_path: Path) -> None:

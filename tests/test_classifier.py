@@ -1,9 +1,11 @@
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 from torch.nn import functional as F
 
 from mnist_lightning.checkpoint import load
@@ -103,11 +105,20 @@ def test_every_knob_changes_the_net(fit: Fit, knob: str, folder: str) -> None:
     assert fit(*SHORT, knob, folder=folder)["val/loss"] != fit(*SHORT)["val/loss"]
 
 
-def test_same_seed_same_net(fit: Fit, tmp_path: Path) -> None:
-    results = [fit(*SHORT, "model.dropout=0.2", f"data.num_workers={n}", folder=str(n)) for n in (0, 2)]
-    assert results[0]["val/loss"] == results[1]["val/loss"]
-    nets = [load(tmp_path / folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in ("0", "2")]
-    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+@pytest.mark.parametrize(
+    "workers", [(0, 2), pytest.param((0, 0, 0, 0, 0, 2, 4), marks=pytest.mark.reliability)]
+)
+def test_every_process_makes_the_same_weights(workers: tuple[int, ...], tmp_path: Path, command: Run) -> None:
+    hashes = set()
+    for number, num_workers in enumerate(workers):
+        run = f"hydra.run.dir={number}"
+        done = command(
+            "train", *SHORT, "model.dropout=0.2", f"data.num_workers={num_workers}", run, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        weights = load(tmp_path / str(number) / "checkpoints" / "last.ckpt")["state_dict"]
+        hashes.add(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values())).digest())
+    assert len(hashes) == 1
 
 
 def test_nan_is_told_with_its_step_and_the_last_good_checkpoint_stays(fit: Fit, tmp_path: Path) -> None:

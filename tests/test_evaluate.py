@@ -1,5 +1,6 @@
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,40 @@ def test_mistakes_are_told_in_a_line(
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_net_is_never_replaced_in_silence(trained_run: Path, tmp_path: Path, command: Run) -> None:
+    folder = tmp_path / "my run" / "checkpoints"
+    shutil.copytree(trained_run / "checkpoints", folder)
+    (folder / "best.ckpt").write_bytes((folder / "best.ckpt").read_bytes()[:-7])
+    done = command("evaluate", "run=my run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "my run/checkpoints/best.ckpt is cut off" in done.stderr
+    (other,) = [word for word in shlex.split(done.stderr) if word.startswith("checkpoint=")]
+    assert other == "checkpoint=my run/checkpoints/last.ckpt"
+    assert command("evaluate", other, cwd=tmp_path).returncode == 0
+
+
+def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path: Path, command: Run) -> None:
+    checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["data_dir"] = str(tmp_path / "victim")
+    (tmp_path / "a.ckpt").write_bytes(serialize(checkpoint))
+    for command_name in ("evaluate", "export"):
+        done = command(command_name, "checkpoint=a.ckpt", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "a.ckpt says that its data lies in" in done.stderr
+        assert "data_dir=" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "victim").exists()
+    damaged = tmp_path / "victim" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    damaged.mkdir(parents=True)  # preparing the data would replace it
+    with pytest.raises(OSError, match="says that its data lies in"):
+        load_split(tmp_path / "a.ckpt", checkpoint, "test", data_dir=None)
+    assert damaged.is_dir()
+    done = command("evaluate", "checkpoint=a.ckpt", "data_dir=mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine" / "MNIST").is_dir()
 
 
 def test_settings_are_checked_without_a_process() -> None:

@@ -1,4 +1,5 @@
 import csv
+import os
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from benchmarks.handwriting import KINDS, through_predict
 from mnist_lightning.handwriting import (
     MAX_PIXELS,
+    SUFFIXES,
     NoDigit,
     center,
     fit,
@@ -192,6 +194,85 @@ def test_bad_files_are_told_and_the_others_go_on(trained_run: Path, tmp_path: Pa
     assert not (tmp_path / "outputs").exists()
 
 
+OTHER_FORMATS = {  # what people rename to .png
+    "pdf": b"%PDF-1.7\n%%EOF",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "html": b"<!DOCTYPE html><html></html>",
+    "zip": b"PK\x05\x06" + bytes(18),
+    "ps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "ppm": b"P6 40000 40000 255\n",
+    "ico": b"\0\0\1\0\1\0" + bytes(16),
+    "wav": b"RIFF\x24\0\0\0WAVEfmt ",
+}
+
+
+def mutate(content: bytes, kind: str, random: np.random.Generator) -> bytes:
+    """A damaged copy of a picture's file."""
+    changed = bytearray(content)
+    if kind in ("one byte", "a tenth"):
+        count = 1 if kind == "one byte" else len(content) // 10
+        for position in random.integers(0, len(content), count):
+            changed[position] ^= int(random.integers(1, 256))
+    elif kind == "header":
+        for position in random.integers(0, 40, 4):
+            changed[position] = int(random.integers(256))
+    elif kind == "size":  # where most formats have their width and height
+        start = int(random.integers(4, 30))
+        changed[start : start + 8] = b"\x7f\xff\xff\xff" * 2
+    elif kind == "cut":
+        del changed[int(random.integers(len(content))) :]
+    elif kind == "zeros":
+        start = int(random.integers(len(content)))
+        changed[start:] = bytes(len(content) - start)
+    elif kind == "twice":
+        changed += content[int(random.integers(len(content))) :]
+    elif kind == "another format":
+        return OTHER_FORMATS[str(random.choice(sorted(OTHER_FORMATS)))]
+    return bytes(changed)
+
+
+MUTATIONS = ("one byte", "a tenth", "header", "size", "cut", "zeros", "twice", "another format")
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.reliability)])
+def test_mutated_pictures_are_read_or_named(
+    count: int, trained_run: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Each ends in a prediction or in one line with its name, whatever the others hold."""
+    random = np.random.default_rng(count)
+    seven = Image.fromarray(draw_seven()).convert("RGB")
+    contents = []
+    for suffix in SUFFIXES:
+        seven.save(tmp_path / f"whole{suffix}")
+        contents.append((suffix, (tmp_path / f"whole{suffix}").read_bytes()))
+    (tmp_path / "pictures").mkdir()
+    names = []
+    for number in range(count):
+        suffix, content = contents[number % len(contents)]
+        kind = MUTATIONS[(number // len(contents) + number) % len(MUTATIONS)]
+        names.append(f"{number:03}{suffix}")
+        (tmp_path / "pictures" / names[-1]).write_bytes(mutate(content, kind, random))
+    checkpoint = trained_run / "checkpoints" / "best.ckpt"
+    arguments = ("images=pictures", f"checkpoint={checkpoint}", "output=out")
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mnist_lightning.predict", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    told = [line.split(": ", 1)[0] for line in (tmp_path / "errors").read_text().splitlines()]
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        read = [row["file"] for row in csv.DictReader(file)]
+    assert sorted(read + told) == [f"pictures/{name}" for name in names]
+    assert read
+    assert told
+    assert os.waitstatus_to_exitcode(status) == 1
+    assert usage.ru_maxrss < 1_500_000, "kilobytes: torch and matplotlib, and a picture of MAX_PIXELS"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,7 +291,6 @@ def test_mistakes_are_told_in_a_line(
 
 
 def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
-    from mnist_lightning.handwriting import SUFFIXES
     from mnist_lightning.predict import find_files
 
     for name in ("b.png", "a.JPG", "notes.txt", "[1].png"):

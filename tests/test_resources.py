@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import Run, give_up_roots_rights
 
-from mnist_lightning.checkpoint import load
+from mnist_lightning.checkpoint import find_newest, load
 from mnist_lightning.data import unpack
 
 SETTINGS = (
@@ -56,7 +56,7 @@ def test_no_room_for_a_checkpoint(command: Run, tmp_path: Path, environment: dic
 def test_no_room_for_tensorboard_does_not_stop_training(tmp_path: Path, environment: dict[str, str]) -> None:
     unpack(tmp_path / "data")  # or the limit would hit the data
     arguments = (*SETTINGS, "callbacks.checkpoint=null", "data.data_dir=data", "trainer.log_every_n_steps=1")
-    code, errors = train_with_little_room(tmp_path, environment, 6_000, *arguments)
+    code, errors = train_with_little_room(tmp_path, environment, 30_000, *arguments)
     assert code == 0, errors
     told = (tmp_path / "run" / "train.log").read_text()
     assert told.count("TensorBoardLogger can't be written") == 1
@@ -74,22 +74,82 @@ def test_no_room_for_csv_does_not_stop_training(command: Run, tmp_path: Path) ->
     assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 40
 
 
-@pytest.mark.parametrize("folder", ["run", "run/checkpoints"])
-def test_vanishing_folder(folder: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mnist_lightning.train", *SETTINGS, "trainer.max_epochs=1000"],
-        cwd=tmp_path,
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_no_room_for_the_log_does_not_stop_training(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.log").symlink_to("/dev/full")
+    done = command("train", *SETTINGS, "trainer.max_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert load(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [(1_000, "can't write to the run's folder"), (1_000_000, "train-images-idx3-ubyte")],
+    ids=["settings", "data"],
+)
+def test_no_room_at_the_start(room: int, line: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    code, errors = train_with_little_room(tmp_path, environment, room, *SETTINGS, "data.data_dir=data")
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert line in errors
+    assert "File too large" in errors
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+def start_training(cwd: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_lightning.train", *SETTINGS, *more],
+        cwd=cwd,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=give_up_roots_rights,
     )
-    end = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+
+
+def wait_for_checkpoint(cwd: Path) -> None:
+    end = time.monotonic() + 300
+    while not (cwd / "run" / "checkpoints" / "last.ckpt").exists():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def test_read_only_folder_at_the_start(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    process = start_training(tmp_path, environment)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert errors == f"can't write to the run's folder {Path('run')}: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "epochs", "file"),
+    [("run/checkpoints", 1000, "run/checkpoints/"), ("run", 40, "run/")],
+    ids=["checkpoints", "metrics and status"],
+)
+def test_folder_turned_read_only(
+    folder: str, epochs: int, file: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    process = start_training(tmp_path, environment, f"trainer.max_epochs={epochs}")
+    wait_for_checkpoint(tmp_path)
+    (tmp_path / folder).chmod(0o555)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert file in errors
+    assert "Permission denied" in errors
+    assert len(errors.splitlines()) == 1
+    assert find_newest(tmp_path / "run" / "checkpoints")[1]["global_step"] >= 20
+
+
+@pytest.mark.parametrize("folder", ["run", "run/checkpoints"])
+def test_vanishing_folder(folder: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    process = start_training(tmp_path, environment, "trainer.max_epochs=1000")
+    wait_for_checkpoint(tmp_path)
     shutil.rmtree(tmp_path / folder)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "the folder has vanished" in errors
     assert len(errors.splitlines()) == 1

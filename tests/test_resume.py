@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from conftest import DefaultRun, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning.checkpoint import load
+from mnist_lightning.checkpoint import find_newest, load
+from mnist_lightning.files import TEMPORARY
 
 SETTINGS = (
     *("trainer.max_epochs=3", "+trainer.limit_train_batches=60", "trainer.log_every_n_steps=7"),
@@ -30,12 +33,16 @@ def start(cwd: Path, environment: dict[str, str], *arguments: str) -> "subproces
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
 
 
-def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]", patience: float = 600) -> None:
+def wait_for(holds: Callable[[], bool], process: "subprocess.Popen[bytes]", patience: float = 600) -> None:
     end = time.monotonic() + patience
-    while not list(cwd.glob("run/checkpoints/*.ckpt")):
-        assert process.poll() is None, (cwd / "output").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    while not holds():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.0005)
+
+
+def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]") -> None:
+    wait_for(lambda: any(cwd.glob("run/checkpoints/*.ckpt")), process)
 
 
 def differences(one: Any, two: Any, path: str = "") -> list[str]:
@@ -122,6 +129,50 @@ def test_killed_at_20_moments(number, tmp_path, command, environment, whole_runs
         ("scheduler=plateau", "model.norm=batch"),
     ]
     kill_and_resume(variants[number % 4], 2, number, tmp_path, command, environment, whole_runs)
+
+
+def kill_while_saving(kills: int, cwd: Path, environment: dict[str, str]) -> int:
+    """SIGKILL a run each time it is writing a checkpoint, with TMPDIR on a file system in memory.
+
+    Returns:
+        After how many kills there was a checkpoint that loads, and nothing half written was left once
+        the next process had started.
+    """
+    checkpoints = cwd / "run" / "checkpoints"
+    generator, right = random.Random(kills), 0
+
+    def is_writing() -> bool:
+        return any(checkpoints.glob(f"{TEMPORARY}*-{process.pid}"))
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        environment = environment | {"TMPDIR": elsewhere}
+        wide = ("model.hidden=1024", "checkpoint.every_n_steps=1", "trainer.max_epochs=500", "logger=none")
+        process = start(cwd, environment, *SETTINGS, *wide, "hydra.run.dir=run")
+        wait_for_checkpoint(cwd, process)
+        for _ in range(kills):
+            time.sleep(generator.uniform(0, 0.2))
+            wait_for(is_writing, process)
+            process.kill()
+            process.wait()
+            step = find_newest(checkpoints)[1]["global_step"]
+            half = set(cwd.rglob(f"{TEMPORARY}*"))
+            assert half, "it was killed while it was writing"
+            process = start(cwd, environment, "resume=run")
+            wait_for(is_writing, process)
+            assert not half & set(cwd.rglob(f"{TEMPORARY}*-*"))
+            assert f"step {step}\n" in (cwd / "output").read_text()
+            right += 1
+        process.terminate()
+        assert process.wait(timeout=120) == 143
+        assert not list(cwd.rglob(f"{TEMPORARY}*"))
+        assert not [path for path in Path(elsewhere).rglob("*") if path.is_file()]
+    return right
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no file system in memory here")
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.reliability)])
+def test_killed_while_saving(kills: int, tmp_path: Path, environment: dict[str, str]) -> None:
+    assert kill_while_saving(kills, tmp_path, environment) == kills
 
 
 @pytest.mark.parametrize(

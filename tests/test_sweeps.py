@@ -12,8 +12,10 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from conftest import Run
 
+from mnist_lightning.checkpoint import load
 from mnist_lightning.pruning import open_storage
 
 TINY = ("trainer.max_epochs=2", "+trainer.limit_train_batches=10", "logger=csv")
@@ -95,6 +97,29 @@ def test_a_failure_is_its_jobs_own(command: Run, tmp_path: Path, launcher: str) 
         if kind not in ("kill", "diverge"):  # nothing is left to write, nothing is wrong with the code
             assert "Traceback" in (sweep / str(number) / "train.log").read_text()
     assert float(rows[-1]["val/acc"]) == statuses[len(kinds) - 1]["metrics"]["val/acc"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_a_job_without_room_for_its_folder_is_its_own_affair(
+    command: Run, tmp_path: Path, launcher: str
+) -> None:
+    sweep = tmp_path / "sweep"
+    (sweep / "1").mkdir(parents=True)
+    (sweep / "0").touch()  # no folder can be made here
+    (sweep / "1" / ".hydra").touch()  # nor here, for the job's settings
+    done = command(
+        *("train", "-m", "seed=1,2,3", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", *TINY),
+        cwd=tmp_path,
+        **ONE_THREAD,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "2 of 3 jobs did not finish: 1, 0"
+    assert {number: status["state"] for number, status in read_statuses(sweep).items()} == {
+        1: "failed",
+        2: "completed",
+    }
+    assert "File exists" in (sweep / "report.md").read_text()
 
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(
@@ -207,6 +232,50 @@ def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
         metrics.append([statuses[number]["metrics"] for number in (0, 1)])
         assert len((find_sweep(cwd) / "results.csv").read_text().splitlines()) == 3
     assert metrics[0] == metrics[1] == metrics[2]
+
+
+def find_children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
+    environment: dict[str, str], command: Run, tmp_path: Path
+) -> None:
+    """submitit plays the cluster.  Its signal saves the newest step and queues the job again; after a
+    SIGKILL the sweep is resumed; at the end the weights are those of a job that nobody disturbed."""
+    settings = (
+        *("seed=1", "model.hidden=16", "model.dropout=0.2", "logger=none"),
+        *("trainer.max_epochs=8", "+trainer.limit_train_batches=150"),
+    )
+    whole = command("train", "-m", *settings, "hydra.sweep.dir=whole", cwd=tmp_path, **ONE_THREAD)
+    assert whole.returncode == 0, whole.stderr
+    sweeping = start_sweep(
+        environment, tmp_path, *settings, "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"
+    )
+    job = tmp_path / "sweep" / "0"
+    last = job / "checkpoints" / "last.ckpt"
+    wait_for(last.exists)
+    (controller,) = find_children(sweeping.pid)
+    (worker,) = find_children(controller)
+    os.kill(worker, signal.SIGTERM)  # as SLURM does before a pre-emption: no end
+    os.kill(worker, signal.SIGUSR2)
+    wait_for(lambda: find_children(controller) not in ([worker], []))
+    assert read_statuses(tmp_path / "sweep")[0]["state"] in ("interrupted", "running")
+    wait_for(lambda: "going on from" in (job / "train.log").read_text())
+    saved = last.stat().st_mtime_ns
+    wait_for(lambda: last.stat().st_mtime_ns > saved)
+    os.kill(find_children(controller)[0], signal.SIGKILL)
+    _, errors = sweeping.communicate(timeout=120)
+    assert sweeping.returncode == 1
+    assert "a job has ended without a word" in errors
+    assert "Traceback" not in errors
+    done = command("train", "-m", "resume=sweep", "hydra/launcher=basic", cwd=tmp_path, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert (job / "train.log").read_text().count("going on from") == 2
+    nets = [
+        load(tmp_path / name / "0" / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "sweep")
+    ]
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
 
 @pytest.mark.parametrize(
