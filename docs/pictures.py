@@ -107,7 +107,7 @@ def screenshot(cwd: Path, url: str, name: str, *, height: int, width: int = 1100
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         raise FileNotFoundError("chromium is not installed")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync".split()
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
     subprocess.run(
         [
             browser,

@@ -54,11 +54,16 @@ def generate() -> str:
         importlib.import_module(f"mnist_lightning.{command}")  # it makes its schema known to Hydra
         lines += [f"## `{command}`\n", *table_of_command(command)]
         if command == "train":
-            for group in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
-                lines += [f"### `{group.name}=`\n", *table_of_group(group.name)]
-            for group in sorted(CONF.glob("hydra/*er")):  # launcher, sweeper
-                lines += [f"### `hydra/{group.name}=`\n", *table_of_group(f"hydra/{group.name}")]
+            for group in find_groups():
+                lines += [f"### `{group}=`\n", *table_of_group(group)]
     return "\n".join(lines)
+
+
+def find_groups() -> list[str]:
+    """Ours first, then Hydra's launchers and sweepers, by name."""
+    groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")}
+    groups -= {"hydra/job_logging"}
+    return sorted(groups, key=lambda group: (group.startswith("hydra/"), group))
 
 
 def table_of_command(command: str) -> list[str]:
@@ -76,7 +81,7 @@ def table_of_command(command: str) -> list[str]:
 
 def table_of_group(group: str) -> list[str]:
     default = find_default(group)
-    choices = sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != default, path.stem))
+    choices = sorted((CONF / group).glob("*.yaml"), key=functools.partial(rank, default=default))
     if choices[0].read_text().startswith("# @package _global_"):
         return table_of_presets(choices)
     types = dict(types_of(schema_of("train")))
@@ -147,6 +152,11 @@ def find_default(group: str) -> str | None:
     """The choice that ``train`` takes when nothing is said."""
     defaults = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
     return next((entry[group] for entry in defaults if isinstance(entry, dict) and group in entry), None)
+
+
+def rank(path: Path, *, default: str | None) -> tuple[bool, bool, str]:
+    """The default comes first, what builds upon others last."""
+    return path.stem != default, find_base(path) is not None, path.stem
 
 
 def find_base(path: Path) -> Path | None:
