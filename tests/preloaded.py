@@ -6,6 +6,7 @@ a process of its own that runs the module as ``python`` does, to the end; what i
 minute's worth of imports a dozen times over.  Nothing of this project is imported before the fork.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any
 HEAVY = (
     *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
     *("torchmetrics.classification", "torch.utils.tensorboard", "matplotlib.figure", "optuna"),
+    *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "tqdm", "zipfile", "xml.dom.minidom"),
+    *("matplotlib.backends.backend_agg", "hydra.core.override_parser.overrides_parser"),
 )
 
 
@@ -33,6 +36,7 @@ def wait() -> dict[str, Any]:
 if __name__ == "__main__":
     for heavy in HEAVY:
         importlib.import_module(heavy)
+    gc.freeze()  # the children need not look through what was imported
     request = wait()
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):

@@ -28,7 +28,9 @@ GUIDES = sorted(
 )
 CHANGES = Path("docs/make_it_yours.md")  # its commands belong to its changes, and are tested with them
 TRAIN = "python -m mnist_lightning.train"
-FENCE = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
+)
 # What no test can run as it stands, and why.  A fence is marked as such in the guide itself.
 NOT_RUN = {
     "pip ": "needs the network",
@@ -37,7 +39,8 @@ NOT_RUN = {
     "python docs/pictures.py": "needs a browser, and writes into the repository",
 }
 # What needs the network or other hardware is composed and checked, but not run.
-ONLY_COMPOSED = re.compile(r"data=(fashion_mnist|kmnist)|trainer=gpu|accelerator=gpu|num_nodes=")
+# test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
+ONLY_COMPOSED = re.compile(r"data=(fashion_mnist|kmnist)|trainer=(gpu|ddp)|accelerator=gpu|num_nodes=")
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=2")
 
 
@@ -66,7 +69,9 @@ def commands(guide: Path) -> Iterator[str]:
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
         if re.match(r"… (-m |--)?[\w/.+~]+(=|$)", code):
             yield code.replace("…", TRAIN, 1)
-        elif code.startswith(("python ", "tensorboard ", "pip ")):
+        elif (
+            code.startswith(("python ", "tensorboard ", "pip ")) and "<" not in code
+        ):  # a form, not a command
             yield code
 
 
@@ -95,7 +100,18 @@ def shorten(command: str) -> list[str]:
         short.append("callbacks.pictures.enabled=false")
     if "experiment=fast" in command:
         short.remove("callbacks.pictures.enabled=false")
-    return [*arguments, *short, *(["hydra.sweeper.n_trials=2"] if "search=mlp" in command else [])]
+    if "search=mlp" in command:
+        short.append("hydra.sweeper.n_trials=2")
+    elif "-m" in arguments[2:]:
+        arguments = fewer(arguments)
+    return [*arguments, *short]
+
+
+def fewer(arguments: list[str]) -> list[str]:
+    """Of a sweep: two values of the first swept key, one of each other."""
+    swept = [argument for argument in arguments if re.fullmatch(r"[\w.]+=[^\[(]+,.+", argument)]
+    keep = {argument: 2 if argument == swept[0] else 1 for argument in swept}
+    return [",".join(argument.split(",")[: keep.get(argument)]) for argument in arguments]
 
 
 class Shell:
@@ -140,7 +156,7 @@ def workplace(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(cwd / "A" / "checkpoints" / "best.ckpt", cwd)
     shutil.copy(cwd / "A" / "checkpoints" / "best.ckpt", cwd / "checkpoint.ckpt")
     (cwd / "photos").mkdir()
-    for name in ("my_digit.png", "one.png", "two.jpg", "photos/seven.png"):
+    for name in ("my_digit.png", "photo.png", "one.png", "two.jpg", "photos/seven.png"):
         picture = Image.new("L", (200, 200), 240)
         ImageDraw.Draw(picture).line([(60, 50), (140, 50), (90, 160)], fill=20, width=14)
         picture.save(cwd / name)
@@ -306,6 +322,31 @@ def test_the_reference_knows_types_limits_and_meanings() -> None:
     assert not [key for key in keys if key not in groups and not explained.get(key)], "keys without a meaning"
 
 
+FOREIGN = {  # messages that are not ours -> a command that gets them
+    "Key 'hiden' not in 'Model'": "model.hiden=3",
+    "Could not override 'trainer.gradient_clip_val'": "trainer.gradient_clip_val=1",
+    "RuntimeError: operator torchvision::nms does not exist": "",
+    "No supported gpu backend found": "",
+}
+MESSAGES = re.findall(r"^\| `([^`]+)`", read(Path("docs/troubleshooting.md")), re.M)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_explained_messages_exist(message: str, shell: Shell, workplace: Path) -> None:
+    if message in FOREIGN:
+        if FOREIGN[message]:
+            code, output = shell(["-m", "mnist_lightning.train", FOREIGN[message]], workplace)
+            assert code == 1
+            assert message in output
+        return
+    source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").glob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)  # of a string that goes on in the next line
+    parts = [part.strip() for part in re.split(r"[…\d(),=]+", message)]
+    assert max(parts, key=len) in re.sub(r"\{[^}]*\}|\d+", "", source).replace("  ", " ") or any(
+        len(part) > 15 and part in source for part in parts
+    )
+
+
 class Change(NamedTuple):
     """A section of docs/make_it_yours.md."""
 
@@ -368,9 +409,9 @@ def test_an_optimizer(change: Callable[[str], Change]) -> None:
 
 def test_a_network(change: Callable[[str], Change]) -> None:
     weights = change("A network").checkpoint()["state_dict"]
-    linear = [name for name in weights if name.endswith(".weight")]  # type: ignore[attr-defined]
-    assert len(linear) == 4
-    assert sum(name.count(".") > min(n.count(".") for n in linear) for name in linear) == 2, "in a Residual"
+    names = [re.sub(r"\d+", "N", name) for name in weights if name.startswith("net.")]  # type: ignore[attr-defined]
+    assert names.count("net.layers.N.weight") == 2
+    assert names.count("net.layers.N.N.weight") == 2, "those between layers of equal size are in a Residual"
 
 
 def test_a_dataset(change: Callable[[str], Change], shell: Shell) -> None:
