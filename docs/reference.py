@@ -221,6 +221,8 @@ def find_allowed(command: str, overrides: list[str], key: str) -> str:
                     return told[1]
             except OmegaConfBaseException:
                 pass  # not of the key's type
+            else:
+                break  # whatever it is
     return "–"
 
 

@@ -6,6 +6,7 @@ a process of its own that runs the module as ``python`` does, to the end; what i
 minute's worth of imports a dozen times over.  Nothing of this project is imported before the fork.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -38,6 +39,7 @@ if __name__ == "__main__":
         importlib.import_module(heavy)
     gc.freeze()  # the children need not look through what was imported
     request = wait()
+    atexit.register(gc.unfreeze)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(source, target)
