@@ -1,0 +1,128 @@
+"""Make the pictures of the README and of docs/ anew, with the project's own commands.
+
+TensorBoard is looked at in a real browser: chromium, which must be installed.
+
+    python docs/pictures.py
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+IMAGES = REPOSITORY / "docs" / "images"
+DIGIT = 7  # of the test images, the one that is "photographed" for predict: a 9
+NUM_COLORS = 128  # of a palette, which keeps the files small
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        cwd = Path(name)
+        run(cwd, "train", "hydra.run.dir=logs/train/runs/default")
+        run(cwd, "visualize")
+        run(cwd, "evaluate")
+        photograph(cwd / "photo.png")
+        run(cwd, "predict", "images=photo.png", "output=read")
+        run(
+            cwd,
+            *("train", "-m", "model.hidden=64,256", "optimizer.lr=1e-3,4e-3,1e-2"),
+            "hydra.sweep.dir=logs/train/multiruns/sweep",
+        )
+        evaluation = cwd / "logs/train/runs/default/evaluation/test"
+        keep(cwd / "read/001_photo.png", "predict.png")
+        keep(cwd / "logs/visualize/mnist/digits.png", "digits.png")
+        keep(evaluation / "mistakes.png", "mistakes.png")
+        keep(evaluation / "confusion_matrix.png", "confusion_matrix.png")
+        with tensorboard(cwd, "logs/train/runs") as url:
+            screenshot(cwd, f"{url}#custom_scalars&_smoothingWeight=0", "curves.png", height=460)
+        with tensorboard(cwd, "logs/train/multiruns") as url:
+            screenshot(cwd, f"{url}#hparams", "hparams.png", height=460)
+
+
+def run(cwd: Path, command: str, *arguments: str) -> None:
+    print("python -m", f"mnist_lightning.{command}", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", f"mnist_lightning.{command}", *arguments], cwd=cwd, check=True)
+
+
+def photograph(path: Path) -> None:
+    """A test digit as a pen on paper under a lamp, as in ``benchmarks/handwriting.py``."""
+    from torchvision.datasets import MNIST
+
+    sys.path.insert(0, str(REPOSITORY))
+    from benchmarks.handwriting import photographed
+
+    digits = MNIST(str(Path("~/.pytorch/MNIST_data/").expanduser()), train=False).data
+    photographed(digits[DIGIT].numpy(), np.random.default_rng(0)).save(path)
+
+
+def keep(path: Path, name: str) -> None:
+    """The picture as a PNG with a palette: a third of its size, no difference to the eye."""
+    picture = Image.open(path).convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
+    picture.save(IMAGES / name, optimize=True)
+    print(f"  {name}: {(IMAGES / name).stat().st_size / 1000:.0f} kB")
+
+
+@contextmanager
+def tensorboard(cwd: Path, logdir: str) -> Iterator[str]:
+    """TensorBoard's address, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, "--port", str(port)]
+    server = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while urlopen(f"{url}data/runs") in (None, b"[]"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"TensorBoard shows no run of {logdir}")
+            time.sleep(0.5)
+        time.sleep(5)  # it reads the event files one after the other
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def urlopen(url: str) -> bytes | None:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            content: bytes = answer.read()
+            return content.strip()
+    except OSError:
+        return None
+
+
+def screenshot(cwd: Path, url: str, name: str, *, height: int, width: int = 1100) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        raise FileNotFoundError("chromium is not installed")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+    subprocess.run(
+        [
+            browser,
+            *flags,
+            f"--user-data-dir={cwd / 'browser'}",
+            "--virtual-time-budget=30000",  # milliseconds of the page's own clock
+            f"--window-size={width},{height}",
+            f"--screenshot={cwd / name}",
+            url,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    keep(cwd / name, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""The README and docs/ are true: their commands run, their quotes are the source, their links lead somewhere."""
+
+import functools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image, ImageDraw
+
+from docs import reference
+
+GUIDES = sorted(
+    path.relative_to(REPOSITORY)
+    for folder in (REPOSITORY, REPOSITORY / "docs", REPOSITORY / "docs" / "images", REPOSITORY / "benchmarks")
+    for path in folder.glob("*.md")
+)
+CHANGES = Path("docs/make_it_yours.md")  # its commands belong to its changes, and are tested with them
+TRAIN = "python -m mnist_lightning.train"
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
+)
+# What no test can run as it stands, and why.  A fence is marked as such in the guide itself.
+NOT_RUN = {
+    "pip ": "needs the network",
+    "tensorboard ": "a server that does not end: test_tensorboard_serves_a_run",
+    "python docs/reference.py": "writes into the repository: test_the_reference_is_what_the_configs_say",
+    "python docs/pictures.py": "needs a browser, and writes into the repository",
+}
+# What needs the network or other hardware is composed and checked, but not run.
+# test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
+ONLY_COMPOSED = re.compile(r"data=(fashion_mnist|kmnist)|trainer=(gpu|ddp)|accelerator=gpu|num_nodes=")
+SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=2")
+
+
+class Fence(NamedTuple):
+    mark: str  # the comment before it
+    language: str
+    body: str
+
+
+def read(guide: Path) -> str:
+    return (REPOSITORY / guide).read_text()
+
+
+def fences(guide: Path) -> list[Fence]:
+    return [Fence(m["mark"] or "", m["language"], m["body"]) for m in FENCE.finditer(read(guide))]
+
+
+def commands(guide: Path) -> Iterator[str]:
+    """Of the shell fences and of inline code, where "… key=value" goes on with the train command."""
+    text = read(guide)
+    for fence in fences(guide):
+        if fence.language == "bash" and not fence.mark.startswith("not run: "):
+            for line in fence.body.replace("\\\n", " ").splitlines():
+                if command := line.partition("  #")[0].strip():
+                    yield command
+    for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
+        if re.match(r"… (-m |--)?[\w/.+~]+(=|$)", code):
+            yield code.replace("…", TRAIN, 1)
+        elif (
+            code.startswith(("python ", "tensorboard ", "pip ")) and "<" not in code
+        ):  # a form, not a command
+            yield code
+
+
+COMMANDS = {
+    command: guide
+    for guide in reversed(GUIDES)
+    if guide != CHANGES
+    for command in commands(guide)
+    if not command.startswith(tuple(NOT_RUN))
+}
+
+
+def shorten(command: str) -> list[str]:
+    """The command's arguments after ``python``, with settings that make a training short."""
+    arguments = shlex.split(command.replace("…", "_"))[1:]
+    if arguments[0] != "-m":
+        return [str(REPOSITORY / arguments[0]), "--help"]  # benchmarks take minutes
+    if "--help" in arguments or arguments[1] != "mnist_lightning.train":
+        return [*arguments, "--cfg", "job"] if ONLY_COMPOSED.search(command) else arguments
+    if ONLY_COMPOSED.search(command):
+        return [*(argument for argument in arguments if argument != "--cfg"), "--cfg", "job"]
+    if "resume=" in command or "--cfg" in arguments:
+        return arguments
+    short = list(SHORT)
+    if "pictures" not in command and len(arguments) > 2:  # the plain command draws them
+        short.append("callbacks.pictures.enabled=false")
+    if "experiment=fast" in command:
+        short.remove("callbacks.pictures.enabled=false")
+    if "search=mlp" in command:
+        short.append("hydra.sweeper.n_trials=2")
+    elif "-m" in arguments[2:]:
+        arguments = fewer(arguments)
+    return [*arguments, *short]
+
+
+def fewer(arguments: list[str]) -> list[str]:
+    """Of a sweep: two values of the first swept key, one of each other."""
+    swept = [argument for argument in arguments if re.fullmatch(r"[\w.]+=[^\[(]+,.+", argument)]
+    keep = {argument: 2 if argument == swept[0] else 1 for argument in swept}
+    return [",".join(argument.split(",")[: keep.get(argument)]) for argument in arguments]
+
+
+class Shell:
+    """Runs commands in forks of a process with torch imported, see ``preloaded.py``."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tests" / "preloaded.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1"},  # a fork must not inherit a pool of threads
+        )
+
+    def __call__(self, arguments: list[str], cwd: Path, path: tuple[Path, ...] = ()) -> tuple[int, str]:
+        """Exit code and output of ``python <arguments>`` in a folder, with these first on its path."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        output = cwd / ".output"
+        request = {"argv": arguments, "cwd": str(cwd), "path": list(map(str, path)), "output": str(output)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()), output.read_text()
+
+
+@pytest.fixture(scope="module")
+def shell(environment: dict[str, str]) -> Iterator[Shell]:
+    shell = Shell(environment)
+    yield shell
+    shell.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def workplace(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits."""
+    cwd = tmp_path_factory.mktemp("reader")
+    for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
+        code, output = shell(["-m", "mnist_lightning.train", *arguments, *SHORT], cwd)
+        assert code == 0, output
+    shutil.copytree(cwd / "A", cwd / "B")
+    shutil.copytree(cwd / "A", cwd / "C")
+    shutil.copy(cwd / "A" / "checkpoints" / "best.ckpt", cwd)
+    shutil.copy(cwd / "A" / "checkpoints" / "best.ckpt", cwd / "checkpoint.ckpt")
+    (cwd / "photos").mkdir()
+    for name in ("my_digit.png", "photo.png", "one.png", "two.jpg", "photos/seven.png"):
+        picture = Image.new("L", (200, 200), 240)
+        ImageDraw.Draw(picture).line([(60, 50), (140, 50), (90, 160)], fill=20, width=14)
+        picture.save(cwd / name)
+    for guide in GUIDES:
+        for kind, name in re.findall(r"logs/train/(runs|multiruns)/([\w-]+)", read(guide)):
+            folder = cwd / "logs" / "train" / kind / name
+            if not folder.exists():
+                shutil.copytree(cwd / ("A" if kind == "runs" else "sweep"), folder)
+    return cwd
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command: str, shell: Shell, workplace: Path) -> None:
+    code, output = shell(shorten(command), workplace)
+    assert code == 0, output
+    assert output
+    if command.startswith(TRAIN) and shorten(command)[-1] in SHORT:
+        assert "everything is in" in output or "the report is in" in output
+
+
+def test_most_commands_are_really_run() -> None:
+    trainings = [command for command in COMMANDS if "limit_train_batches" in " ".join(shorten(command))]
+    assert len(trainings) > 20
+    assert len(COMMANDS) > 35
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        (lines[0].removeprefix("$ "), lines[1:])
+        for guide in GUIDES
+        for fence in fences(guide)
+        if fence.language == "console"
+        for lines in [fence.body.splitlines()]
+    ],
+)
+def test_commands_print_what_is_shown(
+    command: str, printed: list[str], shell: Shell, workplace: Path
+) -> None:
+    code, output = shell(shlex.split(command)[1:], workplace)
+    assert code == 1, "what is shown so far are errors"
+    assert output.splitlines() == printed
+
+
+def test_the_first_page_shows_what_a_run_prints(shell: Shell, workplace: Path) -> None:
+    """Line by line, with other numbers."""
+    shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
+    code, output = shell(["-m", "mnist_lightning.train", "+trainer.limit_train_batches=2"], workplace)
+    assert code == 0, output
+
+    def forms(text: str) -> list[str]:
+        return [
+            re.sub(r"\d+", "0", re.sub(r"logs/\S+", "FOLDER", line)).strip() for line in text.splitlines()
+        ]
+
+    assert forms(shown) == forms(output)[-len(forms(shown)) :]
+
+
+def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) -> None:
+    """``tensorboard --logdir logs``, and what a browser would fetch."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--port", "0"],
+        cwd=workplace,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None
+        url = next(match[0] for line in server.stderr if (match := re.search(r"http://\S+", line)))
+        deadline = time.monotonic() + 60
+        while not (runs := json.load(urllib.request.urlopen(f"{url}data/runs"))):
+            assert time.monotonic() < deadline, "no run appeared"
+            time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait()
+    assert all(run.endswith("tensorboard") for run in runs)
+
+
+@functools.cache
+def windows(path: Path, count: int) -> set[str]:
+    """All stretches of so many lines of a file, their common indentation taken away."""
+    lines = path.read_text().splitlines()
+    return {
+        textwrap.dedent("\n".join(lines[start : start + count])) for start in range(len(lines) - count + 1)
+    }
+
+
+QUOTES = [
+    (guide, fence.mark.removeprefix("source: "), fence.body.rstrip("\n"))
+    for guide in GUIDES
+    for fence in fences(guide)
+    if fence.mark.startswith("source: ")
+]
+
+
+@pytest.mark.parametrize(
+    ("guide", "source", "quote"), QUOTES, ids=[f"{source}-{n}" for n, (_, source, _) in enumerate(QUOTES)]
+)
+def test_quotes_are_the_source(guide: Path, source: str, quote: str) -> None:
+    assert textwrap.dedent(quote) in windows(REPOSITORY / source, len(quote.splitlines()))
+
+
+def anchors(guide: Path) -> set[str]:
+    """As GitHub makes them of the headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", read(guide)), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKS = sorted(
+    {
+        (str(guide), link)
+        for guide in GUIDES
+        for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(guide)))
+        if not link.startswith("http")
+    }
+)
+PENDING = {"docs/records.md", "docs/speed.md", "benchmarks/README.md"}  # written on other branches
+
+
+@pytest.mark.parametrize(
+    ("guide", "link"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.xfail(strict=True)] if pair[1] in PENDING else [])
+        for pair in LINKS
+    ],
+)
+def test_links_lead_somewhere(guide: str, link: str) -> None:
+    target, _, anchor = link.partition("#")
+    path = (REPOSITORY / guide).parent / target if target else REPOSITORY / guide
+    assert path.exists()
+    assert not anchor or anchor in anchors(path)
+
+
+def test_pictures_are_small_named_and_used() -> None:
+    images = sorted((REPOSITORY / "docs" / "images").glob("*.png"))
+    assert images
+    texts = {guide: read(guide) for guide in GUIDES}
+    for image in images:
+        assert image.stat().st_size < 100_000
+        assert np.asarray(Image.open(image).convert("L")).std() > 10, "an empty picture"
+        assert f"`{image.name}`" in texts[Path("docs/images/README.md")]
+        assert any(f"images/{image.name})" in text for text in texts.values())
+
+
+def test_the_reference_is_what_the_configs_say() -> None:
+    assert reference.REFERENCE.read_text() == reference.generate(), "run: python docs/reference.py"
+
+
+def test_the_reference_knows_types_limits_and_meanings() -> None:
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in reference.REFERENCE.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert ["`model.dropout`", "float", "`0.0`", "in [0, 1)"] in [row[1:5] for row in rows]
+    assert ["`optimizer.lr`", "float", "`0.05`", "a finite number > 0"] in [row[1:5] for row in rows]
+    assert ["`checkpoint.every_n_steps`", r"int \| null", "`null`", ">= 1"] in [row[:4] for row in rows]
+    keys = dict(reference.types_of(reference.schema_of("train")))
+    explained = {row[-5].strip("`"): row[-1] for row in rows if len(row) >= 5}
+    groups = ("optimizer", "scheduler", "trainer", "callbacks", "logger")
+    assert not [key for key in keys if key not in groups and not explained.get(key)], "keys without a meaning"
+
+
+FOREIGN = {  # messages that are not ours -> a command that gets them
+    "Key 'hiden' not in 'Model'": "model.hiden=3",
+    "Could not override 'trainer.gradient_clip_val'": "trainer.gradient_clip_val=1",
+    "RuntimeError: operator torchvision::nms does not exist": "",
+    "No supported gpu backend found": "",
+}
+MESSAGES = re.findall(r"^\| `([^`]+)`", read(Path("docs/troubleshooting.md")), re.M)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_explained_messages_exist(message: str, shell: Shell, workplace: Path) -> None:
+    if message in FOREIGN:
+        if FOREIGN[message]:
+            code, output = shell(["-m", "mnist_lightning.train", FOREIGN[message]], workplace)
+            assert code == 1
+            assert message in output
+        return
+    source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").glob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)  # of a string that goes on in the next line
+    source = re.sub(r"\{[^{}]*\}|\d", "", source)
+    parts = re.split(r"[…\d]+", message)  # what differs from case to case
+    assert max(parts, key=len) in source
+
+
+class Change(NamedTuple):
+    """A section of docs/make_it_yours.md."""
+
+    folder: Path  # where its commands ran
+    outputs: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        (path,) = self.folder.glob("logs/train/runs/*/metrics.json")
+        content: dict[str, float] = json.loads(path.read_text())
+        return content
+
+    def checkpoint(self) -> dict[str, object]:
+        import torch
+
+        (path,) = self.folder.glob("logs/train/runs/*/checkpoints/best.ckpt")
+        content: dict[str, object] = torch.load(path, weights_only=True)
+        return content
+
+
+@pytest.fixture
+def change(shell: Shell, tmp_path: Path) -> Callable[[str], Change]:
+    """Apply a section's changes to a copy of the project, in their order, and run its commands."""
+
+    def apply(section: str) -> Change:
+        project, cwd = tmp_path / "project", tmp_path / "work"
+        cwd.mkdir()
+        data = REPOSITORY / "mnist_lightning" / "datasets"
+        for name in ("conf", "mnist_lightning"):
+            ignored = shutil.ignore_patterns("__pycache__", "datasets")
+            shutil.copytree(REPOSITORY / name, project / name, ignore=ignored)
+        (project / "mnist_lightning" / "datasets").symlink_to(data)
+        text = read(CHANGES).split(f"\n## {section}\n")[1].split("\n## ")[0]
+        outputs = []
+        for match in FENCE.finditer(text):
+            mark, language, body = match["mark"] or "", match["language"], match["body"]
+            if mark.startswith("file: "):
+                path = cwd / mark.removeprefix("file: ")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(body)
+            elif language == "diff":
+                done = subprocess.run(
+                    ["git", "apply", "-C1", "-"], cwd=project, input=body, text=True, capture_output=True
+                )
+                assert done.returncode == 0, done.stderr
+            else:
+                for line in body.splitlines():
+                    arguments = shorten(line) if " -m " in line else [str(cwd / line.split()[1])]
+                    code, output = shell(arguments, cwd, (project,))
+                    assert code == 0, output
+                    outputs.append(output)
+        return Change(cwd, outputs)
+
+    return apply
+
+
+def test_an_optimizer(change: Callable[[str], Change]) -> None:
+    states = change("An optimizer").checkpoint()["optimizer_states"]
+    assert states[0]["param_groups"][0]["momentum_decay"] == 0.004, "which only NAdam has"  # type: ignore[index]
+
+
+def test_a_network(change: Callable[[str], Change]) -> None:
+    weights = change("A network").checkpoint()["state_dict"]
+    names = [re.sub(r"\d+", "N", name) for name in weights if name.startswith("net.")]  # type: ignore[attr-defined]
+    assert names.count("net.layers.N.weight") == 2
+    assert names.count("net.layers.N.N.weight") == 2, "those between layers of equal size are in a Residual"
+
+
+def test_a_dataset(change: Callable[[str], Change], shell: Shell) -> None:
+    done = change("A dataset")
+    assert done.checkpoint()["datamodule_hyper_parameters"]["name"] == "permuted"  # type: ignore[index]
+    assert done.metrics()["test/acc"] > 0.3
+
+
+def test_a_metric(change: Callable[[str], Change]) -> None:
+    metrics = change("A metric").metrics()
+    assert metrics["val/acc"] < metrics["val/top2"] < 1
+    assert metrics["test/acc"] < metrics["test/top2"] < 1
+
+
+def test_a_callback(change: Callable[[str], Change]) -> None:
+    (path,) = change("A callback").folder.glob("logs/train/runs/*/csv/metrics.csv")
+    rows = path.read_text().splitlines()
+    column = rows[0].split(",").index("weight_norm")
+    assert [float(row.split(",")[column]) > 1 for row in rows[1:] if row.split(",")[column]] == [True]
+
+
+def test_another_problem(change: Callable[[str], Change]) -> None:
+    done = change("Another problem")
+    assert done.metrics()["test/acc"] > 0.6
+    assert re.search(r"even +\d", done.outputs[-1])
+    assert re.search(r"odd +\d", done.outputs[-1])
