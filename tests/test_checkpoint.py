@@ -177,7 +177,7 @@ def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.read() == b"refused\n" * len(HOSTILE)
     _, _, usage = os.wait4(process.pid, 0)
-    assert usage.ru_maxrss < 900_000, "kilobytes: torch and Lightning take 500,000"
+    assert usage.ru_maxrss < 1_500_000, "kilobytes: torch and Lightning take half of it"
 
 
 def test_dotted_names_are_data(tmp_path: Path) -> None:

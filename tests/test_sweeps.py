@@ -267,7 +267,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     os.kill(find_children(controller)[0], signal.SIGKILL)
     _, errors = sweeping.communicate(timeout=120)
     assert sweeping.returncode == 1
-    assert "a job has ended without a word" in errors
+    assert "a job has ended without a word (its process is gone)" in errors
     assert "Traceback" not in errors
     done = command("train", "-m", "resume=sweep", "hydra/launcher=basic", cwd=tmp_path, **ONE_THREAD)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -46,8 +47,8 @@ class RememberingLoader(ConfigLoaderImpl):
         super().__init__(config_search_path)
         self.composed: dict[tuple[str, ...], bytes] = {}
 
-    def __reduce__(self) -> tuple[type, tuple[ConfigSearchPath]]:
-        return RememberingLoader, (self.config_search_path,)  # to another machine: without the memory
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"composed": {}}  # a cluster's jobs are sent the loader, each with its own file
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         known = self.composed.pop(tuple(sweep_overrides), None)
@@ -161,8 +162,10 @@ class GridSweeper(BasicSweeper):
         except Exception as error:
             if not type(error).__module__.startswith("submitit."):
                 raise
+            raised = type(error).__name__ == "FailedJobError"  # its message ends with the job's traceback
+            told = str(error).rstrip("- \n").splitlines()[-1] if raised else "its process is gone"
             sys.exit(
-                f"a job has ended without a word ({str(error).splitlines()[0]}); the others go on by"
+                f"a job has ended without a word ({told}); the others go on by"
                 " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
                 f" resume={shlex.quote(str(self.sweep_dir))}\ntakes up what is left"
             )
