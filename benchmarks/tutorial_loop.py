@@ -78,7 +78,6 @@ def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def main() -> None:
-
     arguments = parse_arguments(__doc__, epochs=15)
     train, test = (make_loader(read_data(arguments.data_dir, train=is_train)) for is_train in (True, False))
     torch.manual_seed(1)
