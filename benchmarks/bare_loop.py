@@ -5,16 +5,16 @@ As a script it trains the project's default net and evaluates it on the test ima
     python -m benchmarks.bare_loop
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from benchmarks.contestant import append, parse_arguments
 
 
 def train_epoch(
@@ -52,20 +52,13 @@ def accuracy(net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) ->
 
 def main() -> None:
     """The default run's settings, written out."""
-    from benchmarks.epoch_accuracy import append
     from mnist_lightning.network import FeedForward
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="of an epoch at most")
-    parser.add_argument("--log", type=Path, default=Path("test_accuracy.jsonl"), help="file to write to")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, epochs=8)
 
     from torchvision.datasets import MNIST
 
-    folder = Path(arguments.data_dir).expanduser()
-    train, test = (MNIST(str(folder), train=is_train) for is_train in (True, False))
+    train, test = (MNIST(str(arguments.data_dir), train=is_train) for is_train in (True, False))
     images, labels = train.data[:55_000], train.targets[:55_000]
     torch.manual_seed(1)
     net = FeedForward(hidden=[256], activation="relu", dropout=0.0, norm="none", mean=0.1307, std=0.3081)

@@ -7,7 +7,7 @@ trains for 15 epochs and evaluates on the test images after each:
     python -m benchmarks.tutorial_loop
 """
 
-import argparse
+import itertools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from benchmarks.contestant import append, parse_arguments
 
 BATCH_SIZE = 64
 
@@ -76,18 +78,8 @@ def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def main() -> None:
-    import itertools
-
-    from benchmarks.epoch_accuracy import append
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--steps", type=int, help="of an epoch at most")
-    parser.add_argument("--log", type=Path, default=Path("test_accuracy.jsonl"), help="file to write to")
-    arguments = parser.parse_args()
-    folder = Path(arguments.data_dir).expanduser()
-    train, test = (make_loader(read_data(folder, train=is_train)) for is_train in (True, False))
+    arguments = parse_arguments(__doc__, epochs=15)
+    train, test = (make_loader(read_data(arguments.data_dir, train=is_train)) for is_train in (True, False))
     torch.manual_seed(1)
     net = make_net()
     optimizer = make_optimizer(net)

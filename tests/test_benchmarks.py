@@ -161,3 +161,11 @@ def test_take_turns_and_the_median_of_ratios() -> None:
     take_turns({name: lambda name=name: order.append(name) for name in "AB"}, 3)  # type: ignore[misc]
     assert order == ["A", "B"] * 3
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
+
+
+@pytest.mark.parametrize("name", ["bare_loop", "tutorial_loop"])
+def test_references_do_not_wait_for_lightning(name: str) -> None:
+    code = (
+        f"import sys, benchmarks.{name}; assert 'torch' in sys.modules; sys.exit('lightning' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
