@@ -275,16 +275,9 @@ LINKS = sorted(
         if not link.startswith("http")
     }
 )
-PENDING = {"docs/records.md", "docs/speed.md", "benchmarks/README.md"}  # written on other branches
 
 
-@pytest.mark.parametrize(
-    ("guide", "link"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.xfail(strict=True)] if pair[1] in PENDING else [])
-        for pair in LINKS
-    ],
-)
+@pytest.mark.parametrize(("guide", "link"), LINKS)
 def test_links_lead_somewhere(guide: str, link: str) -> None:
     target, _, anchor = link.partition("#")
     path = (REPOSITORY / guide).parent / target if target else REPOSITORY / guide
