@@ -36,7 +36,7 @@ from benchmarks.measure import (
 IMPORTS = "import hydra, lightning, torch, torchvision, matplotlib.figure, torch.utils.tensorboard"
 NUM_TRAIN, BATCH_SIZE = 55_000, 256  # of the default run
 LARGE = "model.hidden=[2048,2048]"
-BF16 = "+trainer.precision=bf16-mixed"
+BF16 = "trainer.precision=bf16-mixed"
 # a table's name -> the rows' names -> what is said on the command line
 GROUPS: dict[str, dict[str, list[str]]] = {
     "hidden": {

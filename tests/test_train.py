@@ -275,7 +275,7 @@ def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
 
 
 def test_bfloat16_run_resumes_and_keeps_32_bits(command: Run, tmp_path: Path) -> None:
-    settings = (*QUICK, "scheduler=none", "test=false", "+trainer.precision=bf16-mixed")
+    settings = (*QUICK, "scheduler=none", "test=false", "trainer.precision=bf16-mixed")
     losses = []
     for more in ((), ("resume=run", "trainer.max_epochs=2")):
         done = command("train", *(more or (*settings, "hydra.run.dir=run")), cwd=tmp_path)
