@@ -141,7 +141,10 @@ def write(groups: dict[tuple[str, str], list[Result]], pictures: dict[str, Path]
         spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else " (one run)"
         each = ", ".join(f"{result.seed}: {result.error:.2f}" for result in results)
         seconds = [result.seconds for result in results if result.seconds is not None]
-        duration = f"{statistics.mean(seconds):,.0f} s" if seconds else "–"
+        duration = "–"
+        if seconds:  # not a mean: the hour of the day weighs on it as much as the work
+            ends = dict.fromkeys(f"{end:,.0f}" for end in (min(seconds), max(seconds)))
+            duration = f"{' to '.join(ends)} s"
         parameters = f"{results[0].parameters:,}" if results[0].parameters else "–"
         name = f"**{preset}**" + (f", {way}" if way else "")
         cells = [name, f"{statistics.mean(errors):.3f}{spread}", each, duration, parameters]

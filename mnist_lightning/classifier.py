@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -245,7 +246,13 @@ class DigitClassifier(L.LightningModule):
         total_steps = (
             dict.fromkeys(per_step, int(self.trainer.estimated_stepping_batches)) if per_step else {}
         )
-        scheduler = self.make_scheduler(optimizer, **total_steps)
+        try:
+            scheduler = self.make_scheduler(optimizer, **total_steps)
+        except ZeroDivisionError as error:  # OneCycleLR's, where it would rise for exactly one step
+            steps = ", ".join(f"{name}={number}" for name, number in total_steps.items())
+            raise MisconfigurationException(
+                f"the scheduler can't plan a run with {steps}: train for some steps more or fewer"
+            ) from error
         if isinstance(scheduler, ReduceLROnPlateau):
             # Lightning would step it after the epoch's checkpoint, and a resumed run would miss that:
             # on_validation_epoch_end does it instead

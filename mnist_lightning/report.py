@@ -143,6 +143,11 @@ def format_markdown(sweep: Sweep) -> str:
         p_values = compare_with_winner(sweep)
         lines += format_settings(sweep, p_values)
         lines += format_winner(sweep, p_values)
+    elif together := evaluate_together(sweep):
+        lines += [
+            "There are no validation images (data.val_size=0): nothing to choose, and nothing is ranked."
+        ]
+        lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
     figures = sorted((sweep.folder / "figures").glob("*.png"))
@@ -215,6 +220,14 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
             lines += ["Every other setting is worse than the winner (p < 0.05)."]
         lines += [""]
     return lines
+
+
+def evaluate_together(sweep: Sweep) -> str | None:
+    """The command that averages the nets of a sweep over nothing but seeds; None with less than two."""
+    folders = [str(job.folder) for job in sweep.in_state("completed")]
+    if len(folders) < 2:
+        return None
+    return shlex.join(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
 
 
 def format_failures(sweep: Sweep) -> list[str]:
@@ -368,6 +381,8 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     if sweep.settings:
         best = sweep.best_job(sweep.settings[0])
         lines.append(f"  python -m mnist_lightning.evaluate run={shlex.quote(str(best.folder))}")
+    elif together := evaluate_together(sweep):
+        lines.append(f"  {together}")
     return "\n".join(lines)
 
 

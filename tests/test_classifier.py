@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 
 from mnist_lightning.checkpoint import load
@@ -127,6 +128,12 @@ def test_nan_is_told_with_its_step_and_the_last_good_checkpoint_stays(fit: Fit, 
     with pytest.raises(FloatingPointError, match=r"train/loss is (nan|inf) at step 2;"):
         fit(*SHORT, "optimizer.lr=1e30")
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").read_bytes() == good
+
+
+def test_a_run_too_short_for_its_schedule_is_told_so(fit: Fit) -> None:
+    """OneCycleLR divides by zero where 5 % of the steps are one step."""
+    with pytest.raises(MisconfigurationException, match="can't plan a run with total_steps=20"):
+        fit(*SHORT, "scheduler=warmup_cosine", "trainer.limit_train_batches=20", "trainer.max_epochs=1")
 
 
 def test_weights_gone_wrong_are_not_saved(fit: Fit, tmp_path: Path) -> None:

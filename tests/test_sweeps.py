@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -278,10 +279,26 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
 
+def test_seeds_alone_need_no_validation_images(command: Run, tmp_path: Path) -> None:
+    """experiment=record_ensemble is a sweep by itself, and its nets are evaluated together as its report says."""
+    small = ("model.hidden=[16]", "trainer.max_epochs=1", "+trainer.limit_train_batches=8")
+    done = command("train", "experiment=record_ensemble", *small, cwd=tmp_path, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "logs" / "train" / "multiruns").iterdir()
+    assert [json.loads((sweep / job / "metrics.json").read_text())["seed"] for job in "012"] == [1, 2, 3]
+    assert all("test/acc" not in json.loads((sweep / job / "metrics.json").read_text()) for job in "012")
+    (line,) = (line for line in (sweep / "report.md").read_text().splitlines() if "evaluate" in line)
+    assert line in done.stdout
+    together = command("evaluate", *shlex.split(line)[3:], cwd=tmp_path, **ONE_THREAD)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("checkpoint ") == 3
+    assert "10,000 of mnist test" in together.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("data.val_size=0", "seed=1,2"), "data.val_size=0 leaves no validation split"),
+        (("data.val_size=0", "model.hidden=16,32"), "data.val_size=0 leaves no validation split"),
         (("model.dropout=0.1,1.5",), "model.dropout must be in [0, 1), got 1.5"),
         (("trainer=ddp", "seed=1,2"), "trainer=ddp can't be part of a multirun"),
         (("search=mlp", "optimizer.lr=interval(-1,1)"), "optimizer.lr must be a finite number > 0"),

@@ -27,7 +27,7 @@ from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.files import LONG_LEFT, remove_leftovers
 from mnist_lightning.resume import flatten
 from mnist_lightning.status import Status, lock, read
-from mnist_lightning.sweep import MULTIRUN, read_multirun
+from mnist_lightning.sweep import MULTIRUN, SEED, read_multirun
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ class GridSweeper(BasicSweeper):
     def check_jobs(self, jobs: Sequence[Job]) -> None:
         assert self.config is not None
         start = time.monotonic()
+        settings = {tuple(o for o in job if not o.startswith(f"{SEED}=")) for job in jobs}
         for number, overrides in enumerate(jobs):
             cfg = self.loader.load_sweep_config(self.config, overrides)
-            check_job(cfg, overrides)
+            check_job(cfg, overrides, compared=len(settings) > 1)
             self.loader.remember(overrides, cfg)
             if time.monotonic() - start > 2:
                 start = time.monotonic()
@@ -201,8 +202,11 @@ class GridSweeper(BasicSweeper):
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
 
 
-def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
+def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> None:
     """
+    Args:
+        compared: the sweep has other settings too, and not only other seeds.
+
     Raises:
         ConfigError: the job's settings are wrong, or can't be part of a sweep.
     """
@@ -216,10 +220,10 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> None:
             "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
             " start such runs one by one"
         )
-    if settings.data.val_size == 0:
+    if settings.data.val_size == 0 and compared:
         raise ConfigError(
-            f"a multirun compares its jobs by {settings.monitor.metric}, and data.val_size=0 leaves no"
-            " validation split: set data.val_size=5000, or start such runs one by one"
+            f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
+            " validation split: set data.val_size=5000, or let nothing but the seed vary"
         )
 
 
