@@ -140,16 +140,15 @@ class Start:
         with empty_folder() as folder:
             settings = settle(folder, overrides)
         L.seed_everything(settings.seed, workers=True, verbose=False)
-        data, model = vars(settings.data), vars(settings.model)
-        datamodule = MNISTDataModule(
-            **{key: value for key, value in data.items() if key not in ("mean", "std")}, seed=settings.seed
-        )
+        data, model = settings.data, vars(settings.model)
+        datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
         datamodule.prepare_data()
         datamodule.setup("fit")
         classifier = DigitClassifier(
             **model,
-            mean=settings.data.mean,
-            std=settings.data.std,
+            mean=data.mean,
+            std=data.std,
+            deskew=data.deskew,
             label_smoothing=settings.label_smoothing,
             optimizer=instantiate(settings.optimizer, _partial_=True),
             scheduler=instantiate(settings.scheduler, _partial_=True) or None,

@@ -33,7 +33,8 @@ class DigitClassifier(L.LightningModule):
     of an epoch.  ``self.log`` and a metric's update in each step would double a small net's time.
 
     Args:
-        hidden, activation, dropout, norm, mean, std, input_noise, noise: of the net, see ``FeedForward``.
+        hidden, activation, dropout, norm, mean, std, input_noise, noise, deskew: of the net,
+            see ``FeedForward``.
         label_smoothing: in [0, 1), of the training loss only (Szegedy et al. 2016,
             arXiv 1512.00567, section 7).
         optimizer: makes the optimizer from the parameters; not needed to evaluate.
@@ -54,6 +55,7 @@ class DigitClassifier(L.LightningModule):
         label_smoothing: float,
         input_noise: float = 0.0,
         noise: float = 0.0,
+        deskew: bool = False,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: "functools.partial[LRScheduler] | None" = None,
     ) -> None:
@@ -69,6 +71,7 @@ class DigitClassifier(L.LightningModule):
             std=std,
             input_noise=input_noise,
             noise=noise,
+            deskew=deskew,
         )
         self.label_smoothing = label_smoothing
         self.make_optimizer = optimizer

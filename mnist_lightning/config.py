@@ -81,6 +81,7 @@ class Data:
     num_workers: int
     mean: float
     std: float
+    deskew: bool
     augment: Augment
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-from mnist_lightning.deform import Deformation
+from mnist_lightning.deform import Deformation, upright
 from mnist_lightning.files import LONG_LEFT, remove_leftovers, write_atomic
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,8 @@ class MNISTDataModule(L.LightningDataModule):
         num_workers: of each loader.
         seed: of the order of the training images and of their deformations.
         augment: how far training images are deformed, the arguments of ``Deformation``; None: not.
+        deskew: whether the training images are set upright (``deform.upright``), for a net that does so
+            itself with all others.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class MNISTDataModule(L.LightningDataModule):
         num_workers: int,
         seed: int,
         augment: dict[str, float] | None = None,
+        deskew: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -185,6 +188,7 @@ class MNISTDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.augment = augment
+        self.deskew = deskew
         self.deform: Deformation | None = None  # made where the first batch lies
         self.splits: dict[str, Digits] = {}
         self.resume_epoch = 0  # where the training order goes on, see load_state_dict
@@ -215,7 +219,11 @@ class MNISTDataModule(L.LightningDataModule):
         if self.splits:
             return
         state = stamp(self.dataset, self.data_dir)
-        self.splits = read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state)
+        self.splits = dict(read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state))
+        if self.deskew:  # once and for all, before deformations act on them
+            images, labels = self.splits["train"].images, self.splits["train"].labels
+            straight = [upright(batch.float()).round().byte() for batch in images.split(EVAL_BATCH_SIZE)]
+            self.splits["train"] = Digits(torch.cat(straight), labels)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         world_size = self.trainer.world_size if self.trainer else 1

@@ -1,6 +1,8 @@
-"""Deformations that leave a digit what it is, drawn anew for each image, a whole batch at once.
+"""Changes of a digit's shape that leave it what it is, a whole batch at once.
 
-Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural Networks Applied to Visual
+``Deformation`` draws one anew for each image, ``upright`` takes a writer's slant away.
+
+The deformations: Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural Networks Applied to Visual
 Document Analysis", section 2, and Ciresan et al. 2010, arXiv 1003.0358, section 2.2, with all of them in
 one resampling: two would blur twice.
 """
@@ -97,3 +99,26 @@ class Deformation:
         bends = (self.elastic * self.smoothing) @ (noise @ self.smoothing.T)
         places = self.places.expand(count, -1, -1)
         return torch.baddbmm(bends.view(count, 2, -1), matrix, places).view(count, 2, SIZE, SIZE)
+
+
+def upright(images: Tensor) -> Tensor:
+    """Slants each image so that its ink stands upright, its centre of mass in the image's middle.
+
+    The lines are shifted sideways in proportion to their height, until the ink's columns and rows are
+    uncorrelated: LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document
+    Recognition", section III-A, where it is called deslanting.  Bilinear, so that only rounding can leave
+    the range of the pixels; an image without ink stays as it is.
+
+    (B, 28, 28) float, ink high on 0 -> (B, 28, 28) float
+    """
+    x = y = torch.arange(SIZE, device=images.device) - CENTER  # in pixels from the middle
+    rows, moments = images.sum(dim=2), (images * x).sum(dim=2)  # (B, 28): a row's ink, and that times x
+    ink = rows.sum(dim=1).clamp(min=1e-6)
+    right, down = moments.sum(dim=1) / ink, (rows * y).sum(dim=1) / ink  # the centre of mass
+    covariance = (moments * y).sum(dim=1) / ink - right * down
+    variance = (rows * y**2).sum(dim=1) / ink - down**2
+    lean = covariance / variance.clamp(min=1e-6)
+    sources_x = x + (lean[:, None] * y + right[:, None])[:, :, None]
+    sources_y = (y + down[:, None])[:, :, None].expand_as(sources_x)
+    grid = torch.stack([sources_x, sources_y], dim=3) / (SIZE / 2)
+    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]

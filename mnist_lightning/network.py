@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from mnist_lightning.deform import upright
+
 NUM_PIXELS = 28 * 28
 NUM_CLASSES = 10
 
@@ -59,6 +61,8 @@ class FeedForward(nn.Module):
         std: of the training pixels, scaled to [0, 1]; > 0.
         input_noise: standard deviation of noise that training adds to the normalised pixels; >= 0.
         noise: standard deviation of noise that training adds before each activation; >= 0.
+        deskew: whether each image is first set upright, see ``deform.upright``; in eval mode, as it
+            is known which images a net is trained on: those come upright already, and are deformed then.
     """
 
     mean: Tensor
@@ -75,10 +79,12 @@ class FeedForward(nn.Module):
         std: float,
         input_noise: float = 0.0,
         noise: float = 0.0,
+        deskew: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(255 * mean))
         self.register_buffer("std", torch.tensor(255 * std))
+        self.deskew = deskew
         layers: list[nn.Module] = [nn.Flatten()]
         if input_noise > 0:
             layers.append(GaussianNoise(input_noise))
@@ -97,5 +103,8 @@ class FeedForward(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits for a batch.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 10) float."""
-        logits: Tensor = self.layers((images.float() - self.mean) / self.std)
+        pixels = images.float()
+        if self.deskew and not self.training:
+            pixels = upright(pixels)
+        logits: Tensor = self.layers((pixels - self.mean) / self.std)
         return logits

@@ -109,6 +109,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         noise=model.noise,
         mean=data.mean,
         std=data.std,
+        deskew=data.deskew,
         label_smoothing=settings.label_smoothing,
         optimizer=instantiate(settings.optimizer, _partial_=True),
         scheduler=instantiate(settings.scheduler, _partial_=True) or None,

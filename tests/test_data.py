@@ -21,6 +21,7 @@ from conftest import Run, give_up_roots_rights
 
 from mnist_lightning import data
 from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
+from mnist_lightning.deform import upright
 from mnist_lightning.files import LONG_LEFT, TEMPORARY
 
 SETTINGS = {
@@ -57,6 +58,16 @@ def test_val_size_0_trains_on_all(data_dir: Path) -> None:
     datamodule = make(data_dir, val_size=0)
     assert len(datamodule.splits["train"]) == 60_000
     assert len(datamodule.splits["val"]) == 0
+
+
+def test_deskewed_are_the_training_images_alone(data_dir: Path) -> None:
+    plain, deskewed = make(data_dir).splits, make(data_dir, deskew=True).splits
+    straight = upright(plain["train"].images[:100].float()).round().byte()
+    assert torch.equal(deskewed["train"].images[:100], straight)
+    assert torch.equal(deskewed["train"].labels, plain["train"].labels)
+    for name in ("val", "test"):  # the net sets these upright itself
+        assert torch.equal(deskewed[name].images, plain[name].images)
+    assert not torch.equal(make(data_dir).splits["train"].images[:100], straight), "no other run is touched"
 
 
 def test_validation_images_never_change(data_dir: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnist_lightning.checkpoint import load
 from mnist_lightning.data import MNISTDataModule, read_splits, stamp, unpack
-from mnist_lightning.deform import CENTER, Deformation
+from mnist_lightning.deform import CENTER, Deformation, upright
 from mnist_lightning.trained import load_classifier, load_split, log_probabilities
 
 Fit = Callable[..., dict[str, object]]
@@ -155,3 +155,23 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
 def test_amounts_of_zero_are_no_deformation(tmp_path: Path) -> None:
     assert settle(tmp_path).data.module_arguments()["augment"] is None
     assert settle(tmp_path, "data.augment.shift=1").data.module_arguments()["augment"]["shift"] == 1
+
+
+def test_upright_ink_does_not_lean_and_is_in_the_middle(images: Tensor) -> None:
+    straight = upright(images.float())
+    assert straight.shape == images.shape
+    assert 0 <= straight.min() <= straight.max() <= 255.001
+    before, after = moments(images), moments(straight)
+    assert before[0].abs().max() > 0.5
+    assert (after[0].abs() < 0.01).double().mean() > 0.98  # pixels; few lose ink beyond the image's edge
+    lean_before, lean_after = (spread[:, 0, 1] / spread[:, 1, 1] for _, spread in (before, after))
+    assert lean_before.abs().mean() > 0.2
+    assert (lean_after.abs() < 0.02).double().mean() > 0.98
+    torch.testing.assert_close(after[1][:, 1, 1], before[1][:, 1, 1], rtol=0.1, atol=0.3)  # as tall as it was
+
+
+def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:
+    paper = torch.zeros(2, 28, 28)
+    assert torch.equal(upright(paper), paper)
+    blot = blots(0, 0, wide=1.5, tall=3)[:2]
+    torch.testing.assert_close(upright(blot), blot, rtol=0, atol=0.01)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mnist_lightning.deform import upright
 from mnist_lightning.network import ACTIVATIONS, FeedForward
 
 PLAIN = {"hidden": [16], "activation": "relu", "dropout": 0.0, "norm": "none", "mean": 0.1307, "std": 0.3081}
@@ -83,3 +84,13 @@ def test_noise_disturbs_training_by_its_size_and_nothing_else(key: str) -> None:
             spreads[std] = net(images).std(dim=0).mean().item()
             assert net.eval()(images).std(dim=0).max() < 1e-5
     assert spreads[0.2] / spreads[0.1] == pytest.approx(2, rel=0.1)
+
+
+def test_a_deskewing_net_sees_upright_images_but_trains_on_what_it_is_given(images: torch.Tensor) -> None:
+    net, other = make(deskew=True), make()
+    assert torch.equal(net(images), other(images)), "training images come upright"
+    net.eval()
+    assert torch.equal(net(images), other(upright(images.float())))
+    assert not torch.allclose(net(images), other(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(images), other(upright(images.float()))), "moments are not rounded to bfloat16"

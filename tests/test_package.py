@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sweep": set(),
     "resume": {"config"},
     "prepare": {"config", "resume"},
-    "network": set(),
+    "network": {"deform"},
     "averaging": set(),
     "data": {"deform"},
     "deform": set(),
