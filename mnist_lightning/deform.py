@@ -2,9 +2,9 @@
 
 ``Deformation`` draws one anew for each image, ``upright`` takes a writer's slant away.
 
-The deformations: Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural Networks Applied to Visual
-Document Analysis", section 2, and Ciresan et al. 2010, arXiv 1003.0358, section 2.2, with all of them in
-one resampling: two would blur twice.
+The deformations are those of Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural
+Networks Applied to Visual Document Analysis", section 2, and Ciresan et al. 2010, arXiv 1003.0358, section
+2.2, with all of them in one resampling: two would blur twice.
 """
 
 import hashlib
