@@ -2,7 +2,7 @@
 
 Runs that differ in their seed alone make one row: each seed's error, their mean and standard deviation.
 What evaluate wrote of the same runs (tta=16, runs=[…]) makes rows of its own.  The images that all seeds
-of a preset get wrong go into a figure beside the table.
+of a preset get wrong go into a figure beside the table.  What the table says of other presets stays.
 
     python -m benchmarks.accuracy logs/train/runs logs/evaluate
 """
@@ -10,6 +10,7 @@ of a preset get wrong go into a figure beside the table.
 import argparse
 import collections
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ REFERENCES = (
     ("committee of 7 such nets", "0.31", "Ciresan 2011, arXiv 1103.4487"),
 )
 TRAIN = "python -m mnist_lightning.train"
+DEFAULT = "default"  # the name of the runs of which nothing was chosen
+WRONG = "## Wrong in all seeds: "
 ASIDE = ("seed=", "data.data_dir=", "data.num_workers=", "hydra", "resume=", "test=", "logger=", "callbacks")
 MOST_SHOWN = 80  # images of a figure
 
@@ -63,7 +66,9 @@ def main() -> None:
         groups[result.preset, result.way].append(result)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     pictures = draw(groups, arguments.data_dir, arguments.output)
-    arguments.output.write_text(write(groups, pictures, arguments.hardware))
+    chapters = read_chapters(arguments.output.read_text()) if arguments.output.is_file() else {}
+    chapters |= write_chapters(groups, pictures, arguments.hardware)
+    arguments.output.write_text(write(dict(sorted(chapters.items()))))
     print(arguments.output, *pictures.values(), sep="\n")
 
 
@@ -124,39 +129,76 @@ def name_preset(run: Path) -> str:
     return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or "default"
 
 
-def write(groups: dict[tuple[str, str], list[Result]], pictures: dict[str, Path], hardware: str) -> str:
+@dataclass(frozen=True)
+class Chapter:
+    """What the page says of one preset."""
+
+    rows: list[str]  # of the table
+    command: str
+    picture: str  # Markdown, or "" where there is none
+
+
+def write_chapters(
+    groups: dict[tuple[str, str], list[Result]], pictures: dict[str, Path], hardware: str
+) -> dict[str, Chapter]:
+    chapters = {}
+    for preset in dict.fromkeys(preset for preset, _ in groups):
+        rows = [
+            write_row(preset, way, results, hardware)
+            for (other, way), results in groups.items()
+            if other == preset
+        ]
+        seeds = " ".join(result.seed for result in groups.get((preset, ""), []))
+        chosen = "" if preset == DEFAULT else f" {preset}"
+        picture = f"![the images]({pictures[preset].name})" if preset in pictures else ""
+        chapters[preset] = Chapter(rows, f"for seed in {seeds}; do {TRAIN}{chosen} seed=$seed; done", picture)
+    return chapters
+
+
+def write_row(preset: str, way: str, results: list[Result], hardware: str) -> str:
+    errors = [result.error for result in results]
+    spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else " (one run)"
+    each = ", ".join(f"{result.seed}: {result.error:.2f}" for result in results)
+    seconds = [result.seconds for result in results if result.seconds is not None]
+    duration = "–"
+    if seconds:  # not a mean: the hour of the day weighs on it as much as the work
+        ends = dict.fromkeys(f"{end:,.0f}" for end in (min(seconds), max(seconds)))
+        duration = f"{' to '.join(ends)} s"
+    parameters = f"{results[0].parameters:,}" if results[0].parameters else "–"
+    name = f"**{preset}**" + (f", {way}" if way else "")
+    cells = [name, f"{statistics.mean(errors):.3f}{spread}", each, duration, hardware, parameters]
+    return "| " + " | ".join(cells) + " |"
+
+
+def read_chapters(page: str) -> dict[str, Chapter]:
+    """The inverse of ``write``: what a page says of each preset, word for word."""
+    rows: dict[str, list[str]] = collections.defaultdict(list)
+    for row in re.finditer(r"^\| \*\*(.+?)\*\*.*$", page, re.MULTILINE):
+        rows[row[1]].append(row[0])
+    command = re.compile(
+        rf"^for seed in .*; do {re.escape(TRAIN)}(?: (.+))? seed=\$seed; done$", re.MULTILINE
+    )
+    commands = {one[1] or DEFAULT: one[0] for one in command.finditer(page)}
+    pictures = dict(re.findall(rf"^{re.escape(WRONG)}(.+)\n\n(.+)$", page, re.MULTILINE))
+    return {preset: Chapter(rows[preset], commands[preset], pictures.get(preset, "")) for preset in rows}
+
+
+def write(chapters: dict[str, Chapter]) -> str:
     lines = [
         "# Accuracy on MNIST's 10,000 test images",
         "",
         "Written by `python -m benchmarks.accuracy` from run folders; not typed.  Fully connected layers",
         "only.  Mean ± standard deviation over seeds; the protocol is in `docs/records.md`.",
-        f"The runs' hardware: {hardware}.",
         "",
-        "| net | test error in % | each seed | training | parameters |",
-        "|---|---|---|---|---|",
+        "| net | test error in % | each seed | training | on | parameters |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {net}; {source} | {error} | – | – | – |" for net, error, source in REFERENCES]
-    for (preset, way), results in groups.items():
-        errors = [result.error for result in results]
-        spread = f" ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else " (one run)"
-        each = ", ".join(f"{result.seed}: {result.error:.2f}" for result in results)
-        seconds = [result.seconds for result in results if result.seconds is not None]
-        duration = "–"
-        if seconds:  # not a mean: the hour of the day weighs on it as much as the work
-            ends = dict.fromkeys(f"{end:,.0f}" for end in (min(seconds), max(seconds)))
-            duration = f"{' to '.join(ends)} s"
-        parameters = f"{results[0].parameters:,}" if results[0].parameters else "–"
-        name = f"**{preset}**" + (f", {way}" if way else "")
-        cells = [name, f"{statistics.mean(errors):.3f}{spread}", each, duration, parameters]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "## Commands", "", "```"]
-    for preset in dict.fromkeys(preset for preset, _ in groups):
-        seeds = ",".join(result.seed for result in groups.get((preset, ""), []))
-        chosen = "" if preset == "default" else f" {preset}"
-        lines.append(f"for seed in {seeds.replace(',', ' ')}; do {TRAIN}{chosen} seed=$seed; done")
-    lines += ["```"]
-    for preset, picture in pictures.items():
-        lines += ["", f"## Wrong in all seeds: {preset}", "", f"![the images]({picture.name})"]
+    lines += [f"| {net}; {source} | {error} | – | – | – | – |" for net, error, source in REFERENCES]
+    lines += [row for chapter in chapters.values() for row in chapter.rows]
+    lines += ["", "## Commands", "", "```", *(chapter.command for chapter in chapters.values()), "```"]
+    for preset, chapter in chapters.items():
+        if chapter.picture:
+            lines += ["", f"{WRONG}{preset}", "", chapter.picture]
     return "\n".join(lines) + "\n"
 
 

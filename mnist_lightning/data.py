@@ -222,7 +222,9 @@ class MNISTDataModule(L.LightningDataModule):
         self.splits = dict(read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state))
         if self.deskew:  # once and for all, before deformations act on them
             images, labels = self.splits["train"].images, self.splits["train"].labels
-            straight = [upright(batch.float()).round().byte() for batch in images.split(EVAL_BATCH_SIZE)]
+            straight = [
+                upright(batch.float()).round().byte() for batch in torch.split(images, EVAL_BATCH_SIZE)
+            ]
             self.splits["train"] = Digits(torch.cat(straight), labels)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

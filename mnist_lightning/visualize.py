@@ -60,15 +60,16 @@ def visualize(settings: Visualize) -> None:
     means = torch.stack(
         [train.images[train.labels == label].float().mean(dim=0) for label in range(NUM_CLASSES)]
     )
+    kind = "upright training" if data.deskew else "training"
     drawings = {
         "digits": figures.digits(
             train.images[:NUM_IMAGES].numpy(),
             [names[label] for label in train.labels[:NUM_IMAGES].tolist()],
-            title=f"{data.name}: the first {NUM_IMAGES} training images",
+            title=f"{data.name}: the first {NUM_IMAGES} {kind} images",
         ),
         "class_counts": figures.class_counts({name: count.numpy() for name, count in counts.items()}, names),
         "mean_images": figures.mean_images(
-            means.numpy(), names, title=f"{data.name}: mean training image of each class"
+            means.numpy(), names, title=f"{data.name}: mean {kind} image of each class"
         ),
         "pixels": figures.pixel_histogram(pixels.long().numpy(), mean=mean, std=std, title=data.name),
     }
@@ -79,7 +80,7 @@ def visualize(settings: Visualize) -> None:
         drawings["augmented"] = figures.digits(
             torch.stack(variants, dim=1).flatten(0, 1).numpy(),
             (["as it is"] + [""] * NUM_VARIANTS) * NUM_DEFORMED,
-            title=f"{data.name}: {NUM_DEFORMED} training images and {NUM_VARIANTS} deformations of each",
+            title=f"{data.name}: {NUM_DEFORMED} {kind} images and {NUM_VARIANTS} deformations of each",
             columns=1 + NUM_VARIANTS,
         )
     for path in figures.save(drawings, Path(settings.output).expanduser()):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 from conftest import REPOSITORY, Run
 from PIL import Image
 
+from benchmarks import accuracy
 from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+
+Tabulate = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SETTINGS = (
     "data/augment=elastic",
@@ -87,24 +91,33 @@ def test_what_can_not_be_averaged_is_told_in_a_line(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_table_comes_from_the_runs(workplace: Path, command: Run, environment: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def tabulate(environment: dict[str, str]) -> Tabulate:
+    def tabulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.accuracy", *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return tabulate
+
+
+def test_the_table_comes_from_the_runs(workplace: Path, command: Run, tabulate: Tabulate) -> None:
     for arguments in (("runs=[a,b]", "output=committee"), ("run=a", "tta=2")):
         assert command("evaluate", *arguments, cwd=workplace).returncode == 0
     folders = [str(workplace / name) for name in ("a", "b", "committee")]
     output = workplace / "table" / "accuracy.md"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accuracy", *folders, "--output", str(output)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = tabulate(*folders, "--output", str(output), "--hardware", "a loom")
     assert done.returncode == 0, done.stderr
     table = output.read_text()
     assert "Simard, Steinkraus, Platt 2003" in table
     errors = [100 * (1 - read(workplace / name)["test/acc"]) for name in ("a", "b")]
     rows = [line for line in table.splitlines() if "data/augment=elastic" in line and line[0] == "|"]
     assert len(rows) == 3, "the seeds, their mean, and test-time averaging"
+    assert all("| a loom |" in row for row in rows)
     assert f"| {np.mean(errors):.3f} ± {np.std(errors, ddof=1):.3f} | 1: {errors[0]:.2f}, 2: " in table
     committee = 100 * (1 - read(workplace / "committee")["acc"])
     assert any("mean of 2 nets" in row and f"| {committee:.3f} (one run) | 1+2:" in row for row in rows)
@@ -117,13 +130,29 @@ def test_the_table_comes_from_the_runs(workplace: Path, command: Run, environmen
         assert image.size[0] == 960
 
 
-def test_without_runs_it_says_so(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accuracy", str(tmp_path)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def test_what_the_table_says_of_other_runs_stays(workplace: Path, tabulate: Tabulate) -> None:
+    output = workplace / "kept" / "accuracy.md"
+    two, one = [str(workplace / name) for name in ("a", "b")], str(workplace / "plain")
+    assert tabulate(*two, "--output", str(output), "--hardware", "a loom").returncode == 0
+    before = output.read_text().splitlines()
+    assert tabulate(one, "--output", str(output), "--hardware", "an abacus").returncode == 0
+    after = output.read_text().splitlines()
+    assert set(before) < set(after), "with its row, its command and its picture"
+    assert sum("| an abacus |" in line for line in after) == 1
+    assert tabulate(*two, "--output", str(output), "--hardware", "a mill").returncode == 0
+    again = output.read_text()
+    assert "a loom" not in again, "newer runs take the older ones' place"
+    assert "a mill" in again
+
+
+def test_the_published_table_is_as_it_was_written() -> None:
+    page = (REPOSITORY / "benchmarks" / "accuracy.md").read_text()
+    chapters = accuracy.read_chapters(page)
+    assert "default" in chapters
+    assert accuracy.write(chapters) == page
+
+
+def test_without_runs_it_says_so(tmp_path: Path, tabulate: Tabulate) -> None:
+    done = tabulate(str(tmp_path))
     assert done.returncode != 0
     assert done.stderr.startswith("no run that has read the test images")

@@ -152,6 +152,24 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
     assert plain["last/train/acc"] > metrics["last/train/acc"] + 0.03, "validation is on whole digits"  # type: ignore[operator]
 
 
+def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) -> None:
+    """Whoever reads the checkpoint need not know: the net sets upright what it is shown."""
+    arguments = ("data.deskew=true", "trainer.max_epochs=1", "logger=none")
+    metrics = fit(*arguments)
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    classifier, checkpoint = load_classifier(path)
+    digits = load_split(path, checkpoint, "val", data_dir=None)
+    right = log_probabilities(classifier, digits.images).argmax(1) == digits.labels
+    assert right.float().mean() == pytest.approx(metrics["val/acc"], abs=1e-3)
+    leaning = make(shear=30)(digits.images, 1)
+    right = log_probabilities(classifier, leaning).argmax(1) == digits.labels
+    assert right.float().mean() > 0.93
+    fit(*arguments[1:], folder="plain")
+    plain, _ = load_classifier(tmp_path / "plain" / "checkpoints" / "best.ckpt")
+    not_set_upright = log_probabilities(plain, leaning).argmax(1) == digits.labels
+    assert not_set_upright.float().mean() < right.float().mean() - 0.03
+
+
 def test_amounts_of_zero_are_no_deformation(tmp_path: Path) -> None:
     assert settle(tmp_path).data.module_arguments()["augment"] is None
     assert settle(tmp_path, "data.augment.shift=1").data.module_arguments()["augment"]["shift"] == 1

@@ -40,9 +40,9 @@ def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, comm
     assert len(list(tmp_path.iterdir())) == 2  # no outputs/
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize(("norm", "deskew"), [("batch", False), ("layer", True)])
 @pytest.mark.parametrize("activation", ["gelu", "leaky_relu", "elu", "tanh"])
-def test_every_kind_of_net_can_be_exported(activation: str, norm: str) -> None:
+def test_every_kind_of_net_can_be_exported(activation: str, norm: str, deskew: bool) -> None:
     torch.manual_seed(0)
     classifier = DigitClassifier(
         hidden=[16, 8],
@@ -52,6 +52,7 @@ def test_every_kind_of_net_can_be_exported(activation: str, norm: str) -> None:
         mean=0.5,
         std=0.25,
         label_smoothing=0.0,
+        deskew=deskew,
     ).eval()
     images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8)
     assert compare(to_onnx(classifier), classifier, images) < 1e-5
