@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, float]:
     return content
 
 
-def test_several_runs_are_averaged(workplace: Path, command: Run) -> None:
+def test_several_runs_are_averaged(workplace: Path, command: Run, data_dir: Path) -> None:
     done = command("evaluate", "runs=[a,b]", "output=pair", cwd=workplace)
     assert done.returncode == 0, done.stderr
     metrics = read(workplace / "pair")
@@ -51,7 +51,7 @@ def test_several_runs_are_averaged(workplace: Path, command: Run) -> None:
     for name in ("a", "b"):
         path = workplace / name / "checkpoints" / "best.ckpt"
         classifier, checkpoint = load_classifier(path)
-        digits = load_split(path, checkpoint, "test", data_dir=None)
+        digits = load_split(path, checkpoint, "test", data_dir=str(data_dir))
         means = means + log_probabilities(classifier, digits.images).exp() / 2  # type: ignore[assignment]
     right = means.argmax(1) == digits.labels  # type: ignore[attr-defined]
     assert metrics["acc"] == pytest.approx(right.float().mean().item(), abs=1e-6)
