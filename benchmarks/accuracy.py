@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,10 +219,11 @@ def draw(groups: dict[tuple[str, str], list[Result]], data_dir: str, output: Pat
         wrong = (~right.any(axis=0)).nonzero()[0]
         name = "".join(c if c.isalnum() else "_" for c in preset.removeprefix("experiment="))
         titles[preset] = f"{output.stem}_{name}"
+        short = textwrap.shorten(preset, 50, placeholder=" …")
         drawings[titles[preset]] = figures.digits(
             digits.images[wrong[:MOST_SHOWN]].numpy(),
             [f"{digits.labels[index]}   #{index}" for index in wrong[:MOST_SHOWN]],
-            title=f"{preset}: {len(wrong)} test images wrong in all {len(paths)} seeds; label and index",
+            title=f"{short}: {len(wrong)} test images wrong in all {len(paths)} seeds; label and index",
         )
     written = figures.save(drawings, output.parent)
     return dict(zip(titles, written, strict=True))
