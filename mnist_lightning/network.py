@@ -61,8 +61,8 @@ class FeedForward(nn.Module):
         std: of the training pixels, scaled to [0, 1]; > 0.
         input_noise: standard deviation of noise that training adds to the normalised pixels; >= 0.
         noise: standard deviation of noise that training adds before each activation; >= 0.
-        deskew: whether each image is first set upright, see ``deform.upright``; in eval mode, as it
-            is known which images a net is trained on: those come upright already, and are deformed then.
+        deskew: whether each image is first set upright (``deform.upright``), in eval mode alone: training
+            images are given upright, so that deformations act on upright digits.
     """
 
     mean: Tensor
