@@ -127,7 +127,7 @@ def name_preset(run: Path) -> str:
     saved = run / ".hydra" / "overrides.yaml"
     overrides = yaml.safe_load(saved.read_text()) if saved.is_file() else ["unknown"]
     kept = [one for one in overrides if not one.lstrip("+").startswith(ASIDE)]
-    return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or "default"
+    return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or DEFAULT
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Start:
 
     @property
     def digits(self) -> Digits:
-        return self.datamodule.splits["train"]
+        return self.datamodule.training_digits()
 
     @property
     def epochs(self) -> int:

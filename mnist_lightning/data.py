@@ -161,8 +161,8 @@ class MNISTDataModule(L.LightningDataModule):
         num_workers: of each loader.
         seed: of the order of the training images and of their deformations.
         augment: how far training images are deformed, the arguments of ``Deformation``; None: not.
-        deskew: whether the training images are set upright (``deform.upright``), for a net that does so
-            itself with all others.
+        deskew: whether training is on upright images (``deform.upright``), by a net that sets all others
+            upright itself.
     """
 
     def __init__(
@@ -219,13 +219,11 @@ class MNISTDataModule(L.LightningDataModule):
         if self.splits:
             return
         state = stamp(self.dataset, self.data_dir)
-        self.splits = dict(read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state))
-        if self.deskew:  # once and for all, before deformations act on them
-            images, labels = self.splits["train"].images, self.splits["train"].labels
-            straight = [
-                upright(batch.float()).round().byte() for batch in torch.split(images, EVAL_BATCH_SIZE)
-            ]
-            self.splits["train"] = Digits(torch.cat(straight), labels)
+        self.splits = read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state)
+
+    def training_digits(self) -> Digits:
+        """The training split as a net trains on it, before deformations: upright where ``deskew`` says so."""
+        return set_upright(self.splits["train"]) if self.deskew else self.splits["train"]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -263,7 +261,8 @@ class MNISTDataModule(L.LightningDataModule):
         return self._loader("test", EVAL_BATCH_SIZE)
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        digits, trainer = self.splits[split], self.trainer
+        digits = self.training_digits() if split == "train" else self.splits[split]
+        trainer = self.trainer
         overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
         sampler = EpochSampler(
             len(digits),
@@ -283,6 +282,12 @@ class MNISTDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # else each epoch would draw from the global random state
         )
+
+
+@functools.lru_cache(maxsize=1)  # the next job of a sweep trains on the same images
+def set_upright(digits: Digits) -> Digits:
+    batches = torch.split(digits.images, EVAL_BATCH_SIZE)
+    return Digits(torch.cat([upright(batch.float()).round().byte() for batch in batches]), digits.labels)
 
 
 def _identity(batch: Any) -> Any:

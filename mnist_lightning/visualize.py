@@ -47,7 +47,7 @@ def visualize(settings: Visualize) -> None:
     datamodule.prepare_data()
     datamodule.setup("fit")
     names = class_names(data.name)
-    train = datamodule.splits["train"]
+    train = datamodule.training_digits()
     pixels = torch.bincount(train.images.flatten(), minlength=256).double()
     levels = torch.arange(256) / 255
     mean = float((pixels * levels).sum() / pixels.sum())

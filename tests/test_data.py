@@ -60,14 +60,17 @@ def test_val_size_0_trains_on_all(data_dir: Path) -> None:
     assert len(datamodule.splits["val"]) == 0
 
 
-def test_deskewed_are_the_training_images_alone(data_dir: Path) -> None:
-    plain, deskewed = make(data_dir).splits, make(data_dir, deskew=True).splits
-    straight = upright(plain["train"].images[:100].float()).round().byte()
-    assert torch.equal(deskewed["train"].images[:100], straight)
-    assert torch.equal(deskewed["train"].labels, plain["train"].labels)
-    for name in ("val", "test"):  # the net sets these upright itself
-        assert torch.equal(deskewed[name].images, plain[name].images)
-    assert not torch.equal(make(data_dir).splits["train"].images[:100], straight), "no other run is touched"
+def test_deskewed_is_what_is_trained_on_and_nothing_else(data_dir: Path) -> None:
+    plain, deskewed = make(data_dir), make(data_dir, deskew=True)
+    straight = upright(plain.splits["train"].images[:100].float()).round().byte()
+    assert torch.equal(deskewed.training_digits().images[:100], straight)
+    assert torch.equal(deskewed.training_digits().labels, plain.splits["train"].labels)
+    images, _ = next(iter(deskewed.train_dataloader()))
+    first = next(iter(EpochSampler(55_000, shuffle=True, seed=1, rank=0, world_size=1)))
+    assert torch.equal(images[0], deskewed.training_digits().images[first])
+    for name in ("train", "val", "test"):  # the net sets these upright itself
+        assert torch.equal(deskewed.splits[name].images, plain.splits[name].images)
+    assert not torch.equal(plain.training_digits().images[:100], straight), "no other run is touched"
 
 
 def test_validation_images_never_change(data_dir: Path) -> None:
