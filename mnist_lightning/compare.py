@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from mnist_lightning import threads
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.resume import flatten
@@ -45,6 +46,7 @@ class Contestant:
 
 
 def main() -> None:
+    threads.wait_passively()
     quote_paths(["runs", "data_dir", "output"])
     run()
 
@@ -194,7 +196,7 @@ def _letters(count: int) -> list[str]:
 
 def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.evaluate import score
-    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+    from mnist_lightning.trained import choose_threads, load_classifier, load_split, log_probabilities
 
     classifier, checkpoint = load_classifier(path)
     digits = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
@@ -205,7 +207,8 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
     else:  # a checkpoint alone tells the net and the data
         values = {f"model.{key}": value for key, value in checkpoint["hyper_parameters"].items()}
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
-    log_probs = log_probabilities(classifier, digits.images)
+    with threads.use(choose_threads([classifier], len(digits), settings.threads)):
+        log_probs = log_probabilities(classifier, digits.images)
     return Contestant(name, folder, values, digits, score(digits.labels.numpy(), log_probs.numpy()))
 
 

@@ -32,6 +32,7 @@ ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
 NORMS = ("none", "batch", "layer")
 NUM_TRAINING_IMAGES = 60_000
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
+MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
 
 class ConfigError(CompactHydraException):
@@ -193,9 +194,11 @@ class Train:
     trainer: Any
     callbacks: Any
     logger: Any
+    threads: int | None = None  # which runs of before 2026-11-25 have not saved
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
+        check_threads(self.threads)
         require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
@@ -269,10 +272,12 @@ class Evaluate:
     split: str
     data_dir: str | None
     output: str | None
+    threads: int | None
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, SPLITS)
+        check_threads(self.threads)
         check_source(self.run, self.checkpoint)
         at_least("tta", self.tta, 0)
         if self.runs != []:
@@ -291,9 +296,11 @@ class Predict:
     run: str
     checkpoint: str | None
     output: str
+    threads: int | None
     show: bool
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
         check_source(self.run, self.checkpoint)
 
@@ -306,10 +313,12 @@ class Compare:
     split: str
     data_dir: str | None
     output: str
+    threads: int | None
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, ("val", "test"))
+        check_threads(self.threads)
         self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
 
 
@@ -319,7 +328,11 @@ class Visualize:
 
     data: Data
     output: str
+    threads: int | None
     show: bool
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
 
 @dataclass
@@ -330,9 +343,11 @@ class Export:
     checkpoint: str | None
     data_dir: str | None
     output: str | None
+    threads: int | None
 
     def __post_init__(self) -> None:
         check_source(self.run, self.checkpoint)
+        check_threads(self.threads)
 
 
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
@@ -436,6 +451,13 @@ def at_least(key: str, value: int, least: int) -> None:
 
 def check_seed(key: str, value: int) -> None:
     require(0 <= value <= MAX_SEED, f"{key} must be in [0, 2^32), got {value}")
+
+
+def check_threads(value: int | None) -> None:
+    require(
+        value is None or 1 <= value <= MAX_THREADS,
+        f"threads must be in [1, {MAX_THREADS}], or null to let the net decide, got {value}",
+    )
 
 
 def check_number(

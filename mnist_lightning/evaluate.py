@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
+from mnist_lightning import threads
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
 from mnist_lightning.runs import find_any, find_checkpoint
@@ -64,6 +65,7 @@ class Evaluation:
 
 
 def main() -> None:
+    threads.wait_passively()
     quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
     run()
 
@@ -91,6 +93,7 @@ def evaluate(settings: Evaluate) -> None:
     from mnist_lightning.trained import (
         average,
         check_same_images,
+        choose_threads,
         load_classifier,
         load_split,
         log_probabilities,
@@ -106,11 +109,13 @@ def evaluate(settings: Evaluate) -> None:
     split = splits[0]
     start = time.perf_counter()
     said = []
-    for path, (classifier, checkpoint) in zip(paths, loaded, strict=True):
-        deform = make_deformation(path, checkpoint) if settings.tta else None
-        said.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
-        if time.perf_counter() - start > 2:
-            log.info("%s: %d of %d nets, %.1f s", path, len(said), len(paths), time.perf_counter() - start)
+    with threads.use(choose_threads([net for net, _ in loaded], len(split), settings.threads)):
+        for path, (classifier, checkpoint) in zip(paths, loaded, strict=True):
+            deform = make_deformation(path, checkpoint) if settings.tta else None
+            said.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
+            seconds = time.perf_counter() - start
+            if seconds > 2:
+                log.info("%s: %d of %d nets, %.1f s", path, len(said), len(paths), seconds)
     evaluation = score(split.labels.numpy(), average(said).numpy())
     seconds = time.perf_counter() - start
 

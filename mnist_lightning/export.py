@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
+from mnist_lightning import threads
 from mnist_lightning.command import CommandError, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check, register
 from mnist_lightning.files import write_atomic
@@ -31,6 +32,7 @@ TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order d
 
 
 def main() -> None:
+    threads.wait_passively()
     quote_paths(["run", "checkpoint", "data_dir", "output"])
     run()
 
@@ -53,12 +55,13 @@ def export(settings: Export) -> None:
         raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
     path = find_checkpoint(settings.run, settings.checkpoint)
     log.info("loading torch, Lightning and ONNX …")
-    from mnist_lightning.trained import load_classifier, load_split
+    from mnist_lightning.trained import choose_threads, load_classifier, load_split
 
     classifier, checkpoint = load_classifier(path)
     images = load_split(path, checkpoint, "test", data_dir=settings.data_dir).images[:NUM_CHECKED]
     content = to_onnx(classifier)
-    difference = compare(content, classifier, images)
+    with threads.use(choose_threads([classifier], len(images), settings.threads)):
+        difference = compare(content, classifier, images)
     if not difference <= TOLERANCE:
         raise CommandError(f"the ONNX net differs from the PyTorch net by {difference:.1e}: not written")
     if settings.output is not None:

@@ -1,13 +1,15 @@
 """The net: pixels in, ten logits out."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
 
 from mnist_lightning.deform import upright
 
-NUM_PIXELS = 28 * 28
+IMAGE_SHAPE = (28, 28)
+NUM_PIXELS = math.prod(IMAGE_SHAPE)
 NUM_CLASSES = 10
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
+from mnist_lightning import threads
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
 from mnist_lightning.runs import find_checkpoint
@@ -22,6 +23,7 @@ register()
 
 
 def main() -> None:
+    threads.wait_passively()
     quote_paths(["images", "run", "checkpoint", "output"])
     run()
 
@@ -55,7 +57,7 @@ def predict(settings: Predict) -> int:
 
     from mnist_lightning import figures
     from mnist_lightning.data import class_names
-    from mnist_lightning.trained import load_classifier, log_probabilities
+    from mnist_lightning.trained import choose_threads, load_classifier, log_probabilities
 
     classifier, checkpoint = load_classifier(path)
     names = class_names(str(checkpoint["datamodule_hyper_parameters"]["name"]))
@@ -65,7 +67,8 @@ def predict(settings: Predict) -> int:
     width = min(60, max(len(str(file)) for file in files))
     failures = 0
     drawings: dict[str, Figure] = {}
-    with (folder / "predictions.csv").open("w", newline="") as table:
+    computing = threads.use(choose_threads([classifier], 1, settings.threads))
+    with computing, (folder / "predictions.csv").open("w", newline="") as table:
         writer = csv.writer(table)
         writer.writerow(["file", "prediction", "probability", *(f"p({name})" for name in names)])
         for number, file in enumerate(files, start=1):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mnist_lightning import signals
+from mnist_lightning import signals, threads
 from mnist_lightning.command import CommandError
 from mnist_lightning.files import remove_leftovers, write_atomic
 
@@ -34,7 +34,7 @@ class Status:
         error: in one line; None where there is none.
         overrides: of the run's command line, in Hydra's syntax.
         started: seconds since 1970-01-01 UTC.
-        seconds: from start to end.
+        seconds: from start to end, without those that a sweep's job has waited for free cores.
         metrics: the numbers of ``metrics.json``.
     """
 
@@ -88,7 +88,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
     before = None if in_sweep else read(run_dir)
     status = Status(overrides=before.overrides if before else list(overrides))  # not "resume="
     status.started = time.time()
-    start = time.monotonic()
+    start = time.monotonic() - threads.waited
     with lock(run_dir):
         remove_leftovers(run_dir)
         # A disk that is full or read-only stops the training itself, with an error that says more.
@@ -106,7 +106,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
                     traceback.print_exc(file=file)
             forget(error)
         finally:
-            status.seconds = round(time.monotonic() - start, 3)
+            status.seconds = round(time.monotonic() - threads.waited - start, 3)
             with contextlib.suppress(OSError):
                 status.write(run_dir)
     if in_sweep and status.error is not None:

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mnist_lightning import __version__, signals
+from mnist_lightning import __version__, signals, threads
 from mnist_lightning.command import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.files import write_atomic
@@ -42,6 +42,7 @@ Metrics = dict[str, float | int | str | None]
 
 
 def main() -> None:
+    threads.wait_passively()
     signals.install()
     with compact_errors():
         rewrite_arguments()
@@ -94,6 +95,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.checkpoint import BEST, Checkpoints, LocalCheckpointIO, find_newest
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.network import IMAGE_SHAPE
 
     quiet()
     skip_device_probe()
@@ -114,6 +116,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         optimizer=instantiate(settings.optimizer, _partial_=True),
         scheduler=instantiate(settings.scheduler, _partial_=True) or None,
     )
+    flops = threads.count_flops(classifier.net, IMAGE_SHAPE, data.batch_size)
     if settings.compile:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
     newest, purge_step = None, None
@@ -130,39 +133,54 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
         _convert_="all",
     )
-    with signals.deferred(), compiler_errors():
-        trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
+    number = choose_threads(settings, flops, trainer)
+    with threads.use(number):
+        with signals.deferred(), compiler_errors():
+            trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
-    kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
-    last: Metrics = {}
-    if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
-        last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
-        last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
-    best = run_dir / "checkpoints" / BEST
-    ckpt_path = best if kept and best.exists() else None  # debug=fast_dev_run writes none
-    metrics: Metrics = {}
-    evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
-    for evaluate in evaluations:
-        evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
-        metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    evaluated = ["val"] * bool(data.val_size) + ["test"] * test
-    for split in evaluated if trainer.is_global_zero else []:
-        digits = datamodule.splits[split]
-        save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
-    metrics |= last
-    metrics |= {
-        "epochs": trainer.current_epoch,
-        "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-        "seed": settings.seed,
-        "git_commit": find_commit(),
-        "python": platform.python_version(),
-    }
-    metrics |= {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
-    metrics["mnist_lightning"] = __version__
-    if trainer.is_global_zero:
-        write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-        write_hyperparameters(trainer, settings, metrics)
+        kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
+        last: Metrics = {}
+        if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
+            last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
+            last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
+        best = run_dir / "checkpoints" / BEST
+        ckpt_path = best if kept and best.exists() else None  # debug=fast_dev_run writes none
+        metrics: Metrics = {}
+        evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
+        for evaluate in evaluations:
+            evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+        evaluated = ["val"] * bool(data.val_size) + ["test"] * test
+        for split in evaluated if trainer.is_global_zero else []:
+            digits = datamodule.splits[split]
+            save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
+        metrics |= last
+        metrics |= {
+            "epochs": trainer.current_epoch,
+            "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
+            "seed": settings.seed,
+            "threads": number,
+            "git_commit": find_commit(),
+            "python": platform.python_version(),
+        }
+        metrics |= {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
+        metrics["mnist_lightning"] = __version__
+        if trainer.is_global_zero:
+            write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+            write_hyperparameters(trainer, settings, metrics)
     return metrics
+
+
+def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
+    """For the steps of each process of a run.
+
+    Args:
+        flops: of a forward pass of a whole batch.
+    """
+    flops_here = flops // trainer.world_size if trainer.strategy.root_device.type == "cpu" else 0
+    return threads.choose(
+        (1 + threads.BACKWARD) * flops_here, wanted=settings.threads, processes=trainer.num_devices
+    )
 
 
 def make_callbacks(settings: Train) -> "list[L.Callback]":

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnist_lightning import threads
 from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule, is_whole
 from mnist_lightning.deform import Deformation
+from mnist_lightning.network import IMAGE_SHAPE
 
 
 def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -104,6 +106,13 @@ def check_same_images(paths: Sequence[Path], splits: Sequence[Digits], name: str
                 " (data.name, data.val_size, data.split_seed): they can't be compared on them"
                 + ("; split=test may do" if name == "val" else "")
             )
+
+
+def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, wanted: int | None) -> int:
+    """The number of threads for ``log_probabilities`` of each of these nets."""
+    size = min(num_images, EVAL_BATCH_SIZE)
+    flops = [threads.count_flops(classifier.net, IMAGE_SHAPE, size) for classifier in classifiers]
+    return threads.choose(max(flops), wanted=wanted)
 
 
 def log_probabilities(

@@ -3,12 +3,17 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
+from mnist_lightning import threads
 from mnist_lightning.command import compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Visualize, check, register
+from mnist_lightning.config import CONF_DIR, Data, Visualize, check, register
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 register()
@@ -18,6 +23,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 
 def main() -> None:
+    threads.wait_passively()
     quote_paths(["data.data_dir", "output"])
     run()
 
@@ -35,6 +41,23 @@ def visualize(settings: Visualize) -> None:
         OSError: the data can't be read or fetched, or the output can't be written.
     """
     log.info("loading torch and Lightning …")
+    from mnist_lightning import figures
+
+    with threads.use(settings.threads or threads.most()):
+        drawings, summary = draw(settings.data)
+    for path in figures.save(drawings, Path(settings.output).expanduser()):
+        print(path)
+    print(f"\n{summary}")
+    if settings.show:
+        figures.show(drawings.values())
+
+
+def draw(data: Data) -> "tuple[dict[str, Figure], str]":
+    """The figures by name, and in a line what they are of.
+
+    Raises:
+        OSError: the data can't be read or fetched.
+    """
     import torch
 
     from mnist_lightning import figures
@@ -42,7 +65,6 @@ def visualize(settings: Visualize) -> None:
     from mnist_lightning.deform import Deformation
     from mnist_lightning.network import NUM_CLASSES
 
-    data = settings.data
     datamodule = MNISTDataModule(**data.module_arguments(), seed=0)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -83,12 +105,8 @@ def visualize(settings: Visualize) -> None:
             title=f"{data.name}: {NUM_DEFORMED} {kind} images and {NUM_VARIANTS} deformations of each",
             columns=1 + NUM_VARIANTS,
         )
-    for path in figures.save(drawings, Path(settings.output).expanduser()):
-        print(path)
     sizes = ", ".join(f"{int(count.sum()):,} {name}" for name, count in counts.items())
-    print(f"\n{data.name}: {sizes} images; training pixels have mean {mean:.4f} and std {std:.4f}")
-    if settings.show:
-        figures.show(drawings.values())
+    return drawings, f"{data.name}: {sizes} images; training pixels have mean {mean:.4f} and std {std:.4f}"
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
 
 def test_settings_are_checked_without_a_process() -> None:
     values = {"run": "latest", "checkpoint": None, "runs": [], "tta": 0}
-    values |= {"data_dir": None, "output": None, "show": False}
+    values |= {"data_dir": None, "output": None, "show": False, "threads": None}
     assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ GROUND = {
     "statistics",
     "status",
     "sweep",
+    "threads",
 }  # import nothing heavy
 # module -> the modules of ours that it may import, beside those on the ground
 MAY_IMPORT = {
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     "statistics": set(),
     "status": set(),
     "sweep": set(),
+    "threads": set(),
     "resume": {"config"},
     "prepare": {"config", "resume"},
     "network": {"deform"},
@@ -47,7 +49,7 @@ MAY_IMPORT = {
     "scores": set(),
     "handwriting": set(),
     "pictures": {"figures", "loggers", "network", "scores"},
-    "trained": {"checkpoint", "classifier", "data", "deform"},
+    "trained": {"checkpoint", "classifier", "data", "deform", "network"},
     "classifier": {"network"},
 }
 

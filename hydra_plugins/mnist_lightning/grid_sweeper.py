@@ -21,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.mnist_lightning.auto_launcher import AutoLauncher
 from mnist_lightning import signals
 from mnist_lightning.command import CommandError
 from mnist_lightning.config import ConfigError, Train, check
@@ -145,7 +146,11 @@ class GridSweeper(BasicSweeper):
     def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
         """Run jobs, each in the folder of its number."""
         assert self.launcher is not None
-        if isinstance(self.launcher, BasicLauncher) and len(jobs) > 1:  # lest one job's folder stop them all
+        launcher = self.launcher
+        if isinstance(launcher, AutoLauncher):
+            launcher = launcher.choose(len(jobs))
+        if isinstance(launcher, BasicLauncher) and len(jobs) > 1:
+            # one at a time, so that a folder that can't be written fails only its own job
             return [job_return for job in jobs for job_return in self.launch([job])]
         first = jobs[0][0]
         overrides = [
@@ -154,7 +159,7 @@ class GridSweeper(BasicSweeper):
             for position, (number, job) in enumerate(jobs)
         ]
         try:
-            returns = self.launcher.launch(overrides, initial_job_idx=first)
+            returns = launcher.launch(overrides, initial_job_idx=first)
         except OSError as error:
             if len(jobs) > 1:
                 raise

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from hydra_plugins.mnist_lightning.grid_sweeper import GridSweeper, Job, check_same
+from hydra_plugins.mnist_lightning.processes_launcher import ProcessesLauncher
 from mnist_lightning.config import ConfigError
 from mnist_lightning.status import read
 
@@ -30,7 +31,8 @@ class OptunaSweeper(GridSweeper):
 
     Args:
         n_trials: of the study in all, failed and pruned ones included.
-        n_jobs: trials at a time; None: as many as the launcher has workers.
+        n_jobs: trials at a time; None: one, so that each learns from all before it, or as many as
+            ``hydra/launcher=processes`` has workers.
         storage: a journal file, or the URL of a database; None: ``optuna.journal`` in the sweep's folder.
         study_name: within the storage.
         seed: of the sampler; trial k is drawn with seed + k, so that a resumed search goes on as it
@@ -99,9 +101,12 @@ class OptunaSweeper(GridSweeper):
         return [f"{key}={value}" for key, value in (self.fixed | dict(values)).items()]
 
     def launch_all(self) -> list[JobReturn]:
+        assert self.config is not None
         study = self.open_study()
         space = {key: to_distribution(override) for key, override in self.space.items()}
-        size = self.n_jobs or int(getattr(self.launcher, "n_jobs", 1))
+        size = self.n_jobs or 1
+        if self.n_jobs is None and isinstance(self.launcher, ProcessesLauncher):
+            size = self.launcher.count_slots([self.config])
         batch = self.find_unfinished(study)
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):

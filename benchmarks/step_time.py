@@ -1,0 +1,61 @@
+"""Milliseconds of a training step of bare torch, by hidden units, batch size and number of threads.
+
+Forward, backward and AdamW of a 784-hidden-10 net, threads waiting as the project's commands let them.
+Prints a line of JSON for each size; ``benchmarks.busy`` starts it on a quiet and on a busy machine.
+
+    python -m benchmarks.step_time --threads 2
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+from mnist_lightning import threads
+
+HIDDEN = (64, 128, 256, 512, 1024, 2048)
+BATCHES = (64, 256, 1024)
+MIN_STEPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="(1)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN, help=f"{HIDDEN}")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help=f"{BATCHES}")
+    parser.add_argument("--seconds", type=float, default=0.7, help="for each size (0.7)")
+    arguments = parser.parse_args()
+    threads.wait_passively()
+    with threads.use(arguments.threads):
+        for hidden in arguments.hidden:
+            for batch in arguments.batches:
+                flops, step = measure(hidden, batch, arguments.seconds)
+                print(json.dumps({"hidden": hidden, "batch": batch, "flops": flops, "ms": step}), flush=True)
+
+
+def measure(hidden: int, batch: int, seconds: float) -> tuple[int, float]:
+    """-> floating-point operations of a step as the project counts them, median milliseconds of a step"""
+    import torch
+    from torch.nn import functional as F
+
+    from mnist_lightning.network import IMAGE_SHAPE, FeedForward
+
+    net = FeedForward(hidden=[hidden], activation="relu", dropout=0, norm="none", mean=0.13, std=0.31)
+    flops = (1 + threads.BACKWARD) * threads.count_flops(net, IMAGE_SHAPE, batch)
+    images = torch.randint(0, 256, (batch, *IMAGE_SHAPE), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (batch,))
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    steps: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(steps) < MIN_STEPS or time.perf_counter() < end:
+        start = time.perf_counter()
+        loss = F.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps.append(1000 * (time.perf_counter() - start))
+    return flops, statistics.median(steps[1:])
+
+
+if __name__ == "__main__":
+    main()
