@@ -115,11 +115,9 @@ def empty_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def start(*arguments: str, cwd: Path, threads: int | None = None) -> "subprocess.Popen[bytes]":
-    """``python *arguments`` of this checkout in another folder; its output goes to ``cwd/output``."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": ""}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+def start(*arguments: str, cwd: Path, checkout: Path = REPOSITORY) -> "subprocess.Popen[bytes]":
+    """``python *arguments`` of a checkout in another folder; its output goes to ``cwd/output``."""
+    environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": ""}
     with (cwd / "output").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=cwd, env=environment, stdout=output, stderr=output

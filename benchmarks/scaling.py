@@ -4,7 +4,7 @@ Each run is a process of ``train`` with the default settings but for the one tha
 epochs.  Its training time is ``train_seconds`` of its ``metrics.json`` (steps, validation, checkpoints);
 its peak memory is what the system reports of the process (``ru_maxrss``), beside that of a process which
 only imports what ``train`` imports.  With two processes (``trainer=ddp``) the memory is the larger one's
-and images a second are those of both together; with equal ``OMP_NUM_THREADS`` both share the cores.
+and images a second are those of both together; each has its share of the cores.
 bfloat16 for the large net is left out on a CPU that has no instructions for it: a single product of a
 256×4096 by a 4096×4096 matrix was seen to take half a minute there.
 
@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "batch": {f"data.batch_size={size}": [f"data.batch_size={size}"] for size in (32, 64, 256, 1024, 4096)},
     "epochs": {f"trainer.max_epochs={epochs}": [f"trainer.max_epochs={epochs}"] for epochs in (1, 2, 4, 8)},
-    "threads": {f"OMP_NUM_THREADS={threads}": [] for threads in (1, 2)},
+    "threads": {f"threads={threads}": [f"threads={threads}"] for threads in (1, 2)},
     "processes": {
         f"{name}, batch {size}": [f"trainer={trainer}", f"data.batch_size={size}"]
         for size in (256, 2048)
@@ -77,10 +77,10 @@ class Run:
     peak: float
 
 
-def run(arguments: list[str], *, images: int, threads: int | None) -> Run:
+def run(arguments: list[str], *, images: int) -> Run:
     """One whole command; ``images`` are those of an epoch."""
     with empty_folder() as folder:
-        process = start("-m", "mnist_lightning.train", *arguments, cwd=folder, threads=threads)
+        process = start("-m", "mnist_lightning.train", *arguments, cwd=folder)
         peak = wait(process.pid, folder)
         metrics = json.loads((folder / "run" / "metrics.json").read_text())
     return Run(metrics["epochs"] * images, metrics["train_seconds"], peak)
@@ -135,23 +135,22 @@ def main() -> None:
         rows = dict(list(GROUPS[group].items())[: arguments.rows])
         if not computes_bfloat16():
             rows = {name: more for name, more in rows.items() if not {LARGE, BF16} <= set(more)}
-        runs = take_turns({name: make(arguments, name, more) for name, more in rows.items()}, arguments.pairs)
+        runs = take_turns({name: make(arguments, more) for name, more in rows.items()}, arguments.pairs)
         tables.append(tabulate(group, runs, imports))
         samples[group] = {name: [asdict(one) for one in found] for name, found in runs.items()}
     publish("scaling", arguments, tables, samples)
 
 
-def make(arguments: argparse.Namespace, name: str, more: list[str]) -> "partial[Run]":
+def make(arguments: argparse.Namespace, more: list[str]) -> "partial[Run]":
     command = [
         *("hydra.run.dir=run", "test=false", f"data.data_dir={arguments.data_dir}"),
         f"trainer.max_epochs={arguments.epochs}",
         *([] if arguments.steps is None else [f"+trainer.limit_train_batches={arguments.steps}"]),
         *more,
     ]
-    threads = int(name.partition("=")[2]) if name.startswith("OMP_NUM_THREADS=") else None
     sizes = [int(one.partition("=")[2]) for one in more if one.startswith("data.batch_size=")]
     images = NUM_TRAIN if arguments.steps is None else arguments.steps * (sizes or [BATCH_SIZE])[0]
-    return partial(run, command, images=min(images, NUM_TRAIN), threads=threads)
+    return partial(run, command, images=min(images, NUM_TRAIN))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from benchmarks import bare_loop, tutorial_loop
 from benchmarks.measure import Table, empty_folder, make_parser, publish, ratio, spread, take_turns
+from mnist_lightning import threads
 from mnist_lightning.callbacks import Progress
 from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
@@ -113,6 +114,7 @@ def list_overrides(arguments: argparse.Namespace, batch_size: int) -> list[str]:
         "data.val_size=0",
         f"trainer.max_epochs={EPOCHS.get(batch_size, 4)}",
         f"trainer.accelerator={accelerator}",
+        f"threads={arguments.threads}",
         *limit,
     ]
 
@@ -374,10 +376,12 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(EPOCHS), help="64 256 1024")
     parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of all contestants (1)")
     parser.add_argument("--data-dir", type=Path, default=Path("~/.pytorch/MNIST_data/").expanduser())
     arguments = parser.parse_args()
-    compared = {batch_size: compare(arguments, batch_size) for batch_size in arguments.batch_sizes}
-    tutorial = compare_tutorial(arguments)
+    with threads.use(arguments.threads):
+        compared = {batch_size: compare(arguments, batch_size) for batch_size in arguments.batch_sizes}
+        tutorial = compare_tutorial(arguments)
     samples = {
         f"batch {batch_size}": {name: [result.step for result in found] for name, found in results.items()}
         for batch_size, results in compared.items()

@@ -126,7 +126,7 @@ def cpu_quotas() -> Iterator[float]:
                 quota, period = (read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
             if int(quota) > 0:
                 yield int(quota) / int(period)
-        except (OSError, ValueError):  # no such file, or "max"
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max", or nonsense
             continue
 
 

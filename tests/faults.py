@@ -1,8 +1,11 @@
 """Things that go wrong in a job, as a user's own callback (``+callbacks.fault._target_=faults.Fault``)."""
 
+import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -28,3 +31,31 @@ class Fault(Callback):
             torch.empty(10**15)
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind in ("hang", "hang, deaf to SIGTERM"):
+            handler = signal.SIG_IGN if "deaf" in self.kind else signal.SIG_DFL
+            signal.signal(signal.SIGTERM, handler)
+            while True:
+                time.sleep(1)
+
+
+class Witness(Callback):
+    """Leaves in a file when a job has computed, on how many threads, and which GPU it may see."""
+
+    def __init__(self, file: str, rest: float = 0.0) -> None:
+        self.file = Path(file)
+        self.rest = rest
+        self.begun = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = time.monotonic()
+        time.sleep(self.rest)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seen = {
+            "begun": self.begun,
+            "ended": time.monotonic(),
+            "threads": torch.get_num_threads(),
+            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "process": os.getpid(),
+        }
+        self.file.write_text(json.dumps(seen))

@@ -40,6 +40,7 @@ from mnist_lightning.status import Status, read
 log = logging.getLogger(__name__)
 
 GRACE = 8.0  # seconds that a worker gets to save its job and leave
+BAR = "jobs: {n_fmt}/{total_fmt} |{bar:30}| {elapsed}, {remaining} left"
 MEMORY_OF_A_JOB = 0.8e9  # bytes: torch, Lightning and a small net, what is shared with other workers apart
 
 
@@ -138,12 +139,7 @@ class ProcessesLauncher(Launcher):
         log.info("Launching %d jobs, %d at a time", len(tasks), slots)
         returns: dict[int, JobReturn] = {}
         bar = tqdm(
-            total=len(tasks),
-            desc="jobs",
-            unit="job",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-            smoothing=0,
+            total=len(tasks), bar_format=BAR, disable=not sys.stderr.isatty(), leave=False, smoothing=0
         )
         try:
             while tasks or any(worker.task for worker in self.workers):
@@ -157,6 +153,7 @@ class ProcessesLauncher(Launcher):
                     bar.update()
                 bar.refresh()
         except BaseException:
+            bar.leave = True  # what comes next has a line of its own, also after the terminal's "^C"
             self.terminate()
             raise
         finally:

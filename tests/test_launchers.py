@@ -1,0 +1,260 @@
+"""Which jobs of a sweep run at a time, on which cores and GPUs, and when one is given up."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.types import HydraContext
+from omegaconf import OmegaConf
+from test_sweeps import FAULT, FAULTS, TINY, find_sweep, read_statuses
+
+from hydra_plugins.mnist_lightning.auto_launcher import AutoLauncher
+from hydra_plugins.mnist_lightning.processes_launcher import ProcessesLauncher, find_gpus
+from mnist_lightning import threads
+from mnist_lightning.checkpoint import load
+
+WITNESS = (
+    "+callbacks.witness._target_=faults.Witness",
+    "+callbacks.witness.file='${run_dir:}/witness.json'",
+)
+CORES = threads.usable_cores()
+
+
+def read_witnesses(sweep: Path) -> dict[int, dict[str, Any]]:
+    return {int(path.parent.name): json.loads(path.read_text()) for path in sweep.glob("*/witness.json")}
+
+
+def make(accelerator: str = "cpu", trials: int | None = None, **settings: Any) -> AutoLauncher:
+    launcher = AutoLauncher(**({"n_jobs": None, "jobs_per_gpu": 1, "timeout_s": None} | settings))
+    sweeper = {} if trials is None else {"n_jobs": trials}
+    config = {"hydra": {"sweeper": sweeper}, "trainer": {"accelerator": accelerator}}
+    context: Any = None  # which only launching needs
+    assert context is None or isinstance(context, HydraContext)
+    launcher.setup(hydra_context=context, task_function=lambda cfg: None, config=OmegaConf.create(config))
+    return launcher
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's program says that there are three."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    lines = [f"GPU {number}: NVIDIA H100 (UUID: GPU-{number})" for number in range(3)]
+    program.write_text("#!/bin/sh\n" + "\n".join(f"echo '{line}'" for line in [*lines, "  MIG 1g.10gb"]))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.skipif(CORES == 1, reason="one core: nothing runs side by side")
+def test_auto_runs_several_small_jobs_at_a_time_and_a_single_one_here() -> None:
+    assert isinstance(make().choose(2), ProcessesLauncher)
+    assert isinstance(make().choose(1), BasicLauncher)
+    assert isinstance(make(trials=1).choose(1), BasicLauncher), "a search: one trial at a time"
+    assert isinstance(make(trials=2).choose(1), ProcessesLauncher), "the last trial of an interrupted search"
+    assert isinstance(make(n_jobs=1).choose(9), BasicLauncher)
+    assert isinstance(make(n_jobs=2).choose(9), ProcessesLauncher)
+    assert isinstance(make(timeout_s=60).choose(1), ProcessesLauncher)
+
+
+def test_auto_keeps_to_its_choice() -> None:
+    """A process that has trained is not forked."""
+    launcher = make()
+    assert launcher.choose(1) is launcher.choose(9)
+    launcher = make(n_jobs=2)
+    assert launcher.choose(9) is launcher.choose(1)
+
+
+def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
+    monkeypatch: pytest.MonkeyPatch, gpus: None
+) -> None:
+    assert isinstance(make("auto").choose(9), ProcessesLauncher), "three GPUs"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert isinstance(make("auto").choose(9), BasicLauncher), "one GPU"
+    assert isinstance(make("auto", jobs_per_gpu=2).choose(9), ProcessesLauncher)
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "fork")
+        assert isinstance(make("auto", jobs_per_gpu=2).choose(9), BasicLauncher)
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import test_launchers\n"
+        "print(type(test_launchers.make().choose(9)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "BasicLauncher\n", "one core"
+
+
+def test_auto_heeds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+    for folder in threads.control_groups("memory"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text("2000000000\n")
+        (folder / "memory.current").write_text("700000000\n")
+        (folder / "memory.stat").write_text("inactive_file 0\n")
+    assert isinstance(make().choose(9), BasicLauncher)
+
+
+def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, gpus: None) -> None:
+    assert find_gpus() == ["0", "1", "2"]
+    for visible, names in (("2,0", ["2", "0"]), ("", []), ("-1", []), ("GPU-8,-1,1", ["GPU-8"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert find_gpus() == names
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_gpus() == []
+
+
+def test_each_worker_sees_a_gpu_of_its_own(command: Run, tmp_path: Path, gpus: None) -> None:
+    """CUDA_VISIBLE_DEVICES as the jobs find it; where torch has no CUDA they train on the CPU all the same."""
+    if torch.cuda.is_available():
+        pytest.skip("these GPUs are not there")
+    done = command(
+        *("train", "-m", "seed=1,2,3,4", "hydra.launcher.jobs_per_gpu=1", "+callbacks.witness.rest=0.5"),
+        *(*WITNESS, *TINY),
+        cwd=tmp_path,
+        **FAULTS,
+        PATH=os.environ["PATH"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 jobs, 3 at a time" in done.stdout
+    seen = read_witnesses(find_sweep(tmp_path))
+    assert {one["gpu"] for one in seen.values()} == {"0", "1", "2"}
+    by_process = {(one["process"], one["gpu"]) for one in seen.values()}
+    assert len(by_process) == 3, "a worker keeps its GPU"
+
+
+@pytest.mark.skipif(CORES == 1, reason="one core: nothing runs side by side")
+def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> None:
+    done = command(
+        *("train", "-m", "model.hidden=8,16,[1024,1024],9", "+callbacks.witness.rest=1", *WITNESS, *TINY),
+        cwd=tmp_path,
+        OMP_NUM_THREADS="",
+        **FAULTS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"4 jobs, {min(CORES, 4)} at a time" in done.stdout
+    seen = read_witnesses(find_sweep(tmp_path))
+    assert [seen[number]["threads"] for number in range(4)] == [1, 1, CORES, 1]
+    large = seen.pop(2)
+    assert all(one["ended"] < large["begun"] or large["ended"] < one["begun"] for one in seen.values())
+    assert any(
+        one["begun"] < other["begun"] < one["ended"]
+        for one in seen.values()
+        for other in seen.values()
+        if one is not other
+    ), "small ones run side by side"
+    statuses = read_statuses(find_sweep(tmp_path))
+    assert all(status["seconds"] < large["ended"] - large["begun"] + 60 for status in statuses.values())
+
+
+def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Path) -> None:
+    """To the bit, with no number of threads given, for a small net and for a large one."""
+    nets = []
+    for launcher in ("basic", "processes", "auto"):
+        done = command(
+            *("train", "-m", f"hydra/launcher={launcher}", "model.hidden=8,[1024,512]", "model.dropout=0.2"),
+            *(f"hydra.sweep.dir={launcher}", *TINY),
+            cwd=tmp_path,
+            OMP_NUM_THREADS="",
+        )
+        assert done.returncode == 0, done.stderr
+        jobs = [tmp_path / launcher / str(number) for number in range(2)]
+        assert [json.loads((job / "metrics.json").read_text())["threads"] for job in jobs] == [1, CORES]
+        nets.append([load(job / "checkpoints" / "last.ckpt")["state_dict"] for job in jobs])
+    for other in nets[1:]:
+        for one, two in zip(nets[0], other, strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_job_that_hangs_is_given_up(command: Run, tmp_path: Path) -> None:
+    kinds = ["hang", "'hang, deaf to SIGTERM'", "none"]
+    done = command(
+        *("train", "-m", FAULT, f"+callbacks.fault.kind={','.join(kinds)}", "hydra.launcher.n_jobs=3"),
+        *("hydra.launcher.timeout_s=12", *TINY),
+        cwd=tmp_path,
+        **FAULTS,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "2 of 3 jobs did not finish: 0, 1"
+    assert "Traceback" not in done.stdout + done.stderr
+    statuses = read_statuses(find_sweep(tmp_path))
+    assert [statuses[number]["state"] for number in range(3)] == ["failed", "failed", "completed"]
+    for number in range(2):
+        assert "given up: it took more than hydra.launcher.timeout_s=12" in statuses[number]["error"]
+        assert statuses[number]["error"] in (find_sweep(tmp_path) / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("n_jobs=0", "hydra.launcher.n_jobs must be a whole number >= 1, got 0"),
+        ("n_jobs=two", "hydra.launcher.n_jobs must be a whole number >= 1, got two"),
+        ("jobs_per_gpu=0.5", "hydra.launcher.jobs_per_gpu must be a whole number >= 1, got 0.5"),
+        ("jobs_per_gpu=null", "hydra.launcher.jobs_per_gpu must be a whole number >= 1, got None"),
+        ("timeout_s=-1", "hydra.launcher.timeout_s must be a finite number > 0, got -1"),
+        ("timeout_s=.inf", "hydra.launcher.timeout_s must be a finite number > 0, got .inf"),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["auto", "processes"])
+def test_wrong_numbers_are_told_in_a_line(
+    argument: str, line: str, launcher: str, command: Run, tmp_path: Path
+) -> None:
+    more = (f"hydra/launcher={launcher}", f"hydra.launcher.{argument}")
+    done = command("train", "-m", "seed=1,2", *more, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == line
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("logs/train/multiruns/*"))
+
+
+def test_the_parent_of_a_sweep_never_imports_torch(environment: dict[str, str], tmp_path: Path) -> None:
+    """Its workers are forked from it, and a process with threads or a GPU must not be."""
+    code = (
+        "import sys; from mnist_lightning import train; train.main()\n"
+        "print('imported', sorted({'torch', 'lightning', 'torchvision'} & set(sys.modules)))"
+    )
+    settings = ("-m", "seed=1,2", "hydra.launcher.n_jobs=2", *TINY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def test_on_a_terminal_a_bar_tells_how_many_jobs_are_done(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    sweeping = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lightning.train", "-m", "seed=1,2", "hydra.launcher.n_jobs=2", *TINY],
+        cwd=tmp_path,
+        env=environment,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert sweeping.wait() == 0
+    text = shown.decode()
+    assert "jobs:" in text
+    assert "1/2" in text
+    assert [line.count("completed") for line in text.splitlines() if "job   0" in line] == [1], "a line a job"
