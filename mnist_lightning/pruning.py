@@ -2,17 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from mnist_lightning.status import Pruned
+from mnist_lightning.study import TRIAL, open_storage
 
 if TYPE_CHECKING:
     import optuna
-
-TRIAL = "trial.json"  # what a search leaves in a trial's folder: its storage, study and id
 
 
 class Pruning(Callback):
@@ -54,14 +53,3 @@ class Pruning(Callback):
         self.trial.report(value, step=trainer.current_epoch)
         if self.trial.should_prune():
             raise Pruned(f"{self.monitor} {value:.4f} after epoch {trainer.current_epoch + 1}")
-
-
-def open_storage(name: str) -> Any:
-    """An Optuna storage: of the URL of a database, or of a journal file."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" in name:
-        return optuna.storages.RDBStorage(name)
-    return optuna.storages.JournalStorage(JournalFileBackend(name))

@@ -216,15 +216,28 @@ def test_wrong_numbers_are_told_in_a_line(
     assert not list(tmp_path.glob("logs/train/multiruns/*"))
 
 
-def test_the_parent_of_a_sweep_never_imports_torch(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("seed=1,2", "hydra.launcher.n_jobs=2"),
+        ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2"),
+    ],
+    ids=["grid", "search"],
+)
+def test_the_parent_of_a_sweep_never_imports_torch(
+    settings: tuple[str, ...], environment: dict[str, str], tmp_path: Path
+) -> None:
     """Its workers are forked from it, and a process with threads or a GPU must not be."""
     code = (
         "import sys; from mnist_lightning import train; train.main()\n"
         "print('imported', sorted({'torch', 'lightning', 'torchvision'} & set(sys.modules)))"
     )
-    settings = ("-m", "seed=1,2", "hydra.launcher.n_jobs=2", *TINY)
     done = subprocess.run(
-        [sys.executable, "-c", code, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, "-m", *settings, *TINY],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported []"

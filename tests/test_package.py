@@ -20,6 +20,7 @@ GROUND = {
     "runs",
     "statistics",
     "status",
+    "study",
     "sweep",
     "threads",
 }  # import nothing heavy
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     "runs": {"checkpoint"},
     "statistics": set(),
     "status": set(),
+    "study": set(),
     "sweep": set(),
     "threads": set(),
     "resume": {"config"},

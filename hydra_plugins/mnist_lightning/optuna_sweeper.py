@@ -15,6 +15,7 @@ from hydra_plugins.mnist_lightning.grid_sweeper import GridSweeper, Job, check_s
 from hydra_plugins.mnist_lightning.processes_launcher import ProcessesLauncher
 from mnist_lightning.config import ConfigError
 from mnist_lightning.status import read
+from mnist_lightning.study import TRIAL, open_storage
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -119,8 +120,6 @@ class OptunaSweeper(GridSweeper):
     def open_study(self) -> "Study":
         import optuna
 
-        from mnist_lightning.pruning import open_storage
-
         assert self.config is not None
         if self.storage is None:
             self.storage = str(self.sweep_dir.absolute() / "optuna.journal")
@@ -154,8 +153,6 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        from mnist_lightning.pruning import TRIAL
-
         job_dir = self.sweep_dir / str(trial.number)
         job_dir.mkdir(exist_ok=True)
         saved = {
@@ -169,8 +166,6 @@ class OptunaSweeper(GridSweeper):
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
         """This sweep's trials that an interruption has left running, to go on with."""
         from optuna.trial import Trial, TrialState
-
-        from mnist_lightning.pruning import TRIAL
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
