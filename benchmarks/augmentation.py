@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from mnist_lightning.deform import Deformation
+from mnist_lightning.images.deform import Deformation
 
 AMOUNTS = {"rotation": 12.0, "scale": 0.12, "shear": 12.0, "shift": 1.5, "elastic": 1.2, "smoothness": 5.0}
 Deform = Callable[[Tensor], Tensor]

@@ -133,7 +133,7 @@ KINDS: dict[str, Render] = {
 
 def through_predict(picture: Image.Image, folder: Path) -> Digit:
     """What the net sees of a picture file; all paper where no digit is found in it."""
-    from mnist_lightning.handwriting import NoDigit, read_image, to_mnist
+    from mnist_lightning.images.handwriting import NoDigit, read_image, to_mnist
 
     path = folder / "picture.png"
     picture.save(path, compress_level=1)
@@ -149,7 +149,7 @@ def main() -> None:
     import torch
 
     from mnist_lightning import figures
-    from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+    from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

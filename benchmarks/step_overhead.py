@@ -36,11 +36,11 @@ from torch.nn import functional as F
 from benchmarks import bare_loop, tutorial_loop
 from benchmarks.measure import Table, empty_folder, make_parser, publish, ratio, spread, take_turns
 from mnist_lightning import threads
-from mnist_lightning.callbacks import Progress
-from mnist_lightning.checkpoint import load
+from mnist_lightning.callbacks.progress import Progress
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.data import Digits, EpochSampler, MNISTDataModule
+from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.train import quiet, skip_device_probe, train
 
 EPOCHS = {64: 1, 256: 4, 1024: 12}  # so that a round takes about a second

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from mnist_lightning.report import write_report, write_tables
-from mnist_lightning.status import Status, read
+from mnist_lightning.rundir.status import Status, read
 
 
 def main() -> None:

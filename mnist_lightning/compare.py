@@ -12,10 +12,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_lightning import threads
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
-from mnist_lightning.resume import flatten
-from mnist_lightning.runs import find_any
+from mnist_lightning.rundir.find import find_any
+from mnist_lightning.rundir.resume import flatten
 
 if TYPE_CHECKING:
     from mnist_lightning.data import Digits
@@ -67,7 +67,7 @@ def compare(settings: Compare) -> None:
     paths = [find_any(name) for name in settings.runs]
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
-    from mnist_lightning.trained import check_same_images
+    from mnist_lightning.evaluation.trained import check_same_images
 
     contestants = [
         _load(letter, path, settings) for letter, path in zip(_letters(len(paths)), paths, strict=True)
@@ -112,7 +112,7 @@ def compare(settings: Compare) -> None:
 
 def judge(a: "Evaluation", b: "Evaluation") -> dict[str, Any]:
     """McNemar's test of two nets on the same images, and its meaning in a sentence."""
-    from mnist_lightning.scores import mcnemar
+    from mnist_lightning.evaluation.scores import mcnemar
 
     a_right, b_right = a.predictions == a.labels, b.predictions == b.labels
     only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
@@ -196,7 +196,12 @@ def _letters(count: int) -> list[str]:
 
 def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.evaluate import score
-    from mnist_lightning.trained import choose_threads, load_classifier, load_split, log_probabilities
+    from mnist_lightning.evaluation.trained import (
+        choose_threads,
+        load_classifier,
+        load_split,
+        log_probabilities,
+    )
 
     classifier, checkpoint = load_classifier(path)
     digits = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)

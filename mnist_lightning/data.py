@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-from mnist_lightning.deform import Deformation, upright
-from mnist_lightning.files import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.images.deform import Deformation, upright
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ import hydra
 from omegaconf import DictConfig
 
 from mnist_lightning import threads
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
-from mnist_lightning.runs import find_any, find_checkpoint
+from mnist_lightning.rundir.find import find_any, find_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from mnist_lightning.scores import Calibration, ClassScores
+    from mnist_lightning.evaluation.scores import Calibration, ClassScores
 
 log = logging.getLogger(__name__)
 register()
@@ -90,7 +90,7 @@ def evaluate(settings: Evaluate) -> None:
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
     from mnist_lightning.data import class_names
-    from mnist_lightning.trained import (
+    from mnist_lightning.evaluation.trained import (
         average,
         check_same_images,
         choose_threads,
@@ -150,7 +150,7 @@ def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]")
     """
     import numpy as np
 
-    from mnist_lightning import scores
+    from mnist_lightning.evaluation import scores
 
     num_classes = log_probabilities.shape[1]
     predictions = log_probabilities.argmax(axis=1)

@@ -12,10 +12,10 @@ import hydra
 from omegaconf import DictConfig
 
 from mnist_lightning import threads
-from mnist_lightning.command import CommandError, compact_errors, quote_paths
+from mnist_lightning.cli import CommandError, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check, register
-from mnist_lightning.files import write_atomic
-from mnist_lightning.runs import find_checkpoint
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ def export(settings: Export) -> None:
         raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
     path = find_checkpoint(settings.run, settings.checkpoint)
     log.info("loading torch, Lightning and ONNX …")
-    from mnist_lightning.trained import choose_threads, load_classifier, load_split
+    from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 
     classifier, checkpoint = load_classifier(path)
     images = load_split(path, checkpoint, "test", data_dir=settings.data_dir).images[:NUM_CHECKED]
@@ -105,7 +105,7 @@ def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> 
     import numpy as np
     import onnxruntime
 
-    from mnist_lightning.trained import log_probabilities
+    from mnist_lightning.evaluation.trained import log_probabilities
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (ours,) = session.run(["probabilities"], {"images": images.numpy()})

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mnist_lightning.deform import upright
+from mnist_lightning.images.deform import upright
 
 IMAGE_SHAPE = (28, 28)
 NUM_PIXELS = math.prod(IMAGE_SHAPE)

@@ -11,9 +11,9 @@ import hydra
 from omegaconf import DictConfig
 
 from mnist_lightning import threads
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
-from mnist_lightning.runs import find_checkpoint
+from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.handwriting import SUFFIXES, NoDigit, read_image, to_mnist
+    from mnist_lightning.images.handwriting import SUFFIXES, NoDigit, read_image, to_mnist
 
     path = find_checkpoint(settings.run, settings.checkpoint)
     files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
@@ -57,7 +57,7 @@ def predict(settings: Predict) -> int:
 
     from mnist_lightning import figures
     from mnist_lightning.data import class_names
-    from mnist_lightning.trained import choose_threads, load_classifier, log_probabilities
+    from mnist_lightning.evaluation.trained import choose_threads, load_classifier, log_probabilities
 
     classifier, checkpoint = load_classifier(path)
     names = class_names(str(checkpoint["datamodule_hyper_parameters"]["name"]))

@@ -19,10 +19,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, check
-from mnist_lightning.files import write_atomic
-from mnist_lightning.sweep import SEED, Job, Setting, Sweep, find_sweep, read_sweep, reproduce
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, find_sweep, read_sweep, reproduce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -264,7 +264,7 @@ def format_time(sweep: Sweep) -> list[str]:
 
 def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     """Holm-adjusted p-values of each setting against the first; None where there is nothing to compare."""
-    from mnist_lightning.statistics import holm, sign_flip
+    from mnist_lightning.evaluation.significance import holm, sign_flip
 
     winner = read_correct(sweep.settings[0])
     p_values: list[float | None] = [None]

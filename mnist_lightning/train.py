@@ -21,13 +21,14 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mnist_lightning import __version__, signals, threads
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning import __version__, threads
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
-from mnist_lightning.files import write_atomic
-from mnist_lightning.resume import flatten, resume_job, rewrite_arguments
-from mnist_lightning.status import is_main_process, track
-from mnist_lightning.sweep import split_overrides
+from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.resume import flatten, resume_job, rewrite_arguments
+from mnist_lightning.rundir.status import is_main_process, track
+from mnist_lightning.sweeps.results import split_overrides
 
 if TYPE_CHECKING:
     import lightning as L
@@ -92,10 +93,11 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     import lightning as L
     from lightning.pytorch.callbacks import Checkpoint
 
-    from mnist_lightning.checkpoint import BEST, Checkpoints, LocalCheckpointIO, find_newest
+    from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
     from mnist_lightning.network import IMAGE_SHAPE
+    from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
     quiet()
     skip_device_probe()
@@ -185,7 +187,7 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train) -> "list[L.Callback]":
     """The config's callbacks; without a validation split the last checkpoint is the best."""
-    from mnist_lightning.averaging import ExponentialMovingAverage
+    from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
     callbacks = {name: dict(callback) for name, callback in settings.callbacks.items() if callback}
     if settings.data.val_size == 0:
@@ -290,7 +292,7 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
     """Fill TensorBoard's HParams tab: the run's settings beside its final metrics, once."""
     from torch.utils.tensorboard.summary import hparams
 
-    from mnist_lightning.loggers import TensorBoardLogger
+    from mnist_lightning.rundir.loggers import TensorBoardLogger
 
     settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
     settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights

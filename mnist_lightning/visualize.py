@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from mnist_lightning import threads
-from mnist_lightning.command import compact_errors, quote_paths
+from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check, register
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
 
     from mnist_lightning import figures
     from mnist_lightning.data import MNISTDataModule, class_names
-    from mnist_lightning.deform import Deformation
+    from mnist_lightning.images.deform import Deformation
     from mnist_lightning.network import NUM_CLASSES
 
     datamodule = MNISTDataModule(**data.module_arguments(), seed=0)

@@ -22,13 +22,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.mnist_lightning.auto_launcher import AutoLauncher
-from mnist_lightning import signals
-from mnist_lightning.command import CommandError
+from mnist_lightning.cli import CommandError
 from mnist_lightning.config import ConfigError, Train, check
-from mnist_lightning.files import LONG_LEFT, remove_leftovers
-from mnist_lightning.resume import flatten
-from mnist_lightning.status import Status, lock, read
-from mnist_lightning.sweep import MULTIRUN, SEED, read_multirun
+from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.resume import flatten
+from mnist_lightning.rundir.status import Status, lock, read
+from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from hydra_plugins.mnist_lightning.grid_sweeper import GridSweeper, Job, check_same
 from hydra_plugins.mnist_lightning.processes_launcher import ProcessesLauncher
 from mnist_lightning.config import ConfigError
-from mnist_lightning.status import read
-from mnist_lightning.study import TRIAL, open_storage
+from mnist_lightning.rundir.status import read
+from mnist_lightning.sweeps.study import TRIAL, open_storage
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

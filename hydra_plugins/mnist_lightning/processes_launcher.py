@@ -33,9 +33,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from mnist_lightning import threads
-from mnist_lightning.command import CommandError
+from mnist_lightning.cli import CommandError
 from mnist_lightning.config import AT_LEAST_ONE, POSITIVE, check_number
-from mnist_lightning.status import Status, read
+from mnist_lightning.rundir.status import Status, read
 
 log = logging.getLogger(__name__)
 

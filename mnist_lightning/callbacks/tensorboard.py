@@ -2,9 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
 import torch
@@ -14,9 +12,9 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
-from mnist_lightning.loggers import TensorBoardLogger
+from mnist_lightning.evaluation.scores import confusion_matrix
 from mnist_lightning.network import NUM_CLASSES, FeedForward
-from mnist_lightning.scores import confusion_matrix
+from mnist_lightning.rundir.loggers import writing
 
 # TensorBoard reads the tags as regular expressions
 LAYOUT = {
@@ -88,38 +86,7 @@ class TensorBoardPictures(Callback):
             writer.flush()
 
     def _writing(self, trainer: L.Trainer) -> AbstractContextManager[SummaryWriter | None]:
-        return _writing(trainer) if self.enabled else nullcontext()
-
-
-class Histograms(Callback):
-    """Histograms of all weights and of their gradients, at the last step of each epoch.
-
-    A callback of its own: validation clears the gradients, so that it must be called in every step,
-    which runs without histograms need not pay for.
-    """
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx + 1 != trainer.num_training_batches:
-            return
-        with _writing(trainer) as writer:
-            if writer is None:
-                return
-            for name, parameter in pl_module.named_parameters():
-                for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
-                    writer.add_histogram(f"{kind}/{name}", values, trainer.global_step)
-
-
-@contextmanager
-def _writing(trainer: L.Trainer) -> Iterator[SummaryWriter | None]:
-    """TensorBoard's writer, where there is one that still can write; its failures never stop a run."""
-    loggers = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger) and not one.failed]
-    if not loggers or not trainer.is_global_zero:
-        yield None
-        return
-    with loggers[0].forgiving():
-        yield loggers[0].experiment
+        return writing(trainer) if self.enabled else nullcontext()
 
 
 def _draw_validation(

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mnist_lightning import signals, threads
-from mnist_lightning.command import CommandError
-from mnist_lightning.files import remove_leftovers, write_atomic
+from mnist_lightning import threads
+from mnist_lightning.cli import CommandError
+from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
 
 FILE = "status.json"
 Metrics = dict[str, float]

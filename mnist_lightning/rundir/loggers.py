@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch.utils.tensorboard import SummaryWriter
 
-from mnist_lightning.files import write_atomic
+from mnist_lightning.rundir.atomic import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,17 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         with self.forgiving():
             if not self.failed:
                 self.experiment.flush()
+
+
+@contextmanager
+def writing(trainer: L.Trainer) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's writer, where there is one that still can write; its failures never stop a run."""
+    loggers = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger) and not one.failed]
+    if not loggers or not trainer.is_global_zero:
+        yield None
+        return
+    with loggers[0].forgiving():
+        yield loggers[0].experiment
 
 
 class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]

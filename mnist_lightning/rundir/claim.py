@@ -11,9 +11,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from mnist_lightning.command import quote
+from mnist_lightning.cli import quote
 from mnist_lightning.config import ConfigError, Train, check
-from mnist_lightning.resume import check_resumption
+from mnist_lightning.rundir.resume import check_resumption
 
 ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
 

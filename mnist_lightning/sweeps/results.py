@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mnist_lightning.status import FILE, Status, read
+from mnist_lightning.rundir.status import FILE, Status, read
 
 SEED = "seed"
 MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep

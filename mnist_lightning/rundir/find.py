@@ -25,7 +25,7 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
         return folder
     checkpoints = sorted(logs.glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     for path in reversed(checkpoints):
-        from mnist_lightning.checkpoint import load  # torch: only when there is something to read
+        from mnist_lightning.rundir.checkpoint import load  # torch: only when there is something to read
 
         try:
             load(path)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from mnist_lightning.status import Pruned
-from mnist_lightning.study import TRIAL, open_storage
+from mnist_lightning.rundir.status import Pruned
+from mnist_lightning.sweeps.study import TRIAL, open_storage
 
 if TYPE_CHECKING:
     import optuna

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_lightning import threads
-from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule, is_whole
-from mnist_lightning.deform import Deformation
+from mnist_lightning.images.deform import Deformation
 from mnist_lightning.network import IMAGE_SHAPE
+from mnist_lightning.rundir.checkpoint import load
 
 
 def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Lightning callbacks that are ours alone."""
+"""What a person sees of a run while it goes on."""
 
 import logging
 import sys
@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from torchmetrics import Metric
+from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -92,17 +91,3 @@ class Progress(ProgressBar):
 def _name_epoch(trainer: L.Trainer) -> str:
     last = trainer.max_epochs
     return f"epoch {trainer.current_epoch + 1:>{len(str(last))}}" + (f"/{last}" if last and last > 0 else "")
-
-
-class NetSummary(Callback):
-    """The net's layers and their numbers of parameters, before training starts."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        layers = [layer for layer in pl_module.modules() if not list(layer.children())]
-        for layer in layers:
-            count = sum(parameter.numel() for parameter in layer.parameters())
-            if not isinstance(layer, Metric):
-                log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
-        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in pl_module.parameters()):,}")

@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mnist_lightning.command import quote
+from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
-from mnist_lightning.runs import find_run
-from mnist_lightning.status import read
-from mnist_lightning.sweep import find_sweep, own_overrides, read_multirun, split_overrides
+from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.status import read
+from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 
 KEY = "resume="
 # What decides the weights: a run can't go on with another value of these.
@@ -52,7 +52,7 @@ def rewrite_arguments() -> None:
         f"hydra.output_subdir=.hydra/resume-{number}",
         f"hydra.searchpath=[{quote('file://' + CONF_DIR)}]",
         "hydra/job_logging=train",
-        "+hydra.callbacks.prepare._target_=mnist_lightning.prepare.Prepare",
+        "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
-from mnist_lightning import signals
+from mnist_lightning.rundir import signals
 
 
 class CommandError(CompactHydraException):

@@ -1,0 +1,23 @@
+"""What a person sees of a net before it is trained."""
+
+import logging
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torchmetrics import Metric
+
+log = logging.getLogger(__name__)
+
+
+class NetSummary(Callback):
+    """The net's layers and their numbers of parameters, before training starts."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        layers = [layer for layer in pl_module.modules() if not list(layer.children())]
+        for layer in layers:
+            count = sum(parameter.numel() for parameter in layer.parameters())
+            if not isinstance(layer, Metric):
+                log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
+        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in pl_module.parameters()):,}")

@@ -1,0 +1,1 @@
+"""Trained nets, read back, and how good they are."""

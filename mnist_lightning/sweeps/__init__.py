@@ -1,0 +1,1 @@
+"""Sweeps: what their jobs leave, and what is told of them."""
