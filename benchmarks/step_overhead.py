@@ -41,7 +41,8 @@ from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.data import Digits, EpochSampler, MNISTDataModule
 from mnist_lightning.rundir.checkpoint import load
-from mnist_lightning.train import quiet, skip_device_probe, train
+from mnist_lightning.train import train
+from mnist_lightning.workarounds import quiet_lightning, skip_device_probe
 
 EPOCHS = {64: 1, 256: 4, 1024: 12}  # so that a round takes about a second
 Weights = dict[str, torch.Tensor]
@@ -225,7 +226,7 @@ class BareModule(L.LightningModule):
 
 def run_bare_lightning(overrides: list[str], device: str, limit: int | None) -> Result:
     start = Start.make(overrides)
-    quiet()
+    quiet_lightning()
     skip_device_probe()
     module = BareModule(start, limit)
     trainer = L.Trainer(

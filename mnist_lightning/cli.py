@@ -77,7 +77,7 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
     except Exception as error:
         signals.stop_if_asked()  # some libraries swallow what a signal raised in an import, and then fail
         if log_file is not None:
-            with contextlib.suppress(OSError), log_file.open("a") as file:
+            with contextlib.suppress(OSError), log_file.open("a", encoding="utf-8") as file:
                 traceback.print_exc(file=file)
         kinds: tuple[type[Exception], ...] = (OSError, FloatingPointError, CompactHydraException)
         if "lightning" in sys.modules:

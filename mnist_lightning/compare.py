@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.rundir.find import find_any
@@ -47,6 +47,7 @@ class Contestant:
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     quote_paths(["runs", "data_dir", "output"])
     run()
 
@@ -99,7 +100,9 @@ def compare(settings: Compare) -> None:
             "\nWhoever chooses a net by its test images has no independent estimate of its accuracy left:"
             " choose by split=val, and read the test images once."
         )
-    (folder / "comparison.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    (folder / "comparison.json").write_text(
+        json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     histories = {c.name: history for c in contestants if (history := read_curves(c.folder))}
     written = ["comparison.json"]
     if histories:
@@ -152,7 +155,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
     reports = []
     for contestant in contestants:
         path = contestant.folder / "metrics.json" if contestant.folder else None
-        reports.append(json.loads(path.read_text()) if path and path.is_file() else {})
+        reports.append(json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {})
     for key in METRICS:
         if any(key in report for report in reports):
             rows[key] = [report.get(key, "–") for report in reports]
@@ -179,7 +182,7 @@ def read_curves(folder: Path | None) -> "dict[str, Curve]":
     path = folder / "csv" / "metrics.csv" if folder else None
     if path is None or not path.is_file():
         return {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     history = {}
     for key in CURVES:

@@ -397,9 +397,6 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}`` and ``${single_run:}`` to OmegaConf."""
-    # Hydra copies its searchers, and with them the store, a hundred times for a --help (1.1 s); the
-    # store is a singleton that hands out copies of what it holds, so that it can stand for its copy.
-    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")

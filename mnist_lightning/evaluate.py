@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
 from mnist_lightning.rundir.find import find_any, find_checkpoint
@@ -66,6 +66,7 @@ class Evaluation:
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
     run()
 
@@ -125,7 +126,7 @@ def evaluate(settings: Evaluate) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
     metrics |= {"data": name, "split": settings.split} | to_metrics(evaluation)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_predictions(folder / "predictions.csv", evaluation)
     pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
     written = figures.save(pictures, folder)
@@ -205,7 +206,7 @@ def to_metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
     """A line an image: its index in the split, label, prediction and the prediction's probability."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "label", "prediction", "probability"])
         columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import CommandError, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check, register
 from mnist_lightning.rundir.atomic import write_atomic
@@ -33,6 +33,7 @@ TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order d
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     quote_paths(["run", "checkpoint", "data_dir", "output"])
     run()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
 from mnist_lightning.rundir.find import find_checkpoint
@@ -24,6 +24,7 @@ register()
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     quote_paths(["images", "run", "checkpoint", "output"])
     run()
 
@@ -68,7 +69,7 @@ def predict(settings: Predict) -> int:
     failures = 0
     drawings: dict[str, Figure] = {}
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
-    with computing, (folder / "predictions.csv").open("w", newline="") as table:
+    with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(["file", "prediction", "probability", *(f"p({name})" for name in names)])
         for number, file in enumerate(files, start=1):

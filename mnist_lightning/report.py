@@ -1,7 +1,6 @@
 """Tell what came out of a sweep:  python -m mnist_lightning.report [run=<sweep folder>]"""
 
 import csv
-import fcntl
 import functools
 import io
 import logging
@@ -19,6 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from mnist_lightning import workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, check
 from mnist_lightning.rundir.atomic import write_atomic
@@ -46,6 +46,7 @@ ConfigStore.instance().store(name="report_schema", node=Report, provider="mnist_
 
 
 def main() -> None:
+    workarounds.share_config_store()
     quote_paths(["run"])
     run()
 
@@ -94,8 +95,9 @@ def write_tables(folder: Path) -> Sweep:
     Raises:
         OSError: the sweep's folder can't be read or written.
     """
-    with (folder / ".report.lock").open("w") as lock:  # jobs of other processes write it too
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    from filelock import FileLock
+
+    with FileLock(folder / ".report.lock"):  # jobs of other processes write it too
         sweep = read_sweep(folder)
         write_atomic(folder / "results.csv", format_csv(sweep).encode())
         write_atomic(folder / "report.md", format_markdown(sweep).encode())
@@ -339,7 +341,7 @@ def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
     """Epochs, from 1, and the metric's value after each; empty where none were logged."""
     epochs, values = [], []
     try:
-        with (job.folder / "csv" / "metrics.csv").open(newline="") as file:
+        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row.get(metric):
                     epochs.append(int(row["epoch"]))

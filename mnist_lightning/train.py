@@ -3,11 +3,9 @@
 import functools
 import json
 import logging
-import os
 import platform
 import shlex
 import subprocess
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mnist_lightning import __version__, threads
+from mnist_lightning import __version__, threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir import signals
@@ -44,6 +42,7 @@ Metrics = dict[str, float | int | str | None]
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     signals.install()
     with compact_errors():
         rewrite_arguments()
@@ -99,8 +98,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.network import IMAGE_SHAPE
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
-    quiet()
-    skip_device_probe()
+    workarounds.quiet_lightning()
+    workarounds.skip_device_probe()
+    workarounds.quiet_tensorboard()
     L.seed_everything(settings.seed, workers=True, verbose=False)
     data, model = settings.data, settings.model
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
@@ -205,33 +205,6 @@ def make_loggers(settings: Train, purge_step: int | None) -> "list[L.pytorch.log
         if purge_step is not None and str(logger["_target_"]).endswith(("CSVLogger", "TensorBoardLogger")):
             logger["purge_step"] = purge_step
     return [instantiate(logger) for logger in loggers]
-
-
-def quiet() -> None:
-    """Silence what Lightning says of things that are meant to be as they are."""
-    logging.getLogger("lightning").handlers.clear()  # Hydra's console handler prints them already
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(package).handlers.clear()
-        logging.getLogger(package).setLevel(logging.WARNING)  # devices, tips, "fit stopped"
-    for message in (
-        r".*does not have many workers",  # the images are in memory
-        r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
-        r".*your dataloader is not resumable",  # its sampler is
-        r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def skip_device_probe() -> None:
-    """Without a GPU, keep torch from looking for one in every optimizer step.
-
-    Importing Lightning sets this variable, and torch's optimizers then load NVIDIA's library anew
-    each time they step: 0.13 ms with torch 2.15, a tenth of a small net's step.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
 @contextmanager

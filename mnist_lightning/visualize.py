@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check, register
 
@@ -24,6 +24,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 def main() -> None:
     threads.wait_passively()
+    workarounds.share_config_store()
     quote_paths(["data.data_dir", "output"])
     run()
 

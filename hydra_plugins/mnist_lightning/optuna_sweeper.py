@@ -161,7 +161,7 @@ class OptunaSweeper(GridSweeper):
             "id": trial._trial_id,
             "overrides": job,
         }
-        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n")
+        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
         """This sweep's trials that an interruption has left running, to go on with."""
@@ -171,7 +171,7 @@ class OptunaSweeper(GridSweeper):
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
             file = self.sweep_dir / str(frozen.number) / TRIAL
             if file.is_file():
-                saved = json.loads(file.read_text())
+                saved = json.loads(file.read_text(encoding="utf-8"))
                 self.trials[frozen.number] = Trial(study, saved["id"])
                 if self.is_finished(frozen.number):
                     self.tell(study, frozen.number)

@@ -36,7 +36,7 @@ class Pruning(Callback):
             return
         import optuna
 
-        saved = json.loads(self.file.read_text())
+        saved = json.loads(self.file.read_text(encoding="utf-8"))
         study = optuna.load_study(
             study_name=saved["study_name"], storage=open_storage(saved["storage"]), pruner=self.pruner
         )

@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,15 +56,6 @@ class Forgiving:
         with self.forgiving():
             if not self.failed:
                 super().finalize(status)  # type: ignore[misc]
-
-
-def _hush(told: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writing thread prints a traceback and gives the error to the next write as well."""
-    if "_AsyncWriterThread" not in type(told.thread).__name__:
-        threading.__excepthook__(told)
-
-
-threading.excepthook = _hush
 
 
 class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
@@ -136,7 +126,7 @@ class AppendingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if rows:
             self._kept_keys = list(rows[0])
@@ -145,7 +135,7 @@ class AppendingWriter(ExperimentWriter):
             self._write_all([row for row in whole if int(row["step"]) <= last], self._kept_keys)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with Path(self.metrics_file_path).open(newline="") as file:
+        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
             self._write_all(list(csv.DictReader(file)), fieldnames)
 
     def _write_all(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:

@@ -118,7 +118,7 @@ def check_resumption(settings: Train) -> None:
         )
     report = folder / "metrics.json"
     if report.is_file():
-        done = json.loads(report.read_text())["epochs"]
+        done = json.loads(report.read_text(encoding="utf-8"))["epochs"]
         if epochs == old_epochs or (epochs != -1 and epochs <= done):
             print(f"{folder} has finished: {done} epochs; nothing to do")
             sys.exit(0)

@@ -24,9 +24,11 @@ def install() -> None:
     global _requeue
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
     requeueing = signal.Signals["SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")]
     handler = signal.getsignal(requeueing)
-    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler) and handler is not _handle:
+    if callable(handler) and handler is not _handle:
         _requeue = handler
         signal.signal(requeueing, _handle)
 

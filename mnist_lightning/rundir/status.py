@@ -1,8 +1,6 @@
 """What became of a run: ``status.json`` in its folder."""
 
 import contextlib
-import fcntl
-import itertools
 import json
 import os
 import sys
@@ -18,7 +16,8 @@ from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
 
-FILE = "status.json"
+FILE, LOCK = "status.json", ".lock"
+GLANCE = 0.02  # seconds that a look at a lock may hold it
 Metrics = dict[str, float]
 
 
@@ -103,7 +102,10 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
             if not in_sweep or status.state == "interrupted":
                 raise
             if isinstance(error, SystemExit):
-                with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
+                with (
+                    contextlib.suppress(OSError),
+                    (run_dir / "train.log").open("a", encoding="utf-8") as file,
+                ):
                     traceback.print_exc(file=file)
             forget(error)
         finally:
@@ -146,55 +148,38 @@ def is_main_process() -> bool:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a folder for as long as this process lives at most: the system lets go of it by itself.
 
+    A forked child (a sweep's worker, a loader's) does not inherit it: filelock closes the child's copies, so
+    that a folder is free as soon as the process that held it is gone.
+
     Raises:
         CommandError: another process holds it.
     """
+    from filelock import FileLock, Timeout
+
+    mutex = FileLock(folder / LOCK, timeout=GLANCE * 10, poll_interval=GLANCE, thread_local=False)
     try:
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        mutex.acquire()
+    except Timeout as error:
+        raise CommandError(f"another process is at work in {folder}") from error
     except OSError:  # a full disk: see track
         yield
         return
-    _held.add(handle)
     try:
-        for attempt in itertools.count():
-            if grab(handle, fcntl.LOCK_EX):
-                break
-            if attempt == 10:  # a glance of is_locked is over long ago
-                raise CommandError(f"another process is at work in {folder}")
-            time.sleep(0.02)
         yield
     finally:
-        _held.discard(handle)
-        os.close(handle)
-
-
-_held: set[int] = set()  # file descriptors of locks
-
-
-def _let_go() -> None:
-    """In a forked child: loader workers outlive a killed parent by seconds, and must not hold its lock."""
-    for handle in _held:
-        os.close(handle)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
+        mutex.release()
 
 
 def is_locked(folder: Path) -> bool:
-    try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
+    """Whether a process holds a folder; False also where that can't be found out."""
+    if not (folder / LOCK).is_file():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:  # another process may look in the same moment
+        with FileLock(folder / LOCK, timeout=GLANCE, poll_interval=GLANCE / 4, thread_local=False):
+            return False
+    except Timeout:
+        return True
     except OSError:
         return False
-    try:
-        return not grab(handle, fcntl.LOCK_SH)
-    finally:
-        os.close(handle)
-
-
-def grab(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
