@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, ConfigError, check
+from mnist_lightning.settings_help import find_base, flatten, read_comments, show
 
 CONF = Path(CONF_DIR)
 REFERENCE = Path(__file__).with_name("reference.md")
@@ -159,13 +159,6 @@ def rank(path: Path, *, default: str | None) -> tuple[bool, bool, str]:
     return path.stem != default, find_base(path) is not None, path.stem
 
 
-def find_base(path: Path) -> Path | None:
-    """The file beside it that a choice builds upon."""
-    entries = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
-    bases = (path.with_name(f"{entry}.yaml") for entry in entries if isinstance(entry, str))
-    return next((base for base in bases if base.is_file()), None)
-
-
 def read_flat(path: Path) -> dict[str, Any]:
     """A YAML file's own settings, by dotted key."""
     content = yaml.load(path.read_text(), Loader) or {}
@@ -182,30 +175,6 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def read_comments(path: Path) -> dict[str, str]:
-    """The comment at the end of each key's line, by dotted key."""
-    base = find_base(path) if path.parent != CONF else None
-    comments = read_comments(base) if base else {}
-    parents: list[tuple[int, str]] = []
-    for line in path.read_text().splitlines():
-        match = re.match(r"( *)([\w.]+):( .*|$)", line)
-        if match:
-            indent = len(match[1])
-            parents = [(depth, key) for depth, key in parents if depth < indent] + [(indent, match[2])]
-            _, mark, comment = match[3].partition(" # ")
-            if mark:
-                comments[".".join(key for _, key in parents)] = comment.strip()
-    return comments
 
 
 def find_allowed(command: str, overrides: list[str], key: str) -> str:
@@ -239,13 +208,6 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def code(value: Any) -> str:
     return f"`{show(value)}`"
-
-
-def show(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(show, value))}]"
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_lightning.settings_help import describe_settings
+
 log = logging.getLogger(__name__)
 
 # in a wheel conf/ lies inside the package, in a checkout beside it
@@ -396,11 +398,12 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
-    ``${run_dir:}`` and ``${single_run:}`` to OmegaConf."""
+    ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("settings", lambda _root_: describe_settings(_root_), replace=True)
     OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 
 

@@ -1,0 +1,94 @@
+"""What each setting means, for ``--help`` and for docs/reference.md: the comment of its line in conf/."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+WIDTH = 110  # columns of a page of help
+COLUMN = 34  # of "key=value"; what is longer has a line of its own
+
+
+def describe_settings(config: DictConfig) -> str:
+    """Each setting of a command in a line: its key, its value, and the comment of its YAML line.
+
+    Args:
+        config: composed, with Hydra's own node, which names the files that were chosen.
+    """
+    comments = find_comments(config.hydra)
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    settings = dict(flatten(OmegaConf.to_container(own)))  # type: ignore[arg-type]
+    lines = []
+    for key, value in settings.items():
+        told = f"{key}={show(value)}"
+        comment = textwrap.wrap(comments.get(key, ""), WIDTH - COLUMN - 1)
+        if len(told) > COLUMN and comment:
+            lines.append(told)
+            told = ""
+        lines += [f"{told:{COLUMN}} {text}" if text else told for text in comment[:1] or [""]]
+        lines += [f"{'':{COLUMN}} {text}" for text in comment[1:]]
+    return "\n".join(lines).replace("$", "$$")  # Hydra fills in what follows a single one
+
+
+def find_comments(hydra: DictConfig) -> dict[str, str]:
+    """The comments of a command's own file and of the files that were chosen, by dotted key."""
+    folders = [
+        Path(unquote(source.path)) for source in hydra.runtime.config_sources if source.schema == "file"
+    ]
+    files = [("", hydra.job.config_name)]
+    for group, choice in hydra.runtime.choices.items():
+        if choice is not None and not group.startswith("hydra/"):
+            files.append((group.replace("/", ".") + ".", f"{group}/{choice}"))
+    comments: dict[str, str] = {}
+    for prefix, name in files:
+        path = next(
+            (folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None
+        )
+        if path is not None:
+            comments |= {prefix + key: comment for key, comment in read_comments(path).items()}
+    return comments
+
+
+def read_comments(path: Path) -> dict[str, str]:
+    """The comment at the end of each key's line, and of those in the file it builds upon, by dotted key."""
+    base = find_base(path)
+    comments = read_comments(base) if base else {}
+    parents: list[tuple[int, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"( *)([\w.]+):( .*|$)", line)
+        if match:
+            indent = len(match[1])
+            parents = [(depth, key) for depth, key in parents if depth < indent] + [(indent, match[2])]
+            _, mark, comment = match[3].partition(" # ")
+            if mark:
+                comments[".".join(key for _, key in parents)] = comment.strip()
+    return comments
+
+
+def find_base(path: Path) -> Path | None:
+    """The file beside it that a choice builds upon."""
+    entries = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    bases = (path.with_name(f"{entry}.yaml") for entry in entries if isinstance(entry, str))
+    return next((base for base in bases if base.is_file()), None)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted key and a value; an empty node is a value."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
