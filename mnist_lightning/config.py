@@ -33,6 +33,7 @@ DATASETS = ("mnist", "fashion_mnist", "kmnist")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
 NORMS = ("none", "batch", "layer")
 NUM_TRAINING_IMAGES = 60_000
+RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in its place
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
@@ -402,16 +403,9 @@ def register() -> None:
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
-    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)
     OmegaConf.register_new_resolver("settings", lambda _root_: describe_settings(_root_), replace=True)
     OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
-
-
-def _run_dir() -> str:
-    """The run's folder; a placeholder where a config is only looked at and there is no run."""
-    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
-        return "RUN_DIR"
-    return str(HydraConfig.get().runtime.output_dir)
 
 
 def _is_single_run() -> bool:

@@ -8,10 +8,10 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Train, check, register
+from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.resume import flatten, resume_job, rewrite_arguments
@@ -98,6 +98,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.network import IMAGE_SHAPE
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
+    settings = place(settings, run_dir)
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
@@ -121,17 +122,17 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     flops = threads.count_flops(classifier.net, IMAGE_SHAPE, data.batch_size)
     if settings.compile:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
-    newest, purge_step = None, None
+    newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
-        purge_step = checkpoint["global_step"] + 1
+        resumed_at = checkpoint["global_step"] + 1
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings)
     trainer: L.Trainer = instantiate(
         settings.trainer | ({} if data.val_size else {"limit_val_batches": 0}),
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        logger=make_loggers(settings, purge_step),
+        logger=make_loggers(settings, resumed_at),
         plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
         _convert_="all",
     )
@@ -145,8 +146,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
             last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
             last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
-        best = run_dir / "checkpoints" / BEST
-        ckpt_path = best if kept and best.exists() else None  # debug=fast_dev_run writes none
+        best = kept.folder / BEST if kept else None
+        ckpt_path = best if best and best.exists() else None  # debug=fast_dev_run writes none
         metrics: Metrics = {}
         evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
         for evaluate in evaluations:
@@ -173,6 +174,22 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     return metrics
 
 
+def place(settings: Train, run_dir: Path) -> Train:
+    """The settings, with the run's folder where the configs have ``${run_dir:}``."""
+
+    def put(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: put(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [put(inner) for inner in value]
+        if isinstance(value, str) and value.partition("/")[0] == RUN_DIR:
+            return str(run_dir) + value.removeprefix(RUN_DIR)
+        return value
+
+    groups = {group: put(getattr(settings, group)) for group in ("trainer", "callbacks", "logger")}
+    return replace(settings, **groups)
+
+
 def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
     """For the steps of each process of a run.
 
@@ -187,24 +204,29 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train) -> "list[L.Callback]":
     """The config's callbacks; without a validation split the last checkpoint is the best."""
+    from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
-    callbacks = {name: dict(callback) for name, callback in settings.callbacks.items() if callback}
-    if settings.data.val_size == 0:
-        for callback in callbacks.values():
-            if str(callback["_target_"]).endswith("Checkpoints"):
-                callback["monitor"] = None
-    made = [instantiate(callback) for callback in callbacks.values()]
+    made = [instantiate(callback) for callback in settings.callbacks.values() if callback]
+    for callback in made:
+        if isinstance(callback, Checkpoints) and settings.data.val_size == 0:
+            callback.monitor = None
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
-def make_loggers(settings: Train, purge_step: int | None) -> "list[L.pytorch.loggers.Logger]":
-    """The config's loggers; those of a resumed run drop their points from ``purge_step`` on."""
-    loggers = [dict(logger) for logger in settings.logger.values() if logger]
+def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.loggers.Logger]":
+    """The config's loggers.
+
+    Args:
+        resumed_at: the next step of a run that goes on; what ours have logged from there on is dropped.
+    """
+    from mnist_lightning.rundir.loggers import Forgiving
+
+    loggers = [instantiate(logger) for logger in settings.logger.values() if logger]
     for logger in loggers:
-        if purge_step is not None and str(logger["_target_"]).endswith(("CSVLogger", "TensorBoardLogger")):
-            logger["purge_step"] = purge_step
-    return [instantiate(logger) for logger in loggers]
+        if resumed_at is not None and isinstance(logger, Forgiving):
+            logger.resume_from(resumed_at)
+    return loggers
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What TensorBoard shows of a run besides its scalars."""
 
 import copy
+import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import lightning as L
 import torch
@@ -13,8 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
 from mnist_lightning.evaluation.scores import confusion_matrix
-from mnist_lightning.network import NUM_CLASSES, FeedForward
+from mnist_lightning.network import IMAGE_SHAPE, NUM_CLASSES, FeedForward
 from mnist_lightning.rundir.loggers import writing
+
+log = logging.getLogger(__name__)
 
 # TensorBoard reads the tags as regular expressions
 LAYOUT = {
@@ -58,19 +62,23 @@ class TensorBoardPictures(Callback):
             if writer is None:
                 return
             images, labels = _split(trainer, "train")
-            drawing = figures.digits(
-                images[:NUM_DIGITS].numpy(),
-                [str(label) for label in labels[:NUM_DIGITS].tolist()],
-                title=f"the first {NUM_DIGITS} training images",
-            )
-            _add(writer, "data/digits", drawing, step=0)
-            _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
-            weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
-            drawing = figures.first_layer(
-                weights[:NUM_UNITS].reshape(-1, 28, 28).numpy(),
-                title=f"first layer after training: {min(NUM_UNITS, len(weights))} of {len(weights)} units",
-            )
-            _add(writer, "net/first_layer", drawing, step=trainer.global_step)
+            with _left_out_if_it_does_not_fit("training images"):
+                drawing = figures.digits(
+                    images[:NUM_DIGITS].numpy(),
+                    [str(label) for label in labels[:NUM_DIGITS].tolist()],
+                    title=f"the first {NUM_DIGITS} training images",
+                )
+                _add(writer, "data/digits", drawing, step=0)
+            with _left_out_if_it_does_not_fit("graph of the net"):
+                _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
+            with _left_out_if_it_does_not_fit("first layer"):
+                weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
+                count = f"{min(NUM_UNITS, len(weights))} of {len(weights)} units"
+                drawing = figures.first_layer(
+                    weights[:NUM_UNITS].reshape(-1, *IMAGE_SHAPE).numpy(),
+                    title=f"first layer after training: {count}",
+                )
+                _add(writer, "net/first_layer", drawing, step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.VALIDATING:
@@ -79,14 +87,26 @@ class TensorBoardPictures(Callback):
             if writer is None:
                 return
             images, labels = _split(trainer, "val")
-            with torch.inference_mode():
-                probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
-            for tag, drawing in _draw_validation(images, labels, probabilities).items():
-                _add(writer, tag, drawing, step=trainer.global_step)
+            with _left_out_if_it_does_not_fit("confusion matrix and mistakes"):
+                with torch.inference_mode():
+                    probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
+                for tag, drawing in _draw_validation(images, labels, probabilities).items():
+                    _add(writer, tag, drawing, step=trainer.global_step)
             writer.flush()
 
     def _writing(self, trainer: L.Trainer) -> AbstractContextManager[SummaryWriter | None]:
         return writing(trainer) if self.enabled else nullcontext()
+
+
+@contextmanager
+def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
+    """A picture that somebody's own net or images do not fit is left out with a word; a run is not."""
+    try:
+        yield
+    except OSError:  # a failed write, which the logger tells
+        raise
+    except Exception as error:
+        log.warning("TensorBoard gets no %s: %s", what, " ".join(str(error).split())[:200])
 
 
 def _draw_validation(

@@ -26,11 +26,17 @@ class Forgiving:
 
     failed = False
 
+    def resume_from(self, step: int) -> None:
+        """Drop what was logged at this step and later ones; before anything is logged."""
+        raise NotImplementedError
+
     @contextmanager
     def forgiving(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: a file that is closed after a failure
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and "closed file" not in str(error):  # after a failed write
+                raise
             if not self.failed:
                 log.warning(
                     "%s can't be written: %s; training goes on without it", type(self).__name__, error
@@ -63,14 +69,14 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
     Args:
         save_dir: the run's folder.
-        purge_step: points of this step and later ones are dropped by TensorBoard; None keeps all.
     """
 
-    def __init__(self, *, save_dir: str, purge_step: int | None = None) -> None:
+    def __init__(self, *, save_dir: str) -> None:
         # The final metrics are written with the hyper-parameters at the end (train.py), not -1 at the start.
-        super().__init__(
-            save_dir, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step
-        )
+        super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
+
+    def resume_from(self, step: int) -> None:
+        self._kwargs["purge_step"] = step  # of the SummaryWriter that Lightning is about to make
 
     def save(self) -> None:
         """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
@@ -97,12 +103,14 @@ class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
 
     Args:
         save_dir: the run's folder.
-        purge_step: rows of this step and later ones are dropped at the start; None keeps all.
     """
 
-    def __init__(self, *, save_dir: str, purge_step: int | None = None) -> None:
+    def __init__(self, *, save_dir: str) -> None:
         super().__init__(save_dir, name="csv", version="")
-        self.purge_step = purge_step
+        self.purge_step: int | None = None
+
+    def resume_from(self, step: int) -> None:
+        self.purge_step = step
 
     @property
     @rank_zero_experiment
