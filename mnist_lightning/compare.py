@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
-from mnist_lightning.rundir.find import find_any
+from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.resume import flatten
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def compare(settings: Compare) -> None:
         OSError: the nets were not measured on the same images, a checkpoint or the data can't be read,
             or the output can't be written.
     """
-    paths = [find_any(name) for name in settings.runs]
+    paths = [find_checkpoint(name) for name in settings.runs]
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
     from mnist_lightning.evaluation.trained import check_same_images

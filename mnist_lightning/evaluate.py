@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
-from mnist_lightning.rundir.find import find_any, find_checkpoint
+from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def evaluate(settings: Evaluate) -> None:
         OSError: the checkpoint or the data can't be read, or the output can't be written.
     """
     paths = (
-        [find_any(name) for name in settings.runs]
+        [find_checkpoint(name) for name in settings.runs]
         if settings.runs
         else [find_checkpoint(settings.run, settings.checkpoint)]
     )

@@ -1,6 +1,5 @@
 """A trained net, read back from what its run left, and asked."""
 
-import contextlib
 import math
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule, is_whole
 from mnist_lightning.images.deform import Deformation
 from mnist_lightning.network import IMAGE_SHAPE
-from mnist_lightning.rundir.checkpoint import load
+from mnist_lightning.rundir.checkpoint import find_newest, load
 
 
 def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -31,9 +30,10 @@ def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
     try:
         checkpoint = load(path)
     except OSError as error:
-        other = find_other(path)
-        if other is None:
-            raise
+        try:
+            other, _ = find_newest(path.parent, told=False)
+        except OSError:
+            raise error from None
         raise OSError(
             f"{error}; another net is never taken in silence: checkpoint={shlex.quote(str(other))} is whole"
         ) from error
@@ -44,15 +44,6 @@ def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise OSError(f"{path} holds no net that can be rebuilt: {error}") from error
     return classifier.eval(), checkpoint
-
-
-def find_other(path: Path) -> Path | None:
-    """The valid checkpoint beside a damaged one that has seen the most steps."""
-    steps: dict[Path, int] = {}
-    for other in path.parent.glob("*.ckpt"):
-        with contextlib.suppress(OSError):
-            steps[other] = int(load(other)["global_step"])
-    return max(steps, key=lambda other: steps[other]) if steps else None
 
 
 def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None) -> Digits:

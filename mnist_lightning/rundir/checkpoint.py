@@ -82,10 +82,11 @@ def find_tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from find_tensors(inner)
 
 
-def find_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any]]:
     """The valid checkpoint in a folder that has seen the most steps, and its content.
 
-    Damaged ones are named in a warning.
+    Args:
+        told: name damaged ones in a warning.
 
     Raises:
         OSError: there is none.
@@ -95,7 +96,8 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             checkpoint = load(path)
         except OSError as error:
-            log.warning("%s; an older checkpoint is used if there is one", error)
+            if told:
+                log.warning("%s; an older checkpoint is used if there is one", error)
         else:
             valid.append((int(checkpoint["global_step"]), path, checkpoint))
     if not valid:

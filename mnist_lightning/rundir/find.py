@@ -39,30 +39,21 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
     )
 
 
-def find_any(name: str) -> Path:
-    """The checkpoint that a run's folder, "latest" or a checkpoint file's name stands for.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    return find_checkpoint(name, name if Path(name).expanduser().is_file() else None)
-
-
 def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
-    """The file to read: ``checkpoint`` itself, or the best of a run (the newest where none is best).
+    """The file to read: the best checkpoint of a run, the newest where none is best, or a file itself.
 
     Args:
-        run: a run folder or "latest".
+        run: a run folder, "latest", or a checkpoint file.
         checkpoint: a file, which goes before ``run``.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if checkpoint is not None:
-        path = Path(checkpoint).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"{checkpoint} is not a checkpoint: there is no such file")
+    path = Path(checkpoint or run).expanduser()
+    if path.is_file():
         return path
+    if checkpoint is not None:
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: there is no such file")
     folder = find_run(run) / "checkpoints"
     best = folder / "best.ckpt"
     if best.exists():
