@@ -178,7 +178,7 @@ def find_output(settings: Evaluate, checkpoint: Path) -> Path:
         return Path(settings.output).expanduser()
     if settings.runs:
         return Path("logs/evaluate") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}" / settings.split
-    if settings.checkpoint is None:
+    if settings.checkpoint is None and not Path(settings.run).expanduser().is_file():
         split = f"{settings.split}-tta{settings.tta}" if settings.tta else settings.split
         return checkpoint.parent.parent / "evaluation" / split
     return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split

@@ -67,7 +67,7 @@ def export(settings: Export) -> None:
         raise CommandError(f"the ONNX net differs from the PyTorch net by {difference:.1e}: not written")
     if settings.output is not None:
         target = Path(settings.output).expanduser()
-    elif settings.checkpoint is not None:
+    elif settings.checkpoint is not None or Path(settings.run).expanduser().is_file():
         target = path.with_suffix(".onnx")
     else:
         target = path.parent.parent / "model.onnx"
