@@ -1,0 +1,33 @@
+"""--help tells what the comments in conf/ tell."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from mnist_lightning.config import CONF_DIR
+from mnist_lightning.settings_help import read_comments
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare", "export", "visualize"])
+def test_help_tells_what_each_setting_means(name: str, command: Run, tmp_path: Path) -> None:
+    """Each line of conf/<command>.yaml, and of the choices that are in force, with its comment."""
+    needed = ["model.dropout=0.3", "optimizer=sgd"] if name == "train" else []
+    done = command(name, "--help", *needed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    files = {"": f"{name}.yaml"}
+    if name == "train":
+        files |= {
+            "model.": "model/mlp.yaml",
+            "optimizer.": "optimizer/sgd.yaml",
+            "trainer.": "trainer/default.yaml",
+        }
+        assert "model.dropout=0.3 probability, after each hidden layer's activation" in told
+        assert "optimizer.momentum=0.9" in told
+    for prefix, file in files.items():
+        comments = read_comments(Path(CONF_DIR) / file)
+        assert comments
+        for key, comment in comments.items():
+            assert f"{prefix}{key}=" in told or "." not in prefix + key, key
+            assert comment in told or key in ("monitor", "checkpoint"), comment
