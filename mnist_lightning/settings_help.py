@@ -26,14 +26,18 @@ def describe_settings(config: DictConfig) -> str:
     settings = dict(flatten(OmegaConf.to_container(own)))  # type: ignore[arg-type]
     lines = []
     for key, value in settings.items():
-        told = f"{key}={show(value)}"
-        comment = textwrap.wrap(comments.get(key, ""), WIDTH - COLUMN - 1)
-        if len(told) > COLUMN and comment:
-            lines.append(told)
-            told = ""
-        lines += [f"{told:{COLUMN}} {text}" if text else told for text in comment[:1] or [""]]
-        lines += [f"{'':{COLUMN}} {text}" for text in comment[1:]]
+        group = key.rpartition(".")[0]
+        if group in comments:  # what its keys have in common
+            lines += _line(f"{group}.", comments.pop(group))
+        lines += _line(f"{key}={show(value)}", comments.get(key, ""))
     return "\n".join(lines).replace("$", "$$")  # Hydra fills in what follows a single one
+
+
+def _line(setting: str, comment: str) -> list[str]:
+    """The comment beside the setting, or below it where it leaves no room."""
+    first, *more = textwrap.wrap(comment, WIDTH - COLUMN - 1) or [""]
+    beside = [setting, f"{'':{COLUMN}} {first}"] if len(setting) > COLUMN else [f"{setting:{COLUMN}} {first}"]
+    return [line.rstrip() for line in (*beside, *(f"{'':{COLUMN}} {text}" for text in more)) if line.strip()]
 
 
 def find_comments(hydra: DictConfig) -> dict[str, str]:
