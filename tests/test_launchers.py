@@ -17,8 +17,8 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from test_sweeps import FAULT, FAULTS, TINY, find_sweep, read_statuses
 
-from hydra_plugins.mnist_lightning.auto_launcher import AutoLauncher
-from hydra_plugins.mnist_lightning.processes_launcher import ProcessesLauncher, find_gpus
+from mnist_lightning.sweeps.auto import AutoLauncher
+from mnist_lightning.sweeps.processes import ProcessesLauncher, find_gpus
 from mnist_lightning import threads
 from mnist_lightning.checkpoint import load
 

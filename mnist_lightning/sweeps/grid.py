@@ -1,0 +1,285 @@
+"""Hydra's own sweeper, made careful: mistakes are told before the first job starts, one job's failure
+is its own, and the sweep ends with a report."""
+
+import contextlib
+import logging
+import pickle
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from mnist_lightning.cli import CommandError
+from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.resume import flatten
+from mnist_lightning.rundir.status import Status, lock, read
+from mnist_lightning.sweeps.auto import AutoLauncher
+from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
+
+log = logging.getLogger(__name__)
+
+Job = list[str]  # a job's overrides
+
+
+class RememberingLoader(ConfigLoaderImpl):
+    """Composes a job's config once.  A sweep needs it twice, to check all jobs before the first starts
+    and to run each, and composing is what costs most between two jobs.
+
+    Attributes:
+        composed: pickled configs of jobs that are checked and not yet run: 60 kB each, a tenth of
+            what the config itself takes.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.composed: dict[tuple[str, ...], bytes] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"composed": {}}  # a cluster's jobs are sent the loader, each with its own file
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        known = self.composed.pop(tuple(sweep_overrides), None)
+        if known is None:
+            return super().load_sweep_config(master_config, sweep_overrides)
+        config = pickle.loads(known)
+        assert isinstance(config, DictConfig)
+        return config
+
+    def remember(self, overrides: Sequence[str], config: DictConfig) -> None:
+        self.composed[tuple(overrides)] = pickle.dumps(config)
+
+
+class GridSweeper(BasicSweeper):
+    """Every combination of the swept values, each checked before the first job starts."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.lost: list[str] = []  # jobs whose folder can't hold a status
+        self.resumed = (self.sweep_dir / MULTIRUN).is_file()
+        self.loader = RememberingLoader(hydra_context.config_loader.get_search_path())
+        hydra_context = HydraContext(config_loader=self.loader, callbacks=hydra_context.callbacks)
+        with _no_empty_folder(self.sweep_dir):
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """
+        Raises:
+            ConfigError: a job's settings are wrong; no job has started.
+            SystemExit: jobs failed, all others have finished; or Ctrl-C (130) or SIGTERM (143).
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        with _no_empty_folder(self.sweep_dir):
+            self.prepare(arguments)
+        with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
+            remove_leftovers(self.sweep_dir, age=LONG_LEFT)
+            if not self.resumed:
+                OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
+            returns = self.launch_all()
+        self.hydra_context.callbacks.on_multirun_end(config=self.config)
+        self.finish()
+        return returns
+
+    def prepare(self, arguments: list[str]) -> None:
+        """Know the jobs, and check them all.
+
+        Raises:
+            ConfigError: a job's settings are wrong, or are not those of the sweep to go on with.
+        """
+        assert self.hydra_context is not None
+        assert self.config is not None
+        if self.resumed:
+            check_same(self.sweep_dir, self.config)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (self.jobs,) = self.split_arguments(overrides, None)
+        self.check_jobs(self.jobs)
+
+    def check_jobs(self, jobs: Sequence[Job]) -> None:
+        assert self.config is not None
+        start = time.monotonic()
+        settings = {tuple(o for o in job if not o.startswith(f"{SEED}=")) for job in jobs}
+        for number, overrides in enumerate(jobs):
+            cfg = self.loader.load_sweep_config(self.config, overrides)
+            check_job(cfg, overrides, compared=len(settings) > 1)
+            self.loader.remember(overrides, cfg)
+            if time.monotonic() - start > 2:
+                start = time.monotonic()
+                log.info("checked the settings of %d of %d jobs", number + 1, len(jobs))
+
+    def launch_all(self) -> list[JobReturn]:
+        numbered = [(number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number)]
+        if len(numbered) < len(self.jobs):
+            log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
+        size = self.max_batch_size or len(self.jobs)
+        returns: list[JobReturn] = []
+        for start in range(0, len(numbered), size):
+            returns += self.launch(numbered[start : start + size])
+        return returns
+
+    def is_finished(self, number: int) -> bool:
+        """
+        Raises:
+            SystemExit: the job is running, in a process that outlives its sweep.
+        """
+        status = read(self.sweep_dir / str(number))
+        if status is None:
+            return False
+        if status.state == "running":
+            sys.exit(f"job {number} of {self.sweep_dir} is still running: wait until it has ended")
+        return status.state in ("completed", "pruned")
+
+    def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
+        """Run jobs, each in the folder of its number."""
+        assert self.launcher is not None
+        launcher = self.launcher
+        if isinstance(launcher, AutoLauncher):
+            launcher = launcher.choose(len(jobs))
+        if isinstance(launcher, BasicLauncher) and len(jobs) > 1:
+            # one at a time, so that a folder that can't be written fails only its own job
+            return [job_return for job in jobs for job_return in self.launch([job])]
+        first = jobs[0][0]
+        overrides = [
+            # a launcher counts upwards by itself
+            job if number == first + position else [*job, f"hydra.sweep.subdir={number}"]
+            for position, (number, job) in enumerate(jobs)
+        ]
+        try:
+            returns = launcher.launch(overrides, initial_job_idx=first)
+        except OSError as error:
+            if len(jobs) > 1:
+                raise
+            returns = [JobReturn(overrides=jobs[0][1], status=JobStatus.FAILED)]
+            returns[0].return_value = CommandError(str(error))
+        except Exception as error:
+            if not type(error).__module__.startswith("submitit."):
+                raise
+            raised = type(error).__name__ == "FailedJobError"  # its message ends with the job's traceback
+            told = str(error).rstrip("- \n").splitlines()[-1] if raised else "its process is gone"
+            sys.exit(
+                f"a job has ended without a word ({told}); the others go on by"
+                " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
+                f" resume={shlex.quote(str(self.sweep_dir))}\ntakes up what is left"
+            )
+        for (number, job), job_return in zip(jobs, returns, strict=True):
+            self.note_lost(number, job, job_return)
+        return returns
+
+    def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
+        """A job that ended before it could leave a status, killed or without a folder, has failed."""
+        job_dir = self.sweep_dir / str(number)
+        if read(job_dir) is None:
+            error = getattr(job_return, "_return_value", None)
+            status = Status(state="failed", error=str(error or "left no status"), overrides=job)
+            log.error("job %3d failed  %s", number, status.error)
+            try:
+                status.write(job_dir)
+            except OSError:
+                self.lost.append(str(number))
+
+    def finish(self) -> None:
+        """Write the report, show the top of its table.
+
+        Raises:
+            SystemExit: jobs failed.
+        """
+        from mnist_lightning.report import summarize, write_report
+
+        sweep = write_report(self.sweep_dir)
+        print(summarize(sweep), flush=True)
+        names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
+        if names:
+            count = len(sweep.jobs) + len(self.lost)
+            sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
+
+
+def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> None:
+    """
+    Args:
+        compared: the sweep has other settings too, and not only other seeds.
+
+    Raises:
+        ConfigError: the job's settings are wrong, or can't be part of a sweep.
+    """
+    try:
+        settings = check(cfg, Train)
+    except ConfigError as error:
+        raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
+    trainer = settings.trainer
+    if trainer.get("devices", 1) != 1 or "ddp" in str(trainer.get("strategy")):
+        raise ConfigError(
+            "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
+            " start such runs one by one"
+        )
+    if settings.data.val_size == 0 and compared:
+        raise ConfigError(
+            f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
+            " validation split: set data.val_size=5000, or let nothing but the seed vary"
+        )
+
+
+def check_same(sweep_dir: Path, config: DictConfig) -> None:
+    """
+    Raises:
+        ConfigError: the folder holds a sweep with other settings.
+    """
+    saved = read_multirun(sweep_dir)
+    before = saved["hydra"]["overrides"]["task"], {k: v for k, v in saved.items() if k != "hydra"}
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    now = list(config.hydra.overrides.task), OmegaConf.to_container(own)
+    params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
+    changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
+    changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]
+    changed += [f"{argument} is missing" for argument in before[0] if argument not in now[0]]
+    old, new = flatten(before[1]), flatten(now[1])
+    changed += [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"the sweep in {sweep_dir} has other settings ({'; '.join(changed)})")
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A sweep that never begins leaves no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+@contextmanager
+def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the sweep and not just the job; what it has is reported."""
+    try:
+        yield
+    except SystemExit:
+        if signals.received():
+            from mnist_lightning.report import write_tables
+
+            with contextlib.suppress(OSError):
+                write_tables(sweep_dir)
+            folder = shlex.quote(str(sweep_dir))
+            print(
+                f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
+                file=sys.stderr,
+            )
+        raise

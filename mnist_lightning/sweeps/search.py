@@ -1,0 +1,236 @@
+"""``-m search=…``: let Optuna choose the settings, one trial after the other."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from mnist_lightning.config import ConfigError
+from mnist_lightning.rundir.status import read
+from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
+from mnist_lightning.sweeps.processes import ProcessesLauncher
+from mnist_lightning.sweeps.study import TRIAL, open_storage
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+
+log = logging.getLogger(__name__)
+
+
+class OptunaSweeper(GridSweeper):
+    """Asks a study for each trial's settings and tells it what came out.
+
+    A trial's number is the name of its folder.  The study lies in a file beside them, or wherever
+    ``storage`` says: sweeps with one storage and one study name work on one study together.
+
+    Args:
+        n_trials: of the study in all, failed and pruned ones included.
+        n_jobs: trials at a time; None: one, so that each learns from all before it, or as many as
+            ``hydra/launcher=processes`` has workers.
+        storage: a journal file, or the URL of a database; None: ``optuna.journal`` in the sweep's folder.
+        study_name: within the storage.
+        seed: of the sampler; trial k is drawn with seed + k, so that a resumed search goes on as it
+            would have.
+        sampler: a ``_partial_`` that takes a seed.
+        params: search space, by key, as override values.
+    """
+
+    def __init__(
+        self,
+        n_trials: int,
+        n_jobs: int | None,
+        storage: str | None,
+        study_name: str,
+        seed: int,
+        sampler: DictConfig,
+        params: Mapping[str, str] | None,
+    ) -> None:
+        super().__init__(max_batch_size=None, params=dict(params or {}))
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
+        self.storage = storage
+        self.study_name = study_name
+        self.seed = seed
+        self.sampler = sampler
+        self.fixed: dict[str, str] = {}
+        self.space: dict[str, Override] = {}
+        self.trials: dict[int, Trial] = {}
+
+    def prepare(self, arguments: list[str]) -> None:
+        assert self.hydra_context is not None
+        assert self.config is not None
+        for key, number in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
+            if number is not None and number < 1:
+                raise ConfigError(f"hydra.sweeper.{key} must be >= 1, got {number}")
+        try:
+            import optuna  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "a search needs Optuna: pip install optuna, or mnist_lightning[search]"
+            ) from error
+        if self.resumed:
+            check_same(self.sweep_dir, self.config)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        for override in parser.parse_overrides([*self._parse_config(), *arguments]):
+            key = override.get_key_element()
+            self.space.pop(key, None)  # the command line comes after the YAML's
+            self.fixed.pop(key, None)
+            if override.is_sweep_override():
+                self.space[key] = override
+            else:
+                self.fixed[key] = override.get_value_element_as_str()
+        if not self.space:
+            raise ConfigError("nothing to search: give a key choice(), range() or interval() for its value")
+        self.check_jobs(list(self.examples()))
+
+    def examples(self) -> Iterator[Job]:
+        """Jobs with each value of each choice and both ends of each interval."""
+        values = {key: ends(override) for key, override in self.space.items()}
+        first = {key: texts[0] for key, texts in values.items()}
+        for key, texts in values.items():
+            for text in texts:
+                yield self.make_job(first | {key: text})
+
+    def make_job(self, values: Mapping[str, str]) -> Job:
+        return [f"{key}={value}" for key, value in (self.fixed | dict(values)).items()]
+
+    def launch_all(self) -> list[JobReturn]:
+        assert self.config is not None
+        study = self.open_study()
+        space = {key: to_distribution(override) for key, override in self.space.items()}
+        size = self.n_jobs or 1
+        if self.n_jobs is None and isinstance(self.launcher, ProcessesLauncher):
+            size = self.launcher.count_slots([self.config])
+        batch = self.find_unfinished(study)
+        returns: list[JobReturn] = []
+        while batch or (batch := self.ask(study, space, size)):
+            returns += self.launch(batch)
+            for number, _ in batch:
+                self.tell(study, number)
+            batch = []
+        return returns
+
+    def open_study(self) -> "Study":
+        import optuna
+
+        assert self.config is not None
+        if self.storage is None:
+            self.storage = str(self.sweep_dir.absolute() / "optuna.journal")
+        return optuna.create_study(
+            storage=open_storage(self.storage),
+            study_name=self.study_name,
+            direction="maximize" if self.config.monitor.mode == "max" else "minimize",
+            load_if_exists=True,
+        )
+
+    def ask(
+        self, study: "Study", space: "Mapping[str, BaseDistribution]", size: int
+    ) -> list[tuple[int, Job]]:
+        """Up to ``size`` new trials; none when the study has ``n_trials``."""
+        from optuna.trial import TrialState
+
+        batch: list[tuple[int, Job]] = []
+        while len(batch) < size and (count := len(study.get_trials(deepcopy=False))) < self.n_trials:
+            study.sampler = instantiate(self.sampler)(seed=self.seed + count)
+            trial = study.ask()
+            if trial.number >= self.n_trials:  # another sweep has asked in this very moment
+                study.tell(trial, state=TrialState.FAIL)
+                break
+            study.sampler = instantiate(self.sampler)(seed=self.seed + trial.number)
+            values = {key: suggest(trial, key, space[key]) for key in space}
+            job = self.make_job(values)
+            self.trials[trial.number] = trial
+            self.note_trial(trial, job)
+            batch.append((trial.number, job))
+        return batch
+
+    def note_trial(self, trial: "Trial", job: Job) -> None:
+        """Leave in a trial's folder what its process and a resumption need to know."""
+        job_dir = self.sweep_dir / str(trial.number)
+        job_dir.mkdir(exist_ok=True)
+        saved = {
+            "storage": self.storage,
+            "study_name": self.study_name,
+            "id": trial._trial_id,
+            "overrides": job,
+        }
+        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+    def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
+        """This sweep's trials that an interruption has left running, to go on with."""
+        from optuna.trial import Trial, TrialState
+
+        unfinished = []
+        for frozen in study.get_trials(states=[TrialState.RUNNING]):
+            file = self.sweep_dir / str(frozen.number) / TRIAL
+            if file.is_file():
+                saved = json.loads(file.read_text(encoding="utf-8"))
+                self.trials[frozen.number] = Trial(study, saved["id"])
+                if self.is_finished(frozen.number):
+                    self.tell(study, frozen.number)
+                else:
+                    unfinished.append((frozen.number, saved["overrides"]))
+        return unfinished
+
+    def tell(self, study: "Study", number: int) -> None:
+        """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
+        from optuna.trial import TrialState
+
+        assert self.config is not None
+        status = read(self.sweep_dir / str(number))
+        if status is not None and status.state == "completed":
+            study.tell(self.trials[number], status.metrics[self.config.monitor.metric])
+        elif status is not None and status.state == "pruned":
+            study.tell(self.trials[number], state=TrialState.PRUNED)
+        elif status is None or status.state == "failed":
+            self.trials[number].set_user_attr("error", status.error if status else "left no status")
+            study.tell(self.trials[number], state=TrialState.FAIL)
+
+
+def ends(override: Override) -> list[str]:
+    """The values of a choice or range, the two ends of an interval."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        return [str(sweep.start), str(sweep.end)]
+    return list(override.sweep_string_iterator())
+
+
+def to_distribution(override: Override) -> "BaseDistribution":
+    """Optuna's distribution for a swept value of Hydra's grammar.
+
+    ``choice(a, b)`` and ``a,b`` are categories; ``range`` and ``interval`` numbers, whole ones for
+    ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep: Any = override.value()
+    if override.is_interval_sweep():
+        kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
+        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
+    texts = list(override.sweep_string_iterator())
+    if override.is_range_sweep():
+        if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
+            return IntDistribution(int(min(texts, key=int)), int(max(texts, key=int)), step=abs(sweep.step))
+        numbers = [float(text) for text in texts]
+        return FloatDistribution(min(numbers), max(numbers), step=abs(sweep.step))
+    return CategoricalDistribution(texts)
+
+
+def suggest(trial: "Trial", key: str, distribution: "BaseDistribution") -> str:
+    """The text of a trial's value; numbers with a fraction have four digits, enough and readable."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return str(trial.suggest_categorical(key, distribution.choices))
+    options = {"log": distribution.log, "step": distribution.step}  # type: ignore[attr-defined]
+    if isinstance(distribution, IntDistribution):
+        return str(trial.suggest_int(key, distribution.low, distribution.high, **options))
+    low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
+    return f"{trial.suggest_float(key, low, high, **options):.4g}"
