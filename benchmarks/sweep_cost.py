@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from mnist_lightning.report import write_report, write_tables
 from mnist_lightning.rundir.status import Status, read
+from mnist_lightning.sweeps.report import write_report, write_tables
 
 
 def main() -> None:

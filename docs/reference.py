@@ -165,7 +165,7 @@ def read_flat(path: Path) -> dict[str, Any]:
     content.pop("defaults", None)
     if path.parent == CONF:
         content.pop("hydra", None)
-    return dict(flatten(content))
+    return flatten(content)
 
 
 class Loader(yaml.SafeLoader):

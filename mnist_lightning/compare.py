@@ -15,11 +15,11 @@ from mnist_lightning import threads, workarounds
 from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.rundir.find import find_checkpoint
-from mnist_lightning.rundir.resume import flatten
+from mnist_lightning.settings_help import flatten
 
 if TYPE_CHECKING:
     from mnist_lightning.data import Digits
-    from mnist_lightning.evaluate import Evaluation
+    from mnist_lightning.evaluation.scores import Evaluation
     from mnist_lightning.figures import Curve
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _letters(count: int) -> list[str]:
 
 
 def _load(name: str, path: Path, settings: Compare) -> Contestant:
-    from mnist_lightning.evaluate import score
+    from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         choose_threads,
         load_classifier,

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,46 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from mnist_lightning.evaluation.scores import Calibration, ClassScores
+    from mnist_lightning.evaluation.scores import Evaluation
 
 log = logging.getLogger(__name__)
 register()
 
 NUM_MISTAKES = 40  # on the sheet
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A net's predictions for N images of C classes, and their scores.
-
-    Attributes:
-        labels, predictions: (N,) int64.
-        probabilities: (N, C) float32.
-        confusion: (C, C) int64, rows are labels.
-        loss: mean cross-entropy, without label smoothing.
-    """
-
-    labels: "NDArray[np.int64]"
-    predictions: "NDArray[np.int64]"
-    probabilities: "NDArray[np.float32]"
-    confusion: "NDArray[np.int64]"
-    loss: float
-    accuracy: float
-    interval: tuple[float, float]
-    scores: "ClassScores"
-    calibration: "Calibration"
-
-    @property
-    def confidences(self) -> "NDArray[np.float32]":
-        """The probability of each prediction.  -> (N,) float32"""
-        highest: NDArray[np.float32] = self.probabilities.max(axis=1)
-        return highest
-
-    def worst(self, most: int) -> "NDArray[np.int64]":
-        """Indices of the misread images, the most confident first.  -> (at most ``most``,) int64"""
-        wrong = (self.labels != self.predictions).nonzero()[0]
-        chosen: NDArray[np.int64] = wrong[(-self.confidences[wrong]).argsort(kind="stable")][:most]
-        return chosen
 
 
 def main() -> None:
@@ -91,6 +56,7 @@ def evaluate(settings: Evaluate) -> None:
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
     from mnist_lightning.data import class_names
+    from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         average,
         check_same_images,
@@ -141,34 +107,6 @@ def evaluate(settings: Evaluate) -> None:
     print("  " + "  ".join(["metrics.json", "predictions.csv", *(path.name for path in written)]))
     if settings.show:
         figures.show(pictures.values())
-
-
-def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]") -> Evaluation:
-    """
-    Args:
-        labels: (N,) int64, N > 0.
-        log_probabilities: (N, C).
-    """
-    import numpy as np
-
-    from mnist_lightning.evaluation import scores
-
-    num_classes = log_probabilities.shape[1]
-    predictions = log_probabilities.argmax(axis=1)
-    probabilities = np.exp(log_probabilities)
-    hits = predictions == labels
-    confusion = scores.confusion_matrix(labels, predictions, num_classes)
-    return Evaluation(
-        labels=labels,
-        predictions=predictions,
-        probabilities=probabilities,
-        confusion=confusion,
-        loss=-float(log_probabilities[np.arange(len(labels)), labels].mean(dtype=float)),
-        accuracy=float(hits.mean()),
-        interval=scores.wilson_interval(int(hits.sum()), len(hits)),
-        scores=scores.class_scores(confusion),
-        calibration=scores.calibration(probabilities.max(axis=1), hits),
-    )
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:

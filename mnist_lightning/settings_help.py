@@ -3,7 +3,6 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,7 +22,7 @@ def describe_settings(config: DictConfig) -> str:
     """
     comments = find_comments(config.hydra)
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    settings = dict(flatten(OmegaConf.to_container(own)))  # type: ignore[arg-type]
+    settings = flatten(OmegaConf.to_container(own))
     lines = []
     for key, value in settings.items():
         group = key.rpartition(".")[0]
@@ -82,13 +81,15 @@ def find_base(path: Path) -> Path | None:
     return next((base for base in bases if base.is_file()), None)
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value; an empty node is a value."""
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"model.hidden": [256], …}``; an empty node is a value."""
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def show(value: Any) -> str:

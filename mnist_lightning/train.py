@@ -24,9 +24,11 @@ from mnist_lightning.cli import compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.resume import flatten, resume_job, rewrite_arguments
+from mnist_lightning.rundir.resume import resume_job
 from mnist_lightning.rundir.status import is_main_process, track
+from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
+from mnist_lightning.sweeps.resume import rewrite_arguments
 
 if TYPE_CHECKING:
     import lightning as L

@@ -122,3 +122,61 @@ def mcnemar(only_first: int, only_second: int) -> float:
         tail += ways_of_k
     ways: int = 2**total
     return min(1.0, 2 * tail / ways)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A net's predictions for N images of C classes, and their scores.
+
+    Attributes:
+        labels, predictions: (N,) int64.
+        probabilities: (N, C) float32.
+        confusion: (C, C) int64, rows are labels.
+        loss: mean cross-entropy, without label smoothing.
+    """
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    confusion: NDArray[np.int64]
+    loss: float
+    accuracy: float
+    interval: tuple[float, float]
+    scores: ClassScores
+    calibration: Calibration
+
+    @property
+    def confidences(self) -> NDArray[np.float32]:
+        """The probability of each prediction.  -> (N,) float32"""
+        highest: NDArray[np.float32] = self.probabilities.max(axis=1)
+        return highest
+
+    def worst(self, most: int) -> NDArray[np.int64]:
+        """Indices of the misread images, the most confident first.  -> (at most ``most``,) int64"""
+        wrong = (self.labels != self.predictions).nonzero()[0]
+        chosen: NDArray[np.int64] = wrong[(-self.confidences[wrong]).argsort(kind="stable")][:most]
+        return chosen
+
+
+def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]") -> Evaluation:
+    """
+    Args:
+        labels: (N,) int64, N > 0.
+        log_probabilities: (N, C).
+    """
+    num_classes = log_probabilities.shape[1]
+    predictions = log_probabilities.argmax(axis=1)
+    probabilities = np.exp(log_probabilities)
+    hits = predictions == labels
+    confusion = confusion_matrix(labels, predictions, num_classes)
+    return Evaluation(
+        labels=labels,
+        predictions=predictions,
+        probabilities=probabilities,
+        confusion=confusion,
+        loss=-float(log_probabilities[np.arange(len(labels)), labels].mean(dtype=float)),
+        accuracy=float(hits.mean()),
+        interval=wilson_interval(int(hits.sum()), len(hits)),
+        scores=class_scores(confusion),
+        calibration=calibration(probabilities.max(axis=1), hits),
+    )

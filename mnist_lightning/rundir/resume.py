@@ -10,7 +10,6 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -18,35 +17,28 @@ from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.status import read
-from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
+from mnist_lightning.settings_help import flatten
 
 KEY = "resume="
 # What decides the weights: a run can't go on with another value of these.
 FIXED = ("seed", "label_smoothing", "ema_decay", "monitor", "data", "model", "optimizer", "scheduler")
-SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FREE = ("data.data_dir", "data.num_workers")
 
 
-def rewrite_arguments() -> None:
-    """Where ``sys.argv`` says ``resume=``, make Hydra compose from the settings that the run left.
+def resume_run(name: str, arguments: list[str]) -> list[str]:
+    """The arguments that make Hydra compose from the settings that a run left.
 
     Raises:
         OSError: there is no such run, or it has no checkpoint.
     """
-    names = [argument for argument in sys.argv[1:] if argument.startswith(KEY)]
-    if not names or "--config-path" in sys.argv:  # the latter: a child process of a DDP run
-        return
-    if not {"-m", "--multirun"}.isdisjoint(sys.argv):
-        sys.argv[1:] = resume_sweep(names[-1].removeprefix(KEY), sys.argv[1:])
-        return
-    folder = find_run(names[-1].removeprefix(KEY)).absolute()
+    folder = find_run(name).absolute()
     number = len(list(folder.glob(".hydra/resume-*"))) + 1
     base = folder / ".hydra" / (f"resume-{number - 1}" if number > 1 else "")
     if not (base / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} can't be resumed: it has no .hydra/config.yaml")
-    sys.argv[1:] = [
+    return [
         *("--config-path", str(base), "--config-name", "config"),
-        *(argument for argument in sys.argv[1:] if not argument.startswith(KEY)),
+        *(argument for argument in arguments if not argument.startswith(KEY)),
         KEY + quote(str(folder)),
         f"hydra.run.dir={quote(str(folder))}",
         f"hydra.output_subdir=.hydra/resume-{number}",
@@ -54,29 +46,6 @@ def rewrite_arguments() -> None:
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
     ]
-
-
-def resume_sweep(name: str, arguments: list[str]) -> list[str]:
-    """The command line that goes on with a sweep: its own, with another launcher if one is given.
-
-    Raises:
-        OSError: there is no such sweep.
-        ConfigError: other settings are given beside it.
-    """
-    folder = find_sweep(name)
-    saved = own_overrides(read_multirun(folder))
-    values = split_overrides(saved)
-    for argument in arguments:
-        if argument in ("-m", "--multirun", *saved) or argument.startswith(KEY):
-            continue
-        key = argument.partition("=")[0]
-        if key == "hydra/launcher":
-            saved = [one for one in saved if not one.startswith(("hydra/launcher=", "hydra.launcher."))]
-        elif not key.startswith(SWEEP_FREE):
-            before = f"{key}={values[key]}" if key in values else f"no {key}"
-            raise ConfigError(f"{folder} can't be resumed with {argument}: its command has {before}")
-        saved = [*(one for one in saved if not one.startswith(f"{key}=")), argument]
-    return ["-m", *saved, f"hydra.sweep.dir={quote(str(folder))}"]
 
 
 def resume_job(job_dir: Path) -> str | None:
@@ -122,14 +91,3 @@ def check_resumption(settings: Train) -> None:
         if epochs == old_epochs or (epochs != -1 and epochs <= done):
             print(f"{folder} has finished: {done} epochs; nothing to do")
             sys.exit(0)
-
-
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"model.hidden": [256], …}``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -25,8 +25,8 @@ from mnist_lightning.cli import CommandError
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
-from mnist_lightning.rundir.resume import flatten
 from mnist_lightning.rundir.status import Status, lock, read
+from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
 
@@ -197,7 +197,7 @@ class GridSweeper(BasicSweeper):
         Raises:
             SystemExit: jobs failed.
         """
-        from mnist_lightning.report import summarize, write_report
+        from mnist_lightning.sweeps.report import summarize, write_report
 
         sweep = write_report(self.sweep_dir)
         print(summarize(sweep), flush=True)
@@ -273,7 +273,7 @@ def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
         yield
     except SystemExit:
         if signals.received():
-            from mnist_lightning.report import write_tables
+            from mnist_lightning.sweeps.report import write_tables
 
             with contextlib.suppress(OSError):
                 write_tables(sweep_dir)

@@ -284,7 +284,7 @@ class ProcessesLauncher(Launcher):
         return failure(error, task)
 
     def _tell(self, task: Task) -> None:
-        from mnist_lightning.report import tell_job
+        from mnist_lightning.sweeps.report import tell_job
 
         with contextlib.suppress(OSError):
             tell_job(task.job_dir)

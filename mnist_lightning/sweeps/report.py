@@ -1,0 +1,385 @@
+"""What came out of a sweep: results.csv, report.md, figures, and the top of the table for a terminal."""
+
+import csv
+import functools
+import io
+import logging
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
+
+if TYPE_CHECKING:
+    import numpy as np
+    from hydra.core.utils import JobReturn
+
+log = logging.getLogger(__name__)
+
+TOLD_APART = 0.05  # level of the paired tests
+MAX_HEAT_MAP_CELLS = 400
+MAX_FIGURES = 12
+
+
+class ReportEachJob(Callback):
+    """Rewrite a sweep's tables after each of its jobs, in the process that ran the job."""
+
+    def on_job_end(self, config: DictConfig, job_return: "JobReturn", **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            tell_job(Path(config.hydra.runtime.output_dir))
+
+
+def tell_job(job_dir: Path) -> None:
+    """Rewrite the tables of a job's sweep, and log the job in a line."""
+    sweep = write_tables(job_dir.parent)
+    for job in sweep.jobs:
+        if job.name == job_dir.name:
+            log.info("%s", tell(job, sweep))
+
+
+def tell(job: Job, sweep: Sweep) -> str:
+    """A job in a line: its number, state, value, time and settings."""
+    value = job.status.metrics.get(sweep.metric)
+    return "  ".join(
+        [
+            f"job {job.name:>3} {job.status.state:11}",
+            f"{sweep.metric} {show(sweep.metric, value)}" if value is not None else "",
+            f"{job.status.seconds:.1f} s",
+            " ".join(f"{key}={job.params[key]}" for key in sweep.varied if key in job.params),
+            job.status.error or "",
+        ]
+    ).rstrip()
+
+
+def write_tables(folder: Path) -> Sweep:
+    """Write ``results.csv`` and ``report.md`` anew, from what the jobs' folders hold now.
+
+    Raises:
+        OSError: the sweep's folder can't be read or written.
+    """
+    from filelock import FileLock
+
+    with FileLock(folder / ".report.lock"):  # jobs of other processes write it too
+        sweep = read_sweep(folder)
+        write_atomic(folder / "results.csv", format_csv(sweep).encode())
+        write_atomic(folder / "report.md", format_markdown(sweep).encode())
+    return sweep
+
+
+def write_report(folder: Path) -> Sweep:
+    """Tables and figures.
+
+    Raises:
+        OSError: the sweep's folder can't be read or written.
+    """
+    sweep = read_sweep(folder)
+    if sweep.settings:
+        draw(sweep, folder / "figures")
+    return write_tables(folder)
+
+
+def format_csv(sweep: Sweep) -> str:
+    """One row a job: folder, state, what varied, metrics, time, error."""
+    metrics = dict.fromkeys(name for job in sweep.jobs for name in job.status.metrics)
+    names = sorted(set(metrics) - set(sweep.varied), key=lambda name: (name != sweep.metric, name))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", "state", *sweep.varied, *names, "seconds", "error"])
+    for job in sweep.jobs:
+        status = job.status
+        params = [job.params.get(key, "") for key in sweep.varied]
+        values = [status.metrics.get(name, "") for name in names]
+        writer.writerow([job.name, status.state, *params, *values, status.seconds, status.error or ""])
+    return text.getvalue()
+
+
+def format_markdown(sweep: Sweep) -> str:
+    states = [job.status.state for job in sweep.jobs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    lines = [
+        f"# Sweep {sweep.folder.name}",
+        "",
+        *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
+        f"{len(states)} jobs: {counts}.",
+        "",
+    ]
+    if sweep.settings:
+        p_values = compare_with_winner(sweep)
+        lines += format_settings(sweep, p_values)
+        lines += format_winner(sweep, p_values)
+    elif together := evaluate_together(sweep):
+        lines += [
+            "There are no validation images (data.val_size=0): nothing to choose, and nothing is ranked."
+        ]
+        lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
+    lines += format_failures(sweep)
+    lines += format_time(sweep)
+    figures = sorted((sweep.folder / "figures").glob("*.png"))
+    if figures:
+        lines += ["## Figures", ""]
+        lines += [line for path in figures for line in (f"![{path.stem}](figures/{path.name})", "")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
+    keys = list(sweep.settings[0].params)
+    metric = sweep.metric + (" (%)" if sweep.metric.endswith("acc") else "")
+    header = ["", *keys, metric, "last epoch", "n", "seconds", "p"]
+    rows = [
+        [
+            str(rank),
+            *(f"`{value}`" if value else "–" for value in setting.params.values()),
+            show(sweep.metric, setting.mean, setting.std),
+            show(sweep.metric, setting.last),
+            str(len(setting.jobs)),
+            f"{sum(job.status.seconds for job in setting.jobs) / len(setting.jobs):.1f}",
+            "" if rank == 1 else "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
+        ]
+        for rank, (setting, p) in enumerate(zip(sweep.settings, p_values, strict=True), start=1)
+    ]
+    words = f"Mean{' ± standard deviation' if any(len(s.jobs) > 1 for s in sweep.settings) else ''}"
+    return [
+        "## Settings, the best first",
+        "",
+        *table(header, rows),
+        "",
+        f"{words} of the best epoch's {sweep.metric} on the validation images over n jobs that differ in"
+        " nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a difference in"
+        " accuracy as large as the one to the winner come from chance alone? (Exact paired sign-flip test"
+        " on the validation images, McNemar's test with one seed; Holm's correction for the number of"
+        " settings. It knows the images' chance, not that of other seeds.)",
+        "",
+    ]
+
+
+def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
+    winner = sweep.settings[0]
+    job = sweep.best_job(winner)
+    checkpoint = job.folder / "checkpoints" / "best.ckpt"
+    alike = [
+        setting
+        for setting, p in zip(sweep.settings[1:], p_values[1:], strict=True)
+        if p is not None and p >= TOLD_APART
+    ]
+    lines = [
+        "## The winner",
+        "",
+        f"{describe(winner)}: {sweep.metric} {show(sweep.metric, winner.mean, winner.std)}"
+        f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {job.name}'}.",
+        "",
+        f"- checkpoint: `{checkpoint}`",
+        "- the same net again:",
+        "",
+        *code(reproduce(job)),
+        "- the test images have not been read in this sweep. This is the one time to do so, with the"
+        " winner alone:",
+        "",
+        *code(f"python -m mnist_lightning.evaluate run={shlex.quote(str(job.folder))}"),
+    ]
+    if len(sweep.settings) > 1:
+        if alike:
+            lines += ["Can't be told apart from the winner (p ≥ 0.05):", ""]
+            lines += [f"- {describe(setting)}" for setting in alike]
+        elif all(p is not None for p in p_values[1:]):
+            lines += ["Every other setting is worse than the winner (p < 0.05)."]
+        lines += [""]
+    return lines
+
+
+def evaluate_together(sweep: Sweep) -> str | None:
+    """The command that averages the nets of a sweep over nothing but seeds; None with less than two."""
+    folders = [str(job.folder) for job in sweep.in_state("completed")]
+    if len(folders) < 2:
+        return None
+    return shlex.join(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
+
+
+def format_failures(sweep: Sweep) -> list[str]:
+    jobs = sweep.in_state("failed", "interrupted")
+    if not jobs:
+        return []
+    rows = [[job.name, job.status.state, f"`{settings(job)}`", job.status.error or ""] for job in jobs]
+    return [
+        "## Jobs that did not finish",
+        "",
+        *table(["job", "state", "settings", "error"], rows),
+        "",
+        "The full story is in each job's `train.log`. Run them again:",
+        "",
+        *code(f"python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}"),
+    ]
+
+
+def format_time(sweep: Sweep) -> list[str]:
+    if not sweep.jobs:
+        return []
+    total = sum(job.status.seconds for job in sweep.jobs)
+    begin = min(job.status.started for job in sweep.jobs)
+    end = max(job.status.started + job.status.seconds for job in sweep.jobs)
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
+    return [
+        "## Time",
+        "",
+        f"Started {started}, {end - begin:.0f} s from the first job's start to the last one's end;"
+        f" {total:.0f} s of jobs.",
+        "",
+    ]
+
+
+def compare_with_winner(sweep: Sweep) -> "list[float | None]":
+    """Holm-adjusted p-values of each setting against the first; None where there is nothing to compare."""
+    from mnist_lightning.evaluation.significance import holm, sign_flip
+
+    winner = read_correct(sweep.settings[0])
+    p_values: list[float | None] = [None]
+    for setting in sweep.settings[1:]:
+        other = read_correct(setting)
+        seeds = winner.keys() & other.keys()
+        if not seeds or any(winner[seed].shape != other[seed].shape for seed in seeds):
+            p_values.append(None)
+            continue
+        p_values.append(sign_flip(sum(winner[seed] - other[seed] for seed in seeds)))
+    known = [position for position, p in enumerate(p_values) if p is not None]
+    adjusted = holm([p for p in p_values if p is not None])
+    for position, p in zip(known, adjusted, strict=True):
+        p_values[position] = p
+    return p_values
+
+
+def read_correct(setting: Setting) -> "dict[str, np.ndarray]":
+    """By seed: (N,) int8 of the validation images, 1 where the net was right."""
+    correct = {}
+    for job in setting.jobs:
+        images = load_correct(job.folder / "val_correct.npy", job.status.started)
+        if images is not None:
+            correct[job.params.get(SEED, "")] = images
+    return correct
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
+def load_correct(path: Path, started: float) -> "np.ndarray | None":
+    import numpy as np
+
+    return np.unpackbits(np.load(path)).astype(np.int8) if path.is_file() else None
+
+
+def draw(sweep: Sweep, folder: Path) -> None:
+    """The metric against each varied parameter, a heat map for two, all learning curves."""
+    from mnist_lightning import figures
+
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    jobs = [job for setting in sweep.settings for job in setting.jobs]
+    jobs.sort(key=lambda job: job.status.metrics[sweep.metric], reverse=sweep.maximize)
+    values = [job.status.metrics[sweep.metric] for job in jobs]
+    keys = [
+        key
+        for key in sweep.settings[0].params
+        if len({setting.params[key] for setting in sweep.settings}) > 1
+    ]
+    pictures = {}
+    for key in keys[:MAX_FIGURES]:
+        settings_of_key = [job.params.get(key, "none") for job in jobs]
+        pictures[f"{key} {sweep.metric}"] = figures.draw_parameter(key, settings_of_key, sweep.metric, values)
+    if len(keys) == 2:
+        rows, columns = ([setting.params[key] or "none" for setting in sweep.settings] for key in keys)
+        if len(set(rows)) * len(set(columns)) <= MAX_HEAT_MAP_CELLS:
+            means = [setting.mean for setting in sweep.settings]
+            pictures["heat map"] = figures.draw_heat_map(keys[0], rows, keys[1], columns, sweep.metric, means)
+    curves = [
+        (f"{job.name}: {settings(job, sweep.varied)}", *curve)
+        for job in jobs
+        if (curve := read_curve(job, sweep.metric))[0]
+    ]
+    if curves:
+        pictures["learning curves"] = figures.draw_learning_curves(sweep.metric, curves)
+    for name, figure in pictures.items():
+        file = "".join(c if c.isalnum() else "_" for c in name)
+        figure.savefig(folder / f"{file}.png", dpi=120)
+
+
+def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
+    """Epochs, from 1, and the metric's value after each; empty where none were logged."""
+    epochs, values = [], []
+    try:
+        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get(metric):
+                    epochs.append(int(row["epoch"]))
+                    values.append(float(row[metric]))
+    except (OSError, ValueError, KeyError):
+        return [], []
+    return epochs, values
+
+
+def summarize(sweep: Sweep, top: int = 5) -> str:
+    """The top of the table, for a terminal, and what to type next."""
+    lines = [""]
+    if sweep.settings:
+        keys = list(sweep.settings[0].params)
+        header = ["", *keys, sweep.metric, "n"]
+        rows = [
+            [
+                str(rank),
+                *setting.params.values(),
+                show(sweep.metric, setting.mean, setting.std),
+                str(len(setting.jobs)),
+            ]
+            for rank, setting in enumerate(sweep.settings[:top], start=1)
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        if len(sweep.settings) > top:
+            lines.append(f"   … {len(sweep.settings) - top} more settings")
+    unfinished = sweep.in_state("failed", "interrupted")
+    for job in unfinished[:top]:
+        lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
+    if len(unfinished) > top:
+        lines.append(f"… {len(unfinished) - top} more jobs did not finish")
+    lines += ["", f"the report is in {sweep.folder / 'report.md'}", "", "next:"]
+    if unfinished:
+        lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
+    lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
+    if sweep.settings:
+        best = sweep.best_job(sweep.settings[0])
+        lines.append(f"  python -m mnist_lightning.evaluate run={shlex.quote(str(best.folder))}")
+    elif together := evaluate_together(sweep):
+        lines.append(f"  {together}")
+    return "\n".join(lines)
+
+
+def describe(setting: Setting) -> str:
+    words = " ".join(f"{key}={value}" for key, value in setting.params.items() if value)
+    return f"`{words}`" if words else "the only setting"
+
+
+def settings(job: Job, keys: Sequence[str] | None = None) -> str:
+    chosen = job.params if keys is None else {key: job.params[key] for key in keys if key in job.params}
+    return " ".join(f"{key}={value}" for key, value in chosen.items())
+
+
+def show(metric: str, mean: float, std: float = math.nan) -> str:
+    """Accuracies in percent."""
+    scale, digits = (100, 2) if metric.endswith("acc") else (1, 4)
+    spread = "" if math.isnan(std) else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells.insert(1, ["---"] * len(header))
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def code(command: str) -> list[str]:
+    return ["```bash", command, "```", ""]
