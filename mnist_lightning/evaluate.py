@@ -122,7 +122,7 @@ def find_output(settings: Evaluate, checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split
 
 
-def to_metrics(evaluation: Evaluation) -> dict[str, Any]:
+def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
     """What ``metrics.json`` holds: plain numbers, None where one is not defined."""
     per_class = {
         name: [None if math.isnan(value) else float(value) for value in getattr(evaluation.scores, name)]
@@ -142,7 +142,7 @@ def to_metrics(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def write_predictions(path: Path, evaluation: Evaluation) -> None:
+def write_predictions(path: Path, evaluation: "Evaluation") -> None:
     """A line an image: its index in the split, label, prediction and the prediction's probability."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -153,7 +153,7 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
 
 
 def draw(
-    evaluation: Evaluation, images: "NDArray[np.uint8]", names: list[str], title: str
+    evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str
 ) -> "dict[str, Figure]":
     from mnist_lightning import figures
 
@@ -182,7 +182,7 @@ def draw(
     }
 
 
-def tabulate(evaluation: Evaluation, names: list[str]) -> str:
+def tabulate(evaluation: "Evaluation", names: list[str]) -> str:
     """The scores as lines of text."""
     low, high = (100 * end for end in evaluation.interval)
     bins = len(evaluation.calibration.counts)
