@@ -1,0 +1,105 @@
+"""Who imports whom: downwards, without circles, and nothing heavy before the settings are checked."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "mnist_lightning"
+COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report"}
+HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
+# Nothing heavy at the top: commands import these before they know that the settings are right.
+LIGHT = COMMANDS | {
+    *("cli", "config", "settings_help", "threads", "workarounds"),
+    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.resume", "rundir.signals", "rundir.status"),
+    *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
+    *("sweeps.search", "sweeps.study", "evaluation.significance"),
+}
+# Of a package, or of a module beside them, the others that it may import.
+MAY_IMPORT = {
+    "settings_help": set(),
+    "workarounds": set(),
+    "threads": set(),
+    "config": {"settings_help"},
+    "images": set(),
+    "figures": set(),
+    "network": {"images"},
+    "data": {"images", "rundir"},
+    "classifier": {"network"},
+    "cli": {"rundir"},
+    "rundir": {"cli", "config", "settings_help", "threads"},
+    "evaluation": {"classifier", "data", "images", "network", "rundir", "threads"},
+    "callbacks": {"evaluation", "figures", "network", "rundir", "sweeps"},
+    "sweeps": {"cli", "config", "evaluation", "figures", "rundir", "settings_help", "threads"},
+}
+
+
+def find_modules() -> dict[str, Path]:
+    """By dotted name below the package."""
+    paths = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
+    return {".".join(relative.with_suffix("").parts): path for relative, path in paths.items()}
+
+
+MODULES = find_modules()
+
+
+def imports(path: Path, *, at_top: bool = False) -> set[str]:
+    """The modules that a file imports, those inside functions too; at_top: those at its top level only."""
+    tree = ast.parse(path.read_text())
+    names: set[str] = set()
+    for node in tree.body if at_top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            below = {name for name in whole if name.removeprefix("mnist_lightning.") in MODULES}
+            names |= below or {node.module}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    return {
+        name.removeprefix("mnist_lightning.") for name in imports(path) if name.startswith("mnist_lightning.")
+    }
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = {name: ours(path) - {name} for name, path in MODULES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(MODULES)
+
+
+def test_no_command_is_imported() -> None:
+    for name, path in MODULES.items():
+        assert not (ours(path) - {name}) & COMMANDS, name
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - COMMANDS))
+def test_imports_point_down(name: str) -> None:
+    place = name.split(".")[0]
+    assert {other.split(".")[0] for other in ours(MODULES[name])} <= MAY_IMPORT[place] | {place}
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
+    assert not {other.split(".")[0] for other in imports(MODULES[name], at_top=True)} & HEAVY
+
+
+def test_only_the_edge_knows_the_config() -> None:
+    knowing = {name for name, path in MODULES.items() if "config" in ours(path)}
+    edge = {
+        "rundir.claim",
+        "rundir.resume",
+        "sweeps.grid",
+        "sweeps.search",
+        "sweeps.processes",
+        "sweeps.resume",
+    }
+    assert knowing <= COMMANDS | edge
+
+
+def test_no_module_shadows_the_standard_library() -> None:
+    import sys
+
+    assert not {path.stem for path in PACKAGE.glob("*.py")} & sys.stdlib_module_names
