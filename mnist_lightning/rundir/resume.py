@@ -5,7 +5,9 @@ command line win.  The run's own ``.hydra/config.yaml`` is not touched; each res
 config beside it, in ``.hydra/resume-<number>/``.
 """
 
+import importlib.util
 import json
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -36,6 +38,12 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     base = folder / ".hydra" / (f"resume-{number - 1}" if number > 1 else "")
     if not (base / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} can't be resumed: it has no .hydra/config.yaml")
+    gone = find_gone((base / "config.yaml").read_text(encoding="utf-8"))
+    if gone:
+        raise ConfigError(
+            f"{folder} can't be resumed: it was trained by an earlier version of mnist_lightning, whose"
+            f" {gone[0]} is gone; evaluate, predict, compare and export still read it"
+        )
     return [
         *("--config-path", str(base), "--config-name", "config"),
         *(argument for argument in arguments if not argument.startswith(KEY)),
@@ -46,6 +54,20 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
     ]
+
+
+def find_gone(config: str) -> list[str]:
+    """The classes of this project that a saved config names and that are no longer where they were."""
+    names = re.findall(r"_target_: (mnist_lightning\.[\w.]+)$", config, re.M)
+    return [name for name in names if not is_module(name.rpartition(".")[0])]
+
+
+def is_module(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # nor is the package that it would lie in
+        return False
+    return spec is not None and spec.submodule_search_locations is None  # our packages hold no classes
 
 
 def resume_job(job_dir: Path) -> str | None:
