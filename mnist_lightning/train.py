@@ -129,7 +129,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
         resumed_at = checkpoint["global_step"] + 1
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
-    callbacks = make_callbacks(settings)
+    callbacks = make_callbacks(settings, run_dir)
     trainer: L.Trainer = instantiate(
         settings.trainer | ({} if data.val_size else {"limit_val_batches": 0}),
         callbacks=callbacks,
@@ -204,15 +204,20 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
     )
 
 
-def make_callbacks(settings: Train) -> "list[L.Callback]":
-    """The config's callbacks; without a validation split the last checkpoint is the best."""
+def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
+    """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
     made = [instantiate(callback) for callback in settings.callbacks.values() if callback]
-    for callback in made:
-        if isinstance(callback, Checkpoints) and settings.data.val_size == 0:
-            callback.monitor = None
+    for position, callback in enumerate(made):
+        if isinstance(callback, functools.partial) and callback.func is Checkpoints:
+            made[position] = callback(
+                dirpath=str(run_dir / "checkpoints"),
+                monitor=settings.monitor.metric if settings.data.val_size else None,  # else: the last
+                mode=settings.monitor.mode,
+                **asdict(settings.checkpoint),
+            )
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
