@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, give_up_roots_rights
+from conftest import Run
+from preloaded import give_up_roots_rights
 
 from mnist_lightning import data
 from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
