@@ -16,7 +16,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
-from processes import Fresh, Preloaded, Process
+from processes import HEAVY, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
@@ -73,7 +73,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[
 
 @pytest.fixture(scope="session")
 def preloaded(environment: dict[str, str]) -> Iterator[Preloaded]:
-    interpreter = Preloaded(environment)
+    interpreter = Preloaded(HEAVY, environment)
     yield interpreter
     assert interpreter.close() == "", "importing the heavy packages warns of nothing"
 

@@ -1,10 +1,10 @@
-"""Runs Python commands in forks of one process that has imported the heavy packages already.
+"""Runs Python commands in forks of one process that has imported other people's packages already.
 
-``python preloaded.py <descriptor>`` reads requests from that socket (see ``processes.Preloaded``, which
-writes them), forks for each, and answers with the child's id, later with its exit code.  The child is a
-process of its own that runs a module, a script or a piece of code as ``python`` does, to the end; it is
-spared only the seconds of imports.  Nothing of this project is imported before the fork, and nothing is
-computed: a fork must not inherit a pool of threads.
+``python preloaded.py <descriptor> <module> …`` imports these, reads requests from that socket (see
+``processes.Preloaded``, which writes them), forks for each, and answers with the child's id, later with its
+exit code.  The child is a process of its own that runs a module, a script or a piece of code as ``python``
+does, to the end; it is spared only the seconds of imports.  Nothing of this project is imported before the
+fork, and nothing is computed: a fork must not inherit a pool of threads.
 """
 
 import atexit
@@ -22,14 +22,6 @@ import sys
 import tempfile
 import types
 from typing import Any
-
-HEAVY = (
-    *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
-    *("torchmetrics.classification", "torch.utils.tensorboard", "torch.onnx", "onnxscript", "optuna"),
-    *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg", "PIL.Image"),
-    *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "tqdm", "zipfile", "xml.dom.minidom"),
-    *("hydra.core.override_parser.overrides_parser", "sqlalchemy", "submitit"),
-)
 
 
 def give_up_roots_rights() -> None:
@@ -106,13 +98,14 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
     added = request["env"].get("PYTHONPATH")
     sys.path[1:1] = added.split(os.pathsep) if added else []
     importlib.invalidate_caches()
-    import numpy as np
-    import torch
+    if "torch" in sys.modules:
+        import numpy as np
+        import torch
 
-    np.random.seed()
-    threads = int(request["env"].get("OMP_NUM_THREADS", os.cpu_count()))
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+        np.random.seed()
+        threads = int(request["env"].get("OMP_NUM_THREADS", os.cpu_count()))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
 
@@ -147,8 +140,8 @@ def leave() -> None:
 if __name__ == "__main__":
     this = sys.modules["__main__"]  # kept: its functions go on running
     atexit.register(leave)  # the first to be registered is the last to be called
-    for heavy in HEAVY:
-        importlib.import_module(heavy)
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
     assert not ours, ours
     gc.collect()

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 PRELOADED = Path(__file__).with_name("preloaded.py")
@@ -158,15 +158,27 @@ class Fork(Process):
         return int(line)
 
 
-class Preloaded:
-    """A process with torch, Lightning and other heavy packages imported, whose forks run commands."""
+LIGHT = (
+    *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "zipfile", "xml.dom.minidom"),
+    "hydra.core.override_parser.overrides_parser",
+)
+HEAVY = (
+    *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
+    *("torchmetrics.classification", "torch.utils.tensorboard", "torch.onnx", "onnxscript", "optuna"),
+    *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg", "PIL.Image"),
+    *(*LIGHT, "tqdm", "sqlalchemy", "submitit"),
+)
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+
+class Preloaded:
+    """A process with other people's packages imported, whose forks run commands."""
+
+    def __init__(self, modules: Iterable[str], env: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
         self._process = subprocess.Popen(
-            [sys.executable, str(PRELOADED), str(theirs.fileno())],
+            [sys.executable, str(PRELOADED), str(theirs.fileno()), *modules],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

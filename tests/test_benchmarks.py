@@ -151,17 +151,30 @@ def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) 
     assert all(one > 0 for (one,) in seconds.values())
 
 
-@pytest.mark.parametrize(
-    "groups", [("hidden",), pytest.param(("hidden", "threads", "processes"), marks=pytest.mark.slow)]
-)
-def test_scaling(
-    groups: tuple[str, ...], tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]
-) -> None:
+def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
+    """As test_scaling does with whole interpreters."""
+    from benchmarks.scaling import Run, make, tabulate
+
+    arguments = argparse.Namespace(data_dir=data_dir, epochs=1, steps=3)
+    run = make(arguments, "model.hidden=64", ["model.hidden=64"])
+    done = python("-m", "mnist_lightning.train", *run.args[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["num_parameters"] == 785 * 64 + 65 * 10
+    found = Run(metrics["epochs"] * run.keywords["images"], metrics["train_seconds"], 150.0)
+    assert found.images == 3 * 256
+    ((name, *cells),) = tabulate("hidden", {"model.hidden=64": [found]}, 100.0).rows
+    assert name == "model.hidden=64"
+    assert cells[-1] == "+50"
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "scaling.json"
     small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))
-    benchmark("scaling", *small, "--only", *groups, "--output", str(path))
+    benchmark("scaling", *small, "--only", "hidden", "threads", "processes", "--output", str(path))
     samples = results(path)["samples"]
-    assert samples.keys() == set(groups)
+    assert samples.keys() == {"hidden", "threads", "processes"}
     for group in samples.values():
         ((run,),) = group.values()
         assert run["images"] == 3 * 256

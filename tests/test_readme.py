@@ -97,7 +97,7 @@ def shorten(command: str) -> list[str]:
     if "resume=" in command or "--cfg" in arguments:
         return arguments
     short = list(SHORT)
-    if re.search(r"experiment=(record|strong)", command):  # test_train runs them at their full width
+    if re.search(r"experiment=(permutation|record|strong)", command):  # test_train runs their whole nets
         short.append("model.hidden=[64,64]")
     if "pictures" not in command and len(arguments) > 2:  # the plain command draws them
         short.append("callbacks.pictures.enabled=false")

@@ -120,7 +120,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
         "hydra.launcher.n_jobs=2",
         "seed=1,2,3",
         "+trainer.limit_train_batches=20,150",  # the first job is done long before the second
-        "trainer.max_epochs=6",
+        "trainer.max_epochs=4",
         "logger=csv",
         cwd=tmp_path,
     )
@@ -151,7 +151,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
 
     other = command("train", "-m", "resume=latest", "trainer.max_epochs=7", cwd=tmp_path)
     assert other.returncode != 0
-    assert "trainer.max_epochs=7: its command has trainer.max_epochs=6" in other.stderr
+    assert "trainer.max_epochs=7: its command has trainer.max_epochs=4" in other.stderr
 
     saved = (sweep / "multirun.yaml").read_bytes()
     done = command("train", "-m", "resume=latest", "hydra/launcher=basic", cwd=tmp_path)
@@ -170,7 +170,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
     for number in continued:  # the curve of an interrupted job is whole
         with (sweep / str(number) / "csv" / "metrics.csv").open() as file:
             epochs = [row["epoch"] for row in csv.DictReader(file) if row["val/acc"]]
-        assert epochs == ["1", "2", "3", "4", "5", "6"]
+        assert epochs == ["1", "2", "3", "4"]
 
     again = command("train", "-m", "resume=latest", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -199,9 +199,12 @@ def test_sigterm_ends_the_sweep(start: Start, tmp_path: Path, launcher: str) -> 
     assert "interrupted" in (sweep / "results.csv").read_text()
 
 
-def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launchers", [("processes",), pytest.param(("processes", "submitit_local"), marks=pytest.mark.slow)]
+)
+def test_launchers_give_the_same_metrics(launchers: tuple[str, ...], command: Run, tmp_path: Path) -> None:
     metrics = []
-    for launcher in ("basic", "processes", "submitit_local"):
+    for launcher in ("basic", *launchers):
         cwd = tmp_path / launcher
         cwd.mkdir()
         done = command(
@@ -220,7 +223,7 @@ def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
             del status["metrics"]["train_seconds"]
         metrics.append([statuses[number]["metrics"] for number in (0, 1)])
         assert len((find_sweep(cwd) / "results.csv").read_text().splitlines()) == 3
-    assert metrics[0] == metrics[1] == metrics[2]
+    assert all(one == metrics[0] for one in metrics)
 
 
 def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
@@ -230,7 +233,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     SIGKILL the sweep is resumed; at the end the weights are those of a job that nobody disturbed."""
     settings = (
         *("seed=1", "model.hidden=16", "model.dropout=0.2", "logger=none"),
-        *("trainer.max_epochs=8", "+trainer.limit_train_batches=150"),
+        *("trainer.max_epochs=6", "+trainer.limit_train_batches=100"),
     )
     basic = "hydra/launcher=basic"
     whole = command("train", "-m", *settings, basic, "hydra.sweep.dir=whole", cwd=tmp_path)
