@@ -1,54 +1,146 @@
-"""What the tests share: real commands in folders of their own, and one home for the unpacked data."""
+"""What the tests share: commands in folders of their own, a home for each worker's data, runs made once."""
 
-import ctypes
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the workers of pytest-xdist share the cores
+
+import json
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
+from processes import HEAVY, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
 REPOSITORY = Path(__file__).parent.parent
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., Process]
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of the subprocesses: a home of their own, so that the user's data folder is not touched."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of pytest-xdist see."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (folder / "shared").mkdir(exist_ok=True)
+    return folder / "shared"
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Once:
+    """``once("name", make)``: the folder that ``make`` has filled, once for all workers.
+
+    Tests only read there; whoever wants to change something copies it first.
+    """
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / f"{name}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt has left
+                folder.mkdir()
+                make(folder)
+                (shared / f"{name}.done").touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
+    """Of the processes: a home of their own, so that the user's data folder is not touched; one thread."""
+    import matplotlib
+
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA", "PL_", "COV"))}
-    return kept | {"HOME": str(tmp_path_factory.mktemp("home"))}
+    return kept | {
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "OMP_NUM_THREADS": "1",
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # listing the system's fonts anew would take seconds
+        "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes that import torch
+    }
 
 
 @pytest.fixture(scope="session")
-def command(environment: dict[str, str]) -> Run:
-    """``command("train", "model.hidden=64", cwd=folder)`` as a user types it."""
+def preloaded(environment: dict[str, str]) -> Iterator[Preloaded]:
+    interpreter = Preloaded(HEAVY, environment)
+    yield interpreter
+    assert interpreter.close() == "", "importing the heavy packages warns of nothing"
 
-    def run(name: str, *arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", f"mnist_lightning.{name}", *arguments],
-            cwd=cwd,
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+
+@pytest.fixture(scope="session")
+def python(preloaded: Preloaded, environment: dict[str, str]) -> Run:
+    """``python("-m", "mnist_lightning.train", cwd=folder, CXX="g++")``, in a fork of a process that has
+    imported the heavy packages; the last of these is a variable of its environment."""
+
+    def run(*arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
+        return preloaded.start(*arguments, cwd=cwd, env=environment | more).finish()
 
     return run
 
 
-def give_up_roots_rights() -> None:
-    """For ``preexec_fn``: the command that follows must heed permissions, even when root runs it."""
-    cap_dac_override, cap_dac_read_search, pr_capbset_drop = 1, 2, 24  # linux/capability.h, linux/prctl.h
-    for capability in (cap_dac_override, cap_dac_read_search):
-        ctypes.CDLL(None).prctl(pr_capbset_drop, capability, 0, 0, 0)
+@pytest.fixture(scope="session")
+def command(python: Run) -> Run:
+    """``command("train", "model.hidden=64", cwd=folder)`` as a user types it, in such a fork."""
+
+    def run(name: str, *arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
+        return python("-m", f"mnist_lightning.{name}", *arguments, cwd=cwd, **more)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fresh_command(environment: dict[str, str]) -> Run:
+    """The same in an interpreter of its own: where its start-up or what it imports is tested."""
+
+    def run(name: str, *arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
+        process = Fresh("-m", f"mnist_lightning.{name}", *arguments, cwd=cwd, env=environment | more)
+        return process.finish()
+
+    return run
+
+
+@pytest.fixture
+def start(preloaded: Preloaded, environment: dict[str, str]) -> Iterator[Start]:
+    """``start("train", "seed=1", cwd=folder)``: a command under way, in a fork that is a process of its
+    own or in a ``fresh`` interpreter; what is left of it at the end of the test is killed.  See
+    ``Preloaded.start`` for other options."""
+    started: list[Process] = []
+
+    def begin(
+        name: str,
+        *arguments: str,
+        cwd: Path,
+        fresh: bool = False,
+        heed_permissions: bool = False,
+        file_size: int | None = None,
+        **more: str,
+    ) -> Process:
+        whole, env = ("-m", f"mnist_lightning.{name}", *arguments), environment | more
+        if fresh:
+            started.append(Fresh(*whole, cwd=cwd, env=env))
+        else:
+            started.append(
+                preloaded.start(
+                    *whole, cwd=cwd, env=env, heed_permissions=heed_permissions, file_size=file_size
+                )
+            )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @dataclass
@@ -63,11 +155,14 @@ class DefaultRun:
 
 
 @pytest.fixture(scope="session")
-def default_run(command: Run, tmp_path_factory: pytest.TempPathFactory) -> DefaultRun:
-    cwd = tmp_path_factory.mktemp("default")
-    done = command("train", cwd=cwd)
+def default_run(fresh_command: Run, once: Once) -> DefaultRun:
+    def make(cwd: Path) -> None:
+        done = fresh_command("train", cwd=cwd)
+        (cwd.parent / "default.json").write_text(json.dumps([done.stdout, done.stderr, done.returncode]))
+
+    cwd = once("default", make)
     runs = list((cwd / "logs" / "train" / "runs").iterdir()) if (cwd / "logs").exists() else [cwd]
-    return DefaultRun(runs[0], cwd / "logs", done.stdout, done.stderr, done.returncode)
+    return DefaultRun(runs[0], cwd / "logs", *json.loads((cwd.parent / "default.json").read_text()))
 
 
 @pytest.fixture(scope="session")

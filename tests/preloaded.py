@@ -1,54 +1,156 @@
-"""Runs ``python -m`` commands in forks of one process that has imported the heavy packages already.
+"""Runs Python commands in forks of one process that has imported other people's packages already.
 
-Each line of its input is a command: {"argv": ["-m", module, …] or [script, …], "cwd": …, "path": [folders
-to be found first], "output": a file for stdout and stderr}.  It answers with the exit code.  The child is
-a process of its own that runs the module as ``python`` does, to the end; what it is spared is half a
-minute's worth of imports a dozen times over.  Nothing of this project is imported before the fork.
+``python preloaded.py <descriptor> <module> …`` imports these, reads requests from that socket (see
+``processes.Preloaded``, which writes them), forks for each, and answers with the child's id, later with its
+exit code.  The child is a process of its own that runs a module, a script or a piece of code as ``python``
+does, to the end; it is spared only the seconds of imports.  Nothing of this project is imported before the
+fork, and nothing is computed: a fork must not inherit a pool of threads.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
 import os
+import resource
 import runpy
+import selectors
+import signal
+import socket
 import sys
+import tempfile
+import types
 from typing import Any
 
-HEAVY = (
-    *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
-    *("torchmetrics.classification", "torch.utils.tensorboard", "matplotlib.figure", "optuna"),
-    *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "tqdm", "zipfile", "xml.dom.minidom"),
-    *("matplotlib.backends.backend_agg", "hydra.core.override_parser.overrides_parser"),
-)
+
+def give_up_roots_rights() -> None:
+    """From here on this process, and what it starts, heeds permissions, even when root runs it."""
+    cap_dac_override, cap_dac_read_search, pr_capbset_drop = 1, 2, 24  # linux/capability.h, linux/prctl.h
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    for capability in (cap_dac_override, cap_dac_read_search):
+        libc.prctl(pr_capbset_drop, capability, 0, 0, 0)
+        sets[0] &= ~(1 << capability)  # effective
+        sets[1] &= ~(1 << capability)  # permitted
+    libc.capset(header, sets)
 
 
-def wait() -> dict[str, Any]:
-    """Fork for each command; returns in the child."""
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            return request
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    sys.exit()
+def wait(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for each request, and tell each child's end.  Returns in the child only: what it is to run,
+    and the descriptors for its standard output and error."""
+    children: dict[int, int] = {}  # process id -> where its exit code is written
+    woken, waker = os.pipe()
+    for descriptor in (woken, waker):
+        os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the requests ends it
+    selector = selectors.DefaultSelector()
+    selector.register(requests, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    while True:
+        ready = {key.fileobj for key, _ in selector.select()}
+        if woken in ready:
+            os.read(woken, 4096)
+            for pid in list(children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    told = children.pop(pid)
+                    os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    os.close(told)
+        if requests in ready:
+            content, descriptors, _, _ = socket.recv_fds(requests, 2**20, 3)
+            if not content:
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            *output, told = descriptors
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                selector.close()
+                requests.close()
+                for descriptor in (woken, waker, told, *children.values()):
+                    os.close(descriptor)
+                return json.loads(content), output
+            children[pid] = told
+            os.write(told, f"{pid}\n".encode())
+            for descriptor in output:
+                os.close(descriptor)
+
+
+def prepare(request: dict[str, Any], output: list[int]) -> None:
+    """Make this child what a fresh interpreter in that folder, with those variables, would be."""
+    descriptors = (os.open(os.devnull, os.O_RDONLY), *output)
+    for descriptor, target in zip(descriptors, (0, 1, 2), strict=True):
+        os.dup2(descriptor, target)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if request["heed_permissions"]:
+        give_up_roots_rights()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    tempfile.tempdir = None  # TMPDIR may be another
+    added = request["env"].get("PYTHONPATH")
+    sys.path[1:1] = added.split(os.pathsep) if added else []
+    importlib.invalidate_caches()
+    if "torch" in sys.modules:
+        import numpy as np
+        import torch
+
+        np.random.seed()
+        threads = int(request["env"].get("OMP_NUM_THREADS", os.cpu_count()))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+
+
+def run(arguments: list[str]) -> None:
+    """``python <arguments>``, in a module ``__main__`` of its own."""
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if arguments[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = arguments[1:]
+        runpy._run_module_as_main(arguments[1])  # type: ignore[attr-defined]  # what python itself calls
+    elif arguments[0] == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+exit_code = 1  # of an uncaught exception
+
+
+def leave() -> None:
+    """What follows the exit handlers is spared too: taking apart all that was imported takes 2 s."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":
-    for heavy in HEAVY:
-        importlib.import_module(heavy)
+    this = sys.modules["__main__"]  # kept: its functions go on running
+    atexit.register(leave)  # the first to be registered is the last to be called
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
+    assert not ours, ours
+    gc.collect()
     gc.freeze()  # the children need not look through what was imported
-    request = wait()
-    atexit.register(gc.unfreeze)
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
-    os.chdir(request["cwd"])
-    argv = request["argv"]
-    sys.path[:1] = [*request["path"], request["cwd"] if argv[0] == "-m" else os.path.dirname(argv[0])]
-    if argv[0] == "-m":
-        sys.argv = argv[1:]
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
+    request, output = wait(socket.socket(fileno=int(sys.argv[1])))
+    prepare(request, output)
+    try:
+        run(request["arguments"])
+        exit_code = 0
+    except SystemExit as end:
+        exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise

@@ -1,14 +1,15 @@
 """The table of accuracies, from runs that really trained and evaluations that really read them."""
 
+import functools
 import json
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Run
+from conftest import REPOSITORY, Once, Run
 from PIL import Image
 
 from benchmarks import accuracy
@@ -24,18 +25,21 @@ SETTINGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def workplace(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def workplace(command: Run, once: Once, tmp_path: Path) -> Path:
     """Two seeds of a deformed training, and a run without deformations, in one folder."""
-    cwd = tmp_path_factory.mktemp("runs")
-    for name, arguments in (
-        ("a", (*SETTINGS, "seed=1")),
-        ("b", (*SETTINGS, "seed=2")),
-        ("plain", (*SETTINGS[1:], "data.val_size=4000")),
-    ):
-        done = command("train", *arguments, f"hydra.run.dir={name}", "logger=none", cwd=cwd)
-        assert done.returncode == 0, done.stderr
-    return cwd
+
+    def make(cwd: Path) -> None:
+        for name, arguments in (
+            ("a", (*SETTINGS, "seed=1")),
+            ("b", (*SETTINGS, "seed=2")),
+            ("plain", (*SETTINGS[1:], "data.val_size=4000")),
+        ):
+            done = command("train", *arguments, f"hydra.run.dir={name}", "logger=none", cwd=cwd)
+            assert done.returncode == 0, done.stderr
+
+    shutil.copytree(once("deformed", make), tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def read(path: Path) -> dict[str, float]:
@@ -91,18 +95,9 @@ def test_what_can_not_be_averaged_is_told_in_a_line(
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.fixture(scope="module")
-def tabulate(environment: dict[str, str]) -> Tabulate:
-    def tabulate(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "benchmarks.accuracy", *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    return tabulate
+@pytest.fixture
+def tabulate(python: Run) -> Tabulate:
+    return functools.partial(python, "-m", "benchmarks.accuracy", cwd=REPOSITORY)
 
 
 def test_the_table_comes_from_the_runs(workplace: Path, command: Run, tabulate: Tabulate) -> None:

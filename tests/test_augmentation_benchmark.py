@@ -1,22 +1,15 @@
 """The benchmark of the deformations, in its smallest form."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Run
 
 
-def test_it_measures_each_and_writes_what_it_prints(tmp_path: Path) -> None:
+def test_it_measures_each_and_writes_what_it_prints(tmp_path: Path, python: Run) -> None:
     output = tmp_path / "augmentation.json"
     arguments = ("--batch-size", "8", "--rounds", "2", "--output", str(output))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.augmentation", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-m", "benchmarks.augmentation", *arguments, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert {"ours", "torchvision v2, each image"} <= result["us_per_image"].keys()

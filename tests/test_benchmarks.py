@@ -1,30 +1,31 @@
 """Each benchmark in its smallest form: it runs, and it compares the same work.  No time is judged."""
 
+import argparse
 import json
-import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Run
 
 NAMES = ("step_overhead", "time_to_accuracy", "startup", "scaling", "report")
 
 
-def benchmark(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def benchmark(python: Run) -> Callable[..., str]:
+    """``benchmark("startup", "--pairs", "1")``: what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        done = python("-m", f"benchmarks.{name}", *arguments, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def results(path: Path) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def results(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help(name: str) -> None:
+def test_help(name: str, benchmark: Callable[..., str]) -> None:
     assert f"python -m benchmarks.{name}" in benchmark(name, "--help")
 
 
@@ -83,14 +84,33 @@ def test_progress_bar_is_drawn_while_it_is_measured() -> None:
     assert sys.stderr is before
 
 
-def test_step_overhead(tmp_path: Path, data_dir: Path) -> None:
+def test_step_overhead(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "step.json"
     arguments = ("--pairs", "1", "--steps", "3", "--batch-sizes", "64", "256", "--data-dir", str(data_dir))
     assert "batch 256: bare torch loop" in benchmark("step_overhead", *arguments, "--output", str(path))
     assert [len(table["rows"]) for table in results(path)["tables"]] == [5, 2]
 
 
-def test_time_to_accuracy(tmp_path: Path, data_dir: Path) -> None:
+def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir: Path, python: Run) -> None:
+    """Each command line of time_to_accuracy, in a process that has imported the heavy packages already."""
+    from benchmarks.time_to_accuracy import LOG, list_contestants
+
+    arguments = argparse.Namespace(data_dir=data_dir, steps=30, epochs=1, project=None)
+    contestants = list_contestants(arguments)
+    assert contestants.keys() == {"train", "the tutorial's loop", "bare torch loop"}
+    for number, command in enumerate(contestants.values()):
+        cwd = tmp_path / str(number)
+        cwd.mkdir()
+        began = time.time()
+        done = python(*command, cwd=cwd, PYTHONPATH=str(REPOSITORY))
+        assert done.returncode == 0, done.stderr
+        (line,) = [json.loads(line) for line in (cwd / LOG).read_text().splitlines()]
+        assert 0.1 < line["accuracy"] < 0.98
+        assert began < line["time"] < time.time()
+
+
+@pytest.mark.slow
+def test_time_to_accuracy(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "accuracy.json"
     arguments = ("--pairs", "1", "--steps", "30", "--epochs", "2", "--data-dir", str(data_dir))
     projects = ("--project", "", "--project", "optimizer.lr=0.002 model.hidden=64")
@@ -111,7 +131,19 @@ def test_reached_is_the_first_epoch_that_shows_it() -> None:
     assert [run.reached(level) for level in (0.95, 0.97, 0.98)] == [3.0, 5.0, float("inf")]
 
 
-def test_startup(tmp_path: Path, data_dir: Path) -> None:
+def test_first_step_is_stamped(tmp_path: Path, data_dir: Path, python: Run) -> None:
+    """As test_startup does with whole interpreters."""
+    from benchmarks.startup import STAMP, TRAIN
+
+    first_step = "+callbacks.first_step._target_=benchmarks.startup.FirstStep"
+    began = time.time()
+    done = python(*TRAIN, f"data.data_dir={data_dir}", first_step, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+    assert began < float((tmp_path / STAMP).read_text()) < time.time()
+
+
+@pytest.mark.slow
+def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "startup.json"
     benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
     seconds = results(path)["samples"]
@@ -119,7 +151,25 @@ def test_startup(tmp_path: Path, data_dir: Path) -> None:
     assert all(one > 0 for (one,) in seconds.values())
 
 
-def test_scaling(tmp_path: Path, data_dir: Path) -> None:
+def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
+    """As test_scaling does with whole interpreters."""
+    from benchmarks.scaling import Run, make, tabulate
+
+    arguments = argparse.Namespace(data_dir=data_dir, epochs=1, steps=3)
+    run = make(arguments, "model.hidden=64", ["model.hidden=64"])
+    done = python("-m", "mnist_lightning.train", *run.args[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["num_parameters"] == 785 * 64 + 65 * 10
+    found = Run(metrics["epochs"] * run.keywords["images"], metrics["train_seconds"], 150.0)
+    assert found.images == 3 * 256
+    ((name, *cells),) = tabulate("hidden", {"model.hidden=64": [found]}, 100.0).rows
+    assert name == "model.hidden=64"
+    assert cells[-1] == "+50"
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "scaling.json"
     small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))
     benchmark("scaling", *small, "--only", "hidden", "threads", "processes", "--output", str(path))
@@ -131,7 +181,7 @@ def test_scaling(tmp_path: Path, data_dir: Path) -> None:
         assert run["peak"] > 50
 
 
-def test_report_puts_the_tables_into_the_readme(tmp_path: Path) -> None:
+def test_report_puts_the_tables_into_the_readme(tmp_path: Path, benchmark: Callable[..., str]) -> None:
     from benchmarks.measure import Table, describe_machine
     from benchmarks.report import MARKER
 

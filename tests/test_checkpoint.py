@@ -118,9 +118,9 @@ def add_checksum(path: Path) -> None:
 
 
 def bomb(path: Path, ran: Path) -> None:
-    """A gigabyte of zeros, compressed to one megabyte."""
+    """A gigabyte of zeros, compressed to five megabytes."""
     with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("archive/data/0", "w") as member,
     ):
         for _ in range(1024):

@@ -1,11 +1,12 @@
 """Bad settings are told in a line that names the key, before torch is imported."""
 
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Run, settle
+from processes import LIGHT, Fresh, Preloaded
 
 from mnist_lightning import config, data, network
 
@@ -79,17 +80,29 @@ sys.exit(code)
 """
 
 
-def watch(arguments: tuple[str, ...], cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", WATCH, *arguments], cwd=cwd, env=env, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def light(environment: dict[str, str]) -> Iterator[Preloaded]:
+    """An interpreter that has imported Hydra and nothing heavy."""
+    interpreter = Preloaded(LIGHT, environment)
+    yield interpreter
+    interpreter.close()
+
+
+def test_hydra_imports_no_torch(tmp_path: Path, environment: dict[str, str]) -> None:
+    """What the next test's processes start from."""
+    code = f"import sys, {', '.join(LIGHT)}; sys.exit('torch' in sys.modules)"
+    assert Fresh("-c", code, cwd=tmp_path, env=environment).wait() == 0
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=lambda value: " ".join(value))
 def test_mistake_is_told_before_torch_is_imported(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, environment: dict[str, str]
+    arguments: tuple[str, ...],
+    message: str,
+    light: Preloaded,
+    tmp_path: Path,
+    environment: dict[str, str],
 ) -> None:
-    done = watch(arguments, tmp_path, environment)
+    done = light.start("-c", WATCH, *arguments, cwd=tmp_path, env=environment).finish()
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -97,8 +110,8 @@ def test_mistake_is_told_before_torch_is_imported(
     assert not list(tmp_path.glob("logs/train/*/*/[!.m]*")), "a refused run left something behind"
 
 
-def test_our_message_is_one_line(command: Run, tmp_path: Path) -> None:
-    done = command("train", "model.hidden=0", cwd=tmp_path)
+def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:
+    done = fresh_command("train", "model.hidden=0", cwd=tmp_path)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
 
@@ -111,7 +124,7 @@ def test_full_error_on_request(command: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argument", ["--help", "--cfg=job", "--info=plugins"])
 def test_looking_imports_no_torch(argument: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    done = watch((*argument.split("="),), tmp_path, environment)
+    done = Fresh("-c", WATCH, *argument.split("="), cwd=tmp_path, env=environment).finish()
     assert done.returncode == 0, done.stderr
     assert "torch not imported" in done.stdout
     assert {"--help": "model.hidden=", "--cfg=job": "batch_size:", "--info=plugins": "GridSweeper"}[

@@ -7,8 +7,6 @@ import os
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, give_up_roots_rights
+from conftest import Run
+from processes import Preloaded
 
 from mnist_lightning import data
 from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
@@ -355,16 +354,16 @@ def test_idx_files_are_looked_into(
     assert data.is_idx(path, data.LABELS_MAGIC, 10_000) is valid
 
 
-def test_unreadable_file_is_repaired(tmp_path: Path) -> None:
+def test_unreadable_file_is_repaired(
+    preloaded: Preloaded, environment: dict[str, str], tmp_path: Path
+) -> None:
     unpack(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     path.chmod(0)
     code = (
         f"from pathlib import Path; from mnist_lightning.data import unpack; unpack(Path({str(tmp_path)!r}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=give_up_roots_rights
-    )
+    done = preloaded.start("-c", code, cwd=tmp_path, env=environment, heed_permissions=True).finish()
     assert done.returncode == 0, done.stderr
     assert f"{path} can't be read: replaced" in done.stderr
     assert find_fault(path, RAW_FILES[path.name][2]) is None

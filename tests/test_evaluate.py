@@ -21,8 +21,11 @@ from mnist_lightning.trained import load_classifier, load_split, log_probabiliti
 NAMES = [str(digit) for digit in range(10)]
 
 
-def test_evaluate_finds_the_run_and_agrees_with_training(trained_run: Path, command: Run) -> None:
-    workplace = trained_run.parents[3]
+def test_evaluate_finds_the_run_and_agrees_with_training(
+    trained_run: Path, tmp_path: Path, command: Run
+) -> None:
+    shutil.copytree(trained_run.parents[2], tmp_path / "logs")
+    workplace, trained_run = tmp_path, tmp_path / "logs" / trained_run.relative_to(trained_run.parents[2])
     done = command("evaluate", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

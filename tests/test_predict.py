@@ -305,8 +305,8 @@ def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
         find_files(str(tmp_path / "none"), SUFFIXES)
 
 
-def test_the_benchmark_explains_itself() -> None:
+def test_the_benchmark_explains_itself(python: Run, tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "handwriting.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    done = python(str(script), "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "--digits" in done.stdout

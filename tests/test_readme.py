@@ -6,9 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Once, Run
 from PIL import Image, ImageDraw
+from processes import Fresh, wait_for
 
 from docs import reference
 
@@ -98,6 +97,8 @@ def shorten(command: str) -> list[str]:
     if "resume=" in command or "--cfg" in arguments:
         return arguments
     short = list(SHORT)
+    if re.search(r"experiment=(permutation|record|strong)", command):  # test_train runs their whole nets
+        short.append("model.hidden=[64,64]")
     if "pictures" not in command and len(arguments) > 2:  # the plain command draws them
         short.append("callbacks.pictures.enabled=false")
     if "experiment=fast" in command:
@@ -116,43 +117,19 @@ def fewer(arguments: list[str]) -> list[str]:
     return [",".join(argument.split(",")[: keep.get(argument)]) for argument in arguments]
 
 
-class Shell:
-    """Runs commands in forks of a process with torch imported, see ``preloaded.py``."""
+@pytest.fixture(scope="session")
+def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits.
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "preloaded.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | {"OMP_NUM_THREADS": "1"},  # a fork must not inherit a pool of threads
-        )
+    The commands leave things there, so each worker has a copy of its own."""
 
-    def __call__(self, arguments: list[str], cwd: Path, path: tuple[Path, ...] = ()) -> tuple[int, str]:
-        """Exit code and output of ``python <arguments>`` in a folder, with these first on its path."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        output = cwd / ".output"
-        request = {"argv": arguments, "cwd": str(cwd), "path": list(map(str, path)), "output": str(output)}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), output.read_text()
+    def make(cwd: Path) -> None:
+        for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
+            done = python("-m", "mnist_lightning.train", *arguments, *SHORT, cwd=cwd)
+            assert done.returncode == 0, done.stderr
 
-
-@pytest.fixture(scope="module")
-def shell(environment: dict[str, str]) -> Iterator[Shell]:
-    shell = Shell(environment)
-    yield shell
-    shell.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def workplace(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits."""
     cwd = tmp_path_factory.mktemp("reader")
-    for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
-        code, output = shell(["-m", "mnist_lightning.train", *arguments, *SHORT], cwd)
-        assert code == 0, output
+    shutil.copytree(once("reader", make), cwd, dirs_exist_ok=True)
     shutil.copytree(cwd / "A", cwd / "B")
     shutil.copytree(cwd / "A", cwd / "C")
     shutil.copy(cwd / "A" / "checkpoints" / "best.ckpt", cwd)
@@ -171,9 +148,10 @@ def workplace(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command: str, shell: Shell, workplace: Path) -> None:
-    code, output = shell(shorten(command), workplace)
-    assert code == 0, output
+def test_commands_run(command: str, python: Run, workplace: Path) -> None:
+    done = python(*shorten(command), cwd=workplace)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     assert output
     if command.startswith(TRAIN) and shorten(command)[-1] in SHORT:
         assert "everything is in" in output or "the report is in" in output
@@ -195,19 +173,18 @@ def test_most_commands_are_really_run() -> None:
         for lines in [fence.body.splitlines()]
     ],
 )
-def test_commands_print_what_is_shown(
-    command: str, printed: list[str], shell: Shell, workplace: Path
-) -> None:
-    code, output = shell(shlex.split(command)[1:], workplace)
-    assert code == 1, "what is shown so far are errors"
-    assert output.splitlines() == printed
+def test_commands_print_what_is_shown(command: str, printed: list[str], python: Run, workplace: Path) -> None:
+    done = python(*shlex.split(command)[1:], cwd=workplace)
+    assert done.returncode == 1, "what is shown so far are errors"
+    assert (done.stdout + done.stderr).splitlines() == printed
 
 
-def test_the_first_page_shows_what_a_run_prints(shell: Shell, workplace: Path) -> None:
+def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -> None:
     """Line by line, with other numbers."""
     shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
-    code, output = shell(["-m", "mnist_lightning.train", "+trainer.limit_train_batches=2"], workplace)
-    assert code == 0, output
+    done = command("train", "+trainer.limit_train_batches=2", cwd=workplace)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
 
     def forms(text: str) -> list[str]:
         return [
@@ -219,20 +196,19 @@ def test_the_first_page_shows_what_a_run_prints(shell: Shell, workplace: Path) -
 
 def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) -> None:
     """``tensorboard --logdir logs``, and what a browser would fetch."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--port", "0"],
-        cwd=workplace,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+    server = Fresh(
+        *("-m", "tensorboard.main", "--logdir", "logs", "--port", "0"), cwd=workplace, env=environment
     )
+
+    def read_runs() -> list[str]:
+        (url,) = re.findall(r"http://\S+", server.stderr)
+        runs: list[str] = json.load(urllib.request.urlopen(f"{url}data/runs"))
+        return runs
+
     try:
-        assert server.stderr is not None
-        url = next(match[0] for line in server.stderr if (match := re.search(r"http://\S+", line)))
-        deadline = time.monotonic() + 60
-        while not (runs := json.load(urllib.request.urlopen(f"{url}data/runs"))):
-            assert time.monotonic() < deadline, "no run appeared"
-            time.sleep(0.2)
+        wait_for(lambda: re.search(r"http://\S+ ", server.stderr) is not None, server)
+        wait_for(lambda: bool(read_runs()), server, pause=0.2)
+        runs = read_runs()
     finally:
         server.terminate()
         server.wait()
@@ -327,12 +303,12 @@ MESSAGES = re.findall(r"^\| `([^`]+)`", read(Path("docs/troubleshooting.md")), r
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_explained_messages_exist(message: str, shell: Shell, workplace: Path) -> None:
+def test_explained_messages_exist(message: str, command: Run, workplace: Path) -> None:
     if message in FOREIGN:
         if FOREIGN[message]:
-            code, output = shell(["-m", "mnist_lightning.train", FOREIGN[message]], workplace)
-            assert code == 1
-            assert message in output
+            done = command("train", FOREIGN[message], cwd=workplace)
+            assert done.returncode == 1
+            assert message in done.stdout + done.stderr
         return
     source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").glob("*.py")))
     source = re.sub(r'"\s*f?"', "", source)  # of a string that goes on in the next line
@@ -361,7 +337,7 @@ class Change(NamedTuple):
 
 
 @pytest.fixture
-def change(shell: Shell, tmp_path: Path) -> Callable[[str], Change]:
+def change(python: Run, tmp_path: Path) -> Callable[[str], Change]:
     """Apply a section's changes to a copy of the project, in their order, and run its commands."""
 
     def apply(section: str) -> Change:
@@ -388,9 +364,9 @@ def change(shell: Shell, tmp_path: Path) -> Callable[[str], Change]:
             else:
                 for line in body.splitlines():
                     arguments = shorten(line) if " -m " in line else [str(cwd / line.split()[1])]
-                    code, output = shell(arguments, cwd, (project,))
-                    assert code == 0, output
-                    outputs.append(output)
+                    done = python(*arguments, cwd=cwd, PYTHONPATH=str(project))
+                    outputs.append(done.stdout + done.stderr)
+                    assert done.returncode == 0, outputs[-1]
         return Change(cwd, outputs)
 
     return apply
@@ -408,7 +384,7 @@ def test_a_network(change: Callable[[str], Change]) -> None:
     assert names.count("net.layers.N.N.weight") == 2, "those between layers of equal size are in a Residual"
 
 
-def test_a_dataset(change: Callable[[str], Change], shell: Shell) -> None:
+def test_a_dataset(change: Callable[[str], Change]) -> None:
     done = change("A dataset")
     assert done.checkpoint()["datamodule_hyper_parameters"]["name"] == "permuted"  # type: ignore[index]
     assert done.metrics()["test/acc"] > 0.3

@@ -2,15 +2,12 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import Run, give_up_roots_rights
+from conftest import Run, Start
+from processes import Process, wait_for
 
 from mnist_lightning.checkpoint import find_newest, load
 from mnist_lightning.data import unpack
@@ -22,27 +19,18 @@ SETTINGS = (
 ROOM = 200_000  # bytes: enough for curves and configs, too little for a checkpoint of this net
 
 
-def train_with_little_room(
-    cwd: Path, environment: dict[str, str], room: int, *arguments: str
-) -> tuple[int, str]:
+def train_with_little_room(start: Start, cwd: Path, room: int, *arguments: str) -> tuple[int, str]:
     """A real failing write without a file system of its own: no file may grow beyond ``room`` bytes."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_lightning.train", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
-    )
+    done = start("train", *arguments, cwd=cwd, file_size=room).finish()
     return done.returncode, done.stderr
 
 
-def test_no_room_for_a_checkpoint(command: Run, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_no_room_for_a_checkpoint(command: Run, start: Start, tmp_path: Path) -> None:
     first = command("train", *SETTINGS, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
-    code, errors = train_with_little_room(tmp_path, environment, ROOM, "resume=run", "trainer.max_epochs=4")
+    code, errors = train_with_little_room(start, tmp_path, ROOM, "resume=run", "trainer.max_epochs=4")
     assert code == 1
     assert len(errors.splitlines()) == 1
     assert "checkpoints" in errors
@@ -53,10 +41,10 @@ def test_no_room_for_a_checkpoint(command: Run, tmp_path: Path, environment: dic
     assert load(checkpoints / "last.ckpt")["global_step"] == 80
 
 
-def test_no_room_for_tensorboard_does_not_stop_training(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_no_room_for_tensorboard_does_not_stop_training(start: Start, tmp_path: Path) -> None:
     unpack(tmp_path / "data")  # or the limit would hit the data
     arguments = (*SETTINGS, "callbacks.checkpoint=null", "data.data_dir=data", "trainer.log_every_n_steps=1")
-    code, errors = train_with_little_room(tmp_path, environment, 30_000, *arguments)
+    code, errors = train_with_little_room(start, tmp_path, 30_000, *arguments)
     assert code == 0, errors
     told = (tmp_path / "run" / "train.log").read_text()
     assert told.count("TensorBoardLogger can't be written") == 1
@@ -89,8 +77,8 @@ def test_no_room_for_the_log_does_not_stop_training(command: Run, tmp_path: Path
     [(1_000, "can't write to the run's folder"), (1_000_000, "train-images-idx3-ubyte")],
     ids=["settings", "data"],
 )
-def test_no_room_at_the_start(room: int, line: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    code, errors = train_with_little_room(tmp_path, environment, room, *SETTINGS, "data.data_dir=data")
+def test_no_room_at_the_start(room: int, line: str, start: Start, tmp_path: Path) -> None:
+    code, errors = train_with_little_room(start, tmp_path, room, *SETTINGS, "data.data_dir=data")
     assert code == 1
     assert len(errors.splitlines()) == 1
     assert line in errors
@@ -98,29 +86,18 @@ def test_no_room_at_the_start(room: int, line: str, tmp_path: Path, environment:
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
-def start_training(cwd: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mnist_lightning.train", *SETTINGS, *more],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=give_up_roots_rights,
-    )
+def start_training(start: Start, cwd: Path, *more: str) -> Process:
+    return start("train", *SETTINGS, *more, cwd=cwd, heed_permissions=True)
 
 
-def wait_for_checkpoint(cwd: Path) -> None:
-    end = time.monotonic() + 300
-    while not (cwd / "run" / "checkpoints" / "last.ckpt").exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+def wait_for_checkpoint(cwd: Path, process: Process) -> None:
+    wait_for((cwd / "run" / "checkpoints" / "last.ckpt").exists, process)
 
 
-def test_read_only_folder_at_the_start(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_read_only_folder_at_the_start(start: Start, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o555)
-    process = start_training(tmp_path, environment)
-    _, errors = process.communicate(timeout=300)
+    process = start_training(start, tmp_path)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert errors == f"can't write to the run's folder {Path('run')}: Permission denied\n"
 
@@ -130,13 +107,11 @@ def test_read_only_folder_at_the_start(tmp_path: Path, environment: dict[str, st
     [("run/checkpoints", 1000, "run/checkpoints/"), ("run", 40, "run/")],
     ids=["checkpoints", "metrics and status"],
 )
-def test_folder_turned_read_only(
-    folder: str, epochs: int, file: str, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    process = start_training(tmp_path, environment, f"trainer.max_epochs={epochs}")
-    wait_for_checkpoint(tmp_path)
+def test_folder_turned_read_only(folder: str, epochs: int, file: str, start: Start, tmp_path: Path) -> None:
+    process = start_training(start, tmp_path, f"trainer.max_epochs={epochs}")
+    wait_for_checkpoint(tmp_path, process)
     (tmp_path / folder).chmod(0o555)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert file in errors
     assert "Permission denied" in errors
@@ -145,11 +120,11 @@ def test_folder_turned_read_only(
 
 
 @pytest.mark.parametrize("folder", ["run", "run/checkpoints"])
-def test_vanishing_folder(folder: str, tmp_path: Path, environment: dict[str, str]) -> None:
-    process = start_training(tmp_path, environment, "trainer.max_epochs=1000")
-    wait_for_checkpoint(tmp_path)
+def test_vanishing_folder(folder: str, start: Start, tmp_path: Path) -> None:
+    process = start_training(start, tmp_path, "trainer.max_epochs=1000")
+    wait_for_checkpoint(tmp_path, process)
     shutil.rmtree(tmp_path / folder)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert "the folder has vanished" in errors
     assert len(errors.splitlines()) == 1

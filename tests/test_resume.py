@@ -7,13 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DefaultRun, Run
+from conftest import DefaultRun, Once, Run, Start
+from processes import Process, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_lightning.checkpoint import find_newest, load
@@ -27,21 +27,7 @@ SETTINGS = (
 TIMES = ("train_seconds",)
 
 
-def start(cwd: Path, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "mnist_lightning.train", *arguments]
-    with (cwd / "output").open("ab") as output:
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
-
-
-def wait_for(holds: Callable[[], bool], process: "subprocess.Popen[bytes]", patience: float = 600) -> None:
-    end = time.monotonic() + patience
-    while not holds():
-        assert process.poll() is None, "the process has ended"
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.0005)
-
-
-def wait_for_checkpoint(cwd: Path, process: "subprocess.Popen[bytes]") -> None:
+def wait_for_checkpoint(cwd: Path, process: Process) -> None:
     wait_for(lambda: any(cwd.glob("run/checkpoints/*.ckpt")), process)
 
 
@@ -76,62 +62,51 @@ def assert_twins(one: Path, two: Path) -> None:
     assert read_scalars(one) == read_scalars(two)
 
 
-@pytest.fixture(scope="session")
-def whole_runs(command: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
-    """Uninterrupted runs, by their settings."""
-    return {}
-
-
 def kill_and_resume(
-    more: tuple[str, ...],
-    kills: int,
-    seed: int,
-    folder: Path,
-    command: Run,
-    environment: dict[str, str],
-    whole_runs: dict[tuple[str, ...], Path],
+    more: tuple[str, ...], kills: int, seed: int, folder: Path, command: Run, start: Start, once: Once
 ) -> None:
     """SIGKILL a run at random moments, resuming each time; at the end it equals its twin."""
-    if more not in whole_runs:
-        twin = folder / "twin"
-        twin.mkdir()
-        done = command("train", *SETTINGS, *more, "hydra.run.dir=run", cwd=twin)
+
+    def make(cwd: Path) -> None:
+        done = command("train", *SETTINGS, *more, "hydra.run.dir=run", cwd=cwd)
         assert done.returncode == 0, done.stderr
-        whole_runs[more] = twin / "run"
+
+    twin = once("-".join(["twin", *more]), make) / "run"
     generator = random.Random(seed)
-    process = start(folder, environment, *SETTINGS, *more, "hydra.run.dir=run")
+    process = start("train", *SETTINGS, *more, "hydra.run.dir=run", cwd=folder)
     for _ in range(kills):
         wait_for_checkpoint(folder, process)
         time.sleep(generator.uniform(0, 1.0))
         process.kill()
         process.wait()
-        process = start(folder, environment, "resume=run")
-        time.sleep(generator.uniform(2, 9))  # some kills hit the start-up
-    assert process.wait(timeout=600) == 0, (folder / "output").read_text()
-    assert_twins(whole_runs[more], folder / "run")
+        process = start("train", "resume=run", cwd=folder)
+        if kills > 1:
+            time.sleep(generator.uniform(0, 3))  # some kills hit the start-up
+    assert process.wait() == 0, process.stderr
+    assert_twins(twin, folder / "run")
     assert not list(folder.rglob(".writing-*"))
 
 
 @pytest.mark.parametrize(
     "more", [(), ("scheduler=onecycle", "data.num_workers=2")], ids=["cosine", "onecycle, 2 workers"]
 )
-def test_killed_and_resumed(more, tmp_path, command, environment, whole_runs) -> None:  # type: ignore[no-untyped-def]
-    kill_and_resume(more, 1, 1, tmp_path, command, environment, whole_runs)
+def test_killed_and_resumed(more, tmp_path, command, start, once) -> None:  # type: ignore[no-untyped-def]
+    kill_and_resume(more, 1, 1, tmp_path, command, start, once)
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("number", range(20))
-def test_killed_at_20_moments(number, tmp_path, command, environment, whole_runs) -> None:  # type: ignore[no-untyped-def]
+def test_killed_at_20_moments(number, tmp_path, command, start, once) -> None:  # type: ignore[no-untyped-def]
     variants = [
         (),
         ("scheduler=onecycle",),
         ("data.num_workers=2",),
         ("scheduler=plateau", "model.norm=batch"),
     ]
-    kill_and_resume(variants[number % 4], 2, number, tmp_path, command, environment, whole_runs)
+    kill_and_resume(variants[number % 4], 2, number, tmp_path, command, start, once)
 
 
-def kill_while_saving(kills: int, cwd: Path, environment: dict[str, str]) -> int:
+def kill_while_saving(kills: int, cwd: Path, start: Start) -> int:
     """SIGKILL a run each time it is writing a checkpoint, with TMPDIR on a file system in memory.
 
     Returns:
@@ -145,25 +120,24 @@ def kill_while_saving(kills: int, cwd: Path, environment: dict[str, str]) -> int
         return any(checkpoints.glob(f"{TEMPORARY}*-{process.pid}"))
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        environment = environment | {"TMPDIR": elsewhere}
         wide = ("model.hidden=1024", "checkpoint.every_n_steps=1", "trainer.max_epochs=500", "logger=none")
-        process = start(cwd, environment, *SETTINGS, *wide, "hydra.run.dir=run")
+        process = start("train", *SETTINGS, *wide, "hydra.run.dir=run", cwd=cwd, TMPDIR=elsewhere)
         wait_for_checkpoint(cwd, process)
         for _ in range(kills):
             time.sleep(generator.uniform(0, 0.2))
-            wait_for(is_writing, process)
+            wait_for(is_writing, process, pause=0.0005)
             process.kill()
             process.wait()
             step = find_newest(checkpoints)[1]["global_step"]
             half = set(cwd.rglob(f"{TEMPORARY}*"))
             assert half, "it was killed while it was writing"
-            process = start(cwd, environment, "resume=run")
-            wait_for(is_writing, process)
+            process = start("train", "resume=run", cwd=cwd, TMPDIR=elsewhere)
+            wait_for(is_writing, process, pause=0.0005)
             assert not half & set(cwd.rglob(f"{TEMPORARY}*-*"))
-            assert f"step {step}\n" in (cwd / "output").read_text()
+            assert f"step {step}\n" in process.stdout
             right += 1
         process.terminate()
-        assert process.wait(timeout=120) == 143
+        assert process.wait() == 143
         assert not list(cwd.rglob(f"{TEMPORARY}*"))
         assert not [path for path in Path(elsewhere).rglob("*") if path.is_file()]
     return right
@@ -171,15 +145,16 @@ def kill_while_saving(kills: int, cwd: Path, environment: dict[str, str]) -> int
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no file system in memory here")
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.reliability)])
-def test_killed_while_saving(kills: int, tmp_path: Path, environment: dict[str, str]) -> None:
-    assert kill_while_saving(kills, tmp_path, environment) == kills
+def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
+    assert kill_while_saving(kills, tmp_path, start) == kills
 
 
+@pytest.mark.parametrize("apart", [55, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "deformed", [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch")], ids=["plain", "deformed"]
 )
 def test_ended_within_any_phase_resumes_exactly(
-    deformed: tuple[str, ...], tmp_path: Path, data_dir: Path
+    deformed: tuple[str, ...], apart: int, tmp_path: Path, data_dir: Path
 ) -> None:
     """Resume from each checkpoint that a run wrote: within epochs, at their ends, at the last step."""
     from conftest import settle
@@ -197,7 +172,7 @@ def test_ended_within_any_phase_resumes_exactly(
     whole = run("whole", "+callbacks.keep._target_=keep_checkpoints.Keep", f"+callbacks.keep.folder='{kept}'")
     moments = sorted(kept.iterdir())
     assert len(moments) > 30
-    for moment in moments[::7]:
+    for moment in sorted({*moments[::apart], moments[-1]}):
         name = f"from-{moment.stem}"
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "last.ckpt").write_bytes(moment.read_bytes())
@@ -209,39 +184,39 @@ def test_ended_within_any_phase_resumes_exactly(
         assert ("current_weights" in a) == bool(deformed)
 
 
-def stop(sig: signal.Signals, moment: float, cwd: Path, environment: dict[str, str]) -> None:
-    """A signal so long after the start of the process, or after its first checkpoint."""
-    process = start(cwd, environment, *SETTINGS, "trainer.max_epochs=500", "hydra.run.dir=run")
+def stop(sig: signal.Signals, moment: float, cwd: Path, start: Start) -> None:
+    """A signal so long after the start of a fresh interpreter, or after a process's first checkpoint."""
+    arguments = (*SETTINGS, "trainer.max_epochs=500", "hydra.run.dir=run")
+    process = start("train", *arguments, cwd=cwd, fresh=moment < 0)
     if moment < 0:
         time.sleep(-moment)
+        wait_for(lambda: "loading torch" in process.stdout, process)  # it has come to its handlers
     else:
         wait_for_checkpoint(cwd, process)
         time.sleep(moment)
     process.send_signal(sig)
-    assert process.wait(timeout=120) == 128 + sig, (cwd / "output").read_text()
+    assert process.wait() == 128 + sig, process.stdout + process.stderr
     if moment >= 0:
         assert load(cwd / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
-        assert "saved at step" in (cwd / "output").read_text()
+        assert "saved at step" in process.stdout
 
 
 @pytest.mark.parametrize(
     ("sig", "moment"), [(signal.SIGTERM, 0.3), (signal.SIGINT, 0.7), (signal.SIGTERM, -1.5)]
 )
 def test_signal_saves_and_ends_with_the_shells_code(
-    sig: signal.Signals, moment: float, tmp_path: Path, environment: dict[str, str]
+    sig: signal.Signals, moment: float, tmp_path: Path, start: Start
 ) -> None:
-    stop(sig, moment, tmp_path, environment)
+    stop(sig, moment, tmp_path, start)
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("number", range(20))
-def test_signal_at_20_moments(
-    sig: signal.Signals, number: int, tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_signal_at_20_moments(sig: signal.Signals, number: int, tmp_path: Path, start: Start) -> None:
     generator = random.Random(number)
     moment = -generator.uniform(0.3, 6) if number % 3 == 0 else generator.uniform(0, 2)
-    stop(sig, moment, tmp_path, environment)
+    stop(sig, moment, tmp_path, start)
 
 
 def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:

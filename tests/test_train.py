@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, DefaultRun, Run
+from conftest import REPOSITORY, DefaultRun, Run, settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Fit = Callable[..., dict[str, object]]
@@ -120,10 +120,13 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(REPOSITORY.glob("conf/experiment/*.yaml")), ids=lambda path: path.stem
 )
-def test_every_experiment_runs_and_states_its_evidence(path: Path, fit: Fit) -> None:
-    metrics = fit(
-        f"experiment={path.stem}", "trainer.max_epochs=1", "+trainer.limit_train_batches=5", test=True
-    )
+@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | None, fit: Fit) -> None:
+    """As deep as it is, and as wide, too, where no width is given."""
+    short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5")
+    hidden = settle(Path("unused"), f"experiment={path.stem}").model.hidden
+    narrow = [] if width is None else [f"model.hidden={[width] * len(hidden)}".replace(" ", "")]
+    metrics = fit(f"experiment={path.stem}", *short, *narrow, test=True)
     assert metrics["epochs"] == 1
     opening = path.read_text()
     assert f"python -m mnist_lightning.train experiment={path.stem}" in opening
@@ -243,9 +246,12 @@ def test_awkward_names(command: Run, tmp_path: Path) -> None:
     assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
 
 
-def test_compiled_run_leaves_an_ordinary_checkpoint(command: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [("data.val_size=0",), pytest.param((), marks=pytest.mark.slow)])
+def test_compiled_run_leaves_an_ordinary_checkpoint(
+    more: tuple[str, ...], command: Run, tmp_path: Path
+) -> None:
     """It is resumed with and without compilation, evaluated, and learns what an uncompiled net learns."""
-    settings = (*QUICK, "scheduler=none", "test=false")
+    settings = (*QUICK, "scheduler=none", "test=false", "logger=csv", *more)
     for name, compiled in (("eager", "false"), ("compiled", "true")):
         done = command("train", f"compile={compiled}", f"hydra.run.dir={name}", *settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -265,10 +271,10 @@ def test_compiled_run_leaves_an_ordinary_checkpoint(command: Run, tmp_path: Path
         assert done.returncode == 0, done.stderr
 
 
-def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
-    done = command(
-        *("train", "compile=true", *QUICK, "trainer.accelerator=cpu"), cwd=tmp_path, CXX="/no/such/compiler"
-    )
+def test_no_compiler_is_told_in_a_line(fresh_command: Run, tmp_path: Path) -> None:
+    arguments = ("compile=true", *QUICK, "trainer.accelerator=cpu")
+    variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = fresh_command("train", *arguments, cwd=tmp_path, **variables)
     assert done.returncode == 1
     assert "compile=true: torch.compile can't work here" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,222 @@
+"""Processes of the tests: forks of a preloaded interpreter, and fresh ones, started and watched alike."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+PRELOADED = Path(__file__).with_name("preloaded.py")
+PATIENCE = 300.0  # seconds: far more than anything here takes on a busy machine
+
+
+class Process:
+    """A Python process under way, in the manner of ``subprocess.Popen``.
+
+    What it has written so far can be read at any time.
+    """
+
+    pid: int
+
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        self.args = arguments
+        self.returncode: int | None = None
+        self._written = [b"", b""]
+        self._reading, self._writing = zip(*(open_pipe() for _ in range(2)), strict=True)
+
+    def _close_writing(self) -> None:
+        for descriptor in self._writing:
+            os.close(descriptor)
+
+    def _look(self) -> int | None:
+        """The exit code, once it has ended."""
+        raise NotImplementedError
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._read()
+            if (code := self._look()) is not None:
+                self._read()
+                self.returncode = code
+                for descriptor in self._reading:
+                    os.close(descriptor)
+        return self.returncode
+
+    def _read(self) -> None:
+        for number, descriptor in enumerate(self._reading):
+            with contextlib.suppress(BlockingIOError):
+                while content := os.read(descriptor, 2**20):
+                    self._written[number] += content
+
+    @property
+    def stdout(self) -> str:
+        self.poll()
+        return self._written[0].decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        self.poll()
+        return self._written[1].decode(errors="replace")
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        end, pause = time.monotonic() + timeout, 0.001
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout, self.stdout, self.stderr)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return code
+
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout, self.stderr
+
+    def finish(self, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
+        """Wait for its end; kill it where that does not come."""
+        try:
+            code = self.wait(timeout)
+        except BaseException:
+            self.kill()
+            raise
+        return subprocess.CompletedProcess(self.args, code, self.stdout, self.stderr)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def open_pipe() -> tuple[int, int]:
+    """Its ends for reading, without waiting, and for writing; a megabyte fits in where the system allows."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with contextlib.suppress(AttributeError, OSError):
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 2**20)
+    return reading, writing
+
+
+class Fresh(Process):
+    """``python <arguments>`` in an interpreter of its own."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str],
+        preexec_fn: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(arguments)
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=self._writing[0],
+            stderr=self._writing[1],
+            preexec_fn=preexec_fn,
+        )
+        self._close_writing()
+        self.pid = self._process.pid
+
+    def _look(self) -> int | None:
+        return self._process.poll()
+
+
+class Fork(Process):
+    """``python <arguments>`` in a child of a preloaded interpreter, which tells its end."""
+
+    def __init__(self, preloaded: socket.socket, request: bytes, *arguments: str) -> None:
+        super().__init__(arguments)
+        told, telling = os.pipe()
+        socket.send_fds(preloaded, [request], [*self._writing, telling])
+        self._close_writing()
+        os.close(telling)
+        self._told = os.fdopen(told, "rb", buffering=0)
+        if not (line := self._told.readline()):
+            raise RuntimeError("the preloaded interpreter has ended")
+        self.pid = int(line)
+        os.set_blocking(told, False)
+
+    def _look(self) -> int | None:
+        line = self._told.read()
+        if line is None:
+            return None
+        self._told.close()
+        if not line:
+            raise RuntimeError("the preloaded interpreter has ended")
+        return int(line)
+
+
+LIGHT = (
+    *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "zipfile", "xml.dom.minidom"),
+    "hydra.core.override_parser.overrides_parser",
+)
+HEAVY = (
+    *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
+    *("torchmetrics.classification", "torch.utils.tensorboard", "torch.onnx", "onnxscript", "optuna"),
+    *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg", "PIL.Image"),
+    *(*LIGHT, "tqdm", "sqlalchemy", "submitit"),
+)
+
+
+class Preloaded:
+    """A process with other people's packages imported, whose forks run commands."""
+
+    def __init__(self, modules: Iterable[str], env: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = ours
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+        self._process = subprocess.Popen(
+            [sys.executable, str(PRELOADED), str(theirs.fileno()), *modules],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+
+    def start(
+        self,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str],
+        heed_permissions: bool = False,
+        file_size: int | None = None,
+    ) -> Fork:
+        """``python <arguments>`` in a folder, with these environment variables and no others.
+
+        Args:
+            heed_permissions: even where root runs the tests.
+            file_size: bytes beyond which no file that it writes may grow.
+        """
+        request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env)}
+        request |= {"heed_permissions": heed_permissions, "file_size": file_size}
+        return Fork(self._socket, json.dumps(request).encode(), *arguments)
+
+    def close(self) -> str:
+        """End it and all that it still runs; what it printed itself."""
+        self._socket.close()
+        return self._process.communicate()[0].decode()
+
+
+def wait_for(holds: Callable[[], bool], process: Process, *, pause: float = 0.01) -> None:
+    """Until something holds; fails at once, with what it has written, when the process has ended."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        if process.poll() is not None and not holds():
+            written = f"{process.stdout}\n{process.stderr}"
+            raise AssertionError(f"the process has ended with code {process.returncode}:\n{written}")
+        assert time.monotonic() < end, f"waited too long:\n{process.stdout}\n{process.stderr}"
+        time.sleep(pause)
