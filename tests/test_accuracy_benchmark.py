@@ -13,7 +13,7 @@ from conftest import REPOSITORY, Once, Run
 from PIL import Image
 
 from benchmarks import accuracy
-from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 
 Tabulate = Callable[..., "subprocess.CompletedProcess[str]"]
 

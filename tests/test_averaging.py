@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_lightning.checkpoint import load
-from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
 QUICK = (

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_lightning.checkpoint import LABEL, LENGTH, find_newest, load, serialize
-from mnist_lightning.files import TEMPORARY, remove_leftovers, write_atomic
+from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers, write_atomic
+from mnist_lightning.rundir.checkpoint import LABEL, LENGTH, find_newest, load, serialize
 
 PLAIN: dict[str, Any] = {
     "hyper_parameters": {"hidden": [4]},
@@ -168,7 +168,7 @@ def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
     for make in HOSTILE:
         make(tmp_path / f"{make.__name__}.ckpt", tmp_path / "ran")
     code = (
-        "import sys; from pathlib import Path; from mnist_lightning.checkpoint import load\n"
+        "import sys; from pathlib import Path; from mnist_lightning.rundir.checkpoint import load\n"
         "for path in Path(sys.argv[1]).glob('*.ckpt'):\n"
         "    try: load(path)\n"
         "    except OSError: print('refused')\n"

@@ -9,9 +9,9 @@ from conftest import Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 
-from mnist_lightning.checkpoint import load
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
 SHORT = ("trainer.max_epochs=2", "+trainer.limit_train_batches=40", "model.hidden=32", "logger=csv")

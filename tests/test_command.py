@@ -6,7 +6,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnist_lightning.command import quote, quote_paths
+from mnist_lightning.cli import quote, quote_paths
 
 ODD = "a (1)=b,é #x.png"
 

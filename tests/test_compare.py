@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import Run
 
-from mnist_lightning.checkpoint import load, serialize
 from mnist_lightning.compare import differing, judge, read_curves, tabulate
-from mnist_lightning.evaluate import Evaluation, score
+from mnist_lightning.evaluation.scores import Evaluation, score
+from mnist_lightning.rundir.checkpoint import load, serialize
 
 
 @pytest.fixture(scope="module")

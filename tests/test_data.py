@@ -20,8 +20,8 @@ from processes import Preloaded
 
 from mnist_lightning import data
 from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
-from mnist_lightning.deform import upright
-from mnist_lightning.files import LONG_LEFT, TEMPORARY
+from mnist_lightning.images.deform import upright
+from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY
 
 SETTINGS = {
     "name": "mnist",

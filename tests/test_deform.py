@@ -8,10 +8,10 @@ import torch
 from conftest import settle
 from torch import Tensor
 
-from mnist_lightning.checkpoint import load
 from mnist_lightning.data import MNISTDataModule, read_splits, stamp, unpack
-from mnist_lightning.deform import CENTER, Deformation, upright
-from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.images.deform import CENTER, Deformation, upright
+from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
 NONE = {"rotation": 0, "scale": 0, "shear": 0, "shift": 0, "elastic": 0, "smoothness": 5.0}

@@ -11,12 +11,13 @@ import torch
 from conftest import Run
 from PIL import Image
 
-from mnist_lightning.checkpoint import serialize
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import ConfigError, Evaluate
-from mnist_lightning.evaluate import score, tabulate
-from mnist_lightning.runs import find_run
-from mnist_lightning.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.evaluate import tabulate
+from mnist_lightning.evaluation.scores import score
+from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.rundir.checkpoint import serialize
+from mnist_lightning.rundir.find import find_run
 
 NAMES = [str(digit) for digit in range(10)]
 

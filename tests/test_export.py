@@ -9,8 +9,8 @@ import torch
 from conftest import Run
 
 from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.evaluation.trained import load_classifier, log_probabilities
 from mnist_lightning.export import compare, to_onnx
-from mnist_lightning.trained import load_classifier, log_probabilities
 
 
 def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, command: Run) -> None:

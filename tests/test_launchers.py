@@ -17,10 +17,10 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from test_sweeps import FAULT, FAULTS, TINY, find_sweep, read_statuses
 
+from mnist_lightning import threads
+from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.processes import ProcessesLauncher, find_gpus
-from mnist_lightning import threads
-from mnist_lightning.checkpoint import load
 
 WITNESS = (
     "+callbacks.witness._target_=faults.Witness",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mnist_lightning.deform import upright
+from mnist_lightning.images.deform import upright
 from mnist_lightning.network import ACTIVATIONS, FeedForward
 
 PLAIN = {"hidden": [16], "activation": "relu", "dropout": 0.0, "norm": "none", "mean": 0.1307, "std": 0.3081}

@@ -1,6 +1,5 @@
 """What is shipped, and who imports whom."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -9,88 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-
-PACKAGE = REPOSITORY / "mnist_lightning"
-COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report"}
-GROUND = {
-    "config",
-    "command",
-    "files",
-    "signals",
-    "runs",
-    "statistics",
-    "status",
-    "study",
-    "sweep",
-    "threads",
-}  # import nothing heavy
-# module -> the modules of ours that it may import, beside those on the ground
-MAY_IMPORT = {
-    "config": set(),
-    "files": set(),
-    "signals": set(),
-    "command": set(),
-    "runs": {"checkpoint"},
-    "statistics": set(),
-    "status": set(),
-    "study": set(),
-    "sweep": set(),
-    "threads": set(),
-    "resume": {"config"},
-    "prepare": {"config", "resume"},
-    "network": {"deform"},
-    "averaging": set(),
-    "data": {"deform"},
-    "deform": set(),
-    "loggers": set(),
-    "pruning": set(),
-    "checkpoint": set(),
-    "callbacks": {"figures", "network"},
-    "profiler": set(),
-    "figures": set(),
-    "scores": set(),
-    "handwriting": set(),
-    "pictures": {"figures", "loggers", "network", "scores"},
-    "trained": {"checkpoint", "classifier", "data", "deform", "network"},
-    "classifier": {"network"},
-}
-
-
-def imports(path: Path, *, at_top: bool = False) -> set[str]:
-    """Names of the modules that a file imports; those at its top level only, or all."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if at_top else list(ast.walk(tree))
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "mnist_lightning":
-            names |= {f"mnist_lightning.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_point_one_way(module: str) -> None:
-    ours = {
-        name.split(".")[1]
-        for name in imports(PACKAGE / f"{module}.py")
-        if name.startswith("mnist_lightning.")
-    }
-    allowed = MAY_IMPORT[module] | (GROUND - {"config", module}) | {"__version__"}
-    assert ours <= allowed
-
-
-@pytest.mark.parametrize("module", sorted((GROUND | COMMANDS) & {path.stem for path in PACKAGE.glob("*.py")}))
-def test_commands_import_nothing_heavy_at_the_top(module: str) -> None:
-    heavy = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy"}
-    assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py", at_top=True)} & heavy
-
-
-def test_only_the_edge_knows_the_config() -> None:
-    knowing = {path.stem for path in PACKAGE.glob("*.py") if "mnist_lightning.config" in imports(path)}
-    assert knowing <= COMMANDS | {"prepare", "resume"}
 
 
 @pytest.fixture(scope="module")

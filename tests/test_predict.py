@@ -13,7 +13,8 @@ from conftest import Run
 from PIL import Image
 
 from benchmarks.handwriting import KINDS, through_predict
-from mnist_lightning.handwriting import (
+from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.images.handwriting import (
     MAX_PIXELS,
     SUFFIXES,
     NoDigit,
@@ -22,7 +23,6 @@ from mnist_lightning.handwriting import (
     read_image,
     to_mnist,
 )
-from mnist_lightning.trained import load_classifier, load_split, log_probabilities
 
 NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py takes more, and the goal of 97 % for most kinds
 

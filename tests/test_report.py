@@ -11,10 +11,10 @@ import pytest
 from conftest import Run
 
 from mnist_lightning import figures
-from mnist_lightning.command import CommandError
-from mnist_lightning.report import format_markdown, read_curve, write_report, write_tables
-from mnist_lightning.status import Status, describe, lock, read, track
-from mnist_lightning.sweep import find_sweep, read_sweep, reproduce
+from mnist_lightning.cli import CommandError
+from mnist_lightning.rundir.status import Status, describe, lock, read, track
+from mnist_lightning.sweeps.report import format_markdown, read_curve, write_report, write_tables
+from mnist_lightning.sweeps.results import find_sweep, read_sweep, reproduce
 
 MULTIRUN = """
 hydra:
@@ -112,7 +112,7 @@ def test_command_draws_and_quotes(folder: Path, command: Run) -> None:
 
 def test_tables_need_no_torch(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from mnist_lightning.report import write_tables;"
+        "import sys; from pathlib import Path; from mnist_lightning.sweeps.report import write_tables;"
         f"write_tables(Path({str(folder)!r}));"
         "print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
     )

@@ -9,8 +9,8 @@ import pytest
 from conftest import Run, Start
 from processes import Process, wait_for
 
-from mnist_lightning.checkpoint import find_newest, load
 from mnist_lightning.data import unpack
+from mnist_lightning.rundir.checkpoint import find_newest, load
 
 SETTINGS = (
     *("trainer.max_epochs=2", "+trainer.limit_train_batches=20", "model.hidden=64", "test=false"),

@@ -16,8 +16,8 @@ from conftest import DefaultRun, Once, Run, Start
 from processes import Process, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lightning.checkpoint import find_newest, load
-from mnist_lightning.files import TEMPORARY
+from mnist_lightning.rundir.atomic import TEMPORARY
+from mnist_lightning.rundir.checkpoint import find_newest, load
 
 SETTINGS = (
     *("trainer.max_epochs=3", "+trainer.limit_train_batches=60", "trainer.log_every_n_steps=7"),
@@ -222,7 +222,7 @@ def test_signal_at_20_moments(sig: signal.Signals, number: int, tmp_path: Path, 
 def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
     """As when one comes while numpy is imported: the import is tried again, and fails."""
     code = (
-        "import contextlib, os, signal; from mnist_lightning import command, signals; signals.install()\n"
+        "import contextlib, os, signal; from mnist_lightning import cli as command; from mnist_lightning.rundir import signals; signals.install()\n"
         "with command.compact_errors():\n"
         "    with contextlib.suppress(BaseException):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -233,7 +233,7 @@ def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
 
 def test_a_second_signal_ends_at_once() -> None:
     code = (
-        "import os, signal, time; from mnist_lightning import signals; signals.install()\n"
+        "import os, signal, time; from mnist_lightning.rundir import signals; signals.install()\n"
         "with signals.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT); print('waits', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); print('never', flush=True)\n"

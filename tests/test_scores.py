@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnist_lightning import scores
+from mnist_lightning.evaluation import scores
 
 
 def test_wilson_interval_of_a_published_example() -> None:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mnist_lightning.scores import mcnemar
-from mnist_lightning.statistics import holm, sign_flip
+from mnist_lightning.evaluation.scores import mcnemar
+from mnist_lightning.evaluation.significance import holm, sign_flip
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 1), (3, 3), (9, 1), (31, 12), (400, 350)])

@@ -15,8 +15,8 @@ import torch
 from conftest import Run, Start
 from processes import wait_for
 
-from mnist_lightning.checkpoint import load
-from mnist_lightning.pruning import open_storage
+from mnist_lightning.rundir.checkpoint import load
+from mnist_lightning.sweeps.study import open_storage
 
 TINY = ("trainer.max_epochs=2", "+trainer.limit_train_batches=10", "logger=csv")
 FAULTS = {"PYTHONPATH": str(Path(__file__).parent)}

@@ -15,8 +15,8 @@ from conftest import Run
 from torch import nn
 
 from mnist_lightning import threads
-from mnist_lightning.checkpoint import load
 from mnist_lightning.network import IMAGE_SHAPE, FeedForward
+from mnist_lightning.rundir.checkpoint import load
 
 COMMANDS = ("train", "evaluate", "predict", "compare", "export", "visualize")
 

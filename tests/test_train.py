@@ -204,7 +204,7 @@ def test_ddp_gives_the_metrics_of_one_process(command: Run, tmp_path: Path) -> N
 
 
 def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
-    from mnist_lightning.prepare import claim
+    from mnist_lightning.rundir.claim import claim
 
     folders = {claim(tmp_path / "2026-01-01_00-00-00").name for _ in range(3)}
     assert folders == {"2026-01-01_00-00-00", "2026-01-01_00-00-00-2", "2026-01-01_00-00-00-3"}
