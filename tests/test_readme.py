@@ -310,7 +310,7 @@ def test_explained_messages_exist(message: str, command: Run, workplace: Path) -
             assert done.returncode == 1
             assert message in done.stdout + done.stderr
         return
-    source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").glob("*.py")))
+    source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").rglob("*.py")))
     source = re.sub(r'"\s*f?"', "", source)  # of a string that goes on in the next line
     source = re.sub(r"\{[^{}]*\}|\d", "", source)
     parts = re.split(r"[…\d]+", message)  # what differs from case to case
