@@ -137,7 +137,7 @@ def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> No
     done = command(
         *("train", "-m", "model.hidden=8,16,[1024,1024],9", "+callbacks.witness.rest=1", *WITNESS, *TINY),
         cwd=tmp_path,
-        OMP_NUM_THREADS="",
+        OMP_NUM_THREADS=str(CORES),
         **FAULTS,
     )
     assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Pa
             *("train", "-m", f"hydra/launcher={launcher}", "model.hidden=8,[1024,512]", "model.dropout=0.2"),
             *(f"hydra.sweep.dir={launcher}", *TINY),
             cwd=tmp_path,
-            OMP_NUM_THREADS="",
+            OMP_NUM_THREADS=str(CORES),
         )
         assert done.returncode == 0, done.stderr
         jobs = [tmp_path / launcher / str(number) for number in range(2)]
