@@ -22,9 +22,15 @@ from mnist_lightning.config import CONF_DIR, Train, check, register
 
 REPOSITORY = Path(__file__).parent.parent
 
+LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
 Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Bad settings are told in a line that names the key, before torch is imported."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -35,12 +35,13 @@ def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.
     return split.images[chosen], split.labels[chosen]
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(NUM_DIGITS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_digits_are_read_as_the_digits_are(
-    kind: str, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+    kind: str, count: int, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     classifier, _ = load_classifier(trained_run / "checkpoints" / "best.ckpt")
-    images, _ = test_digits
+    images = test_digits[0][:count]
     random = np.random.default_rng(0)
     seen = np.stack([through_predict(KINDS[kind](image, random), tmp_path) for image in images.numpy()])
     own, read = (log_probabilities(classifier, x).argmax(dim=1) for x in (images, torch.from_numpy(seen)))

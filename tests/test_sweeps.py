@@ -119,7 +119,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
         "hydra/launcher=processes",
         "hydra.launcher.n_jobs=2",
         "seed=1,2,3",
-        "+trainer.limit_train_batches=20,150",  # the first job is done long before the second
+        "+trainer.limit_train_batches=20,100",  # the first job is done long before the second
         "trainer.max_epochs=4",
         "logger=csv",
         cwd=tmp_path,
