@@ -16,15 +16,21 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
-from processes import HEAVY, Fresh, Preloaded, Process
+from processes import HEAVY, LIGHT, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
 REPOSITORY = Path(__file__).parent.parent
 
+LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
 Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +82,14 @@ def preloaded(environment: dict[str, str]) -> Iterator[Preloaded]:
     interpreter = Preloaded(HEAVY, environment)
     yield interpreter
     assert interpreter.close() == "", "importing the heavy packages warns of nothing"
+
+
+@pytest.fixture(scope="session")
+def light(environment: dict[str, str]) -> Iterator[Preloaded]:
+    """An interpreter that has imported Hydra and nothing heavy."""
+    interpreter = Preloaded(LIGHT, environment)
+    yield interpreter
+    assert interpreter.close() == ""
 
 
 @pytest.fixture(scope="session")

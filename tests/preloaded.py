@@ -2,7 +2,7 @@
 
 ``python preloaded.py <descriptor> <module> …`` imports these, reads requests from that socket (see
 ``processes.Preloaded``, which writes them), forks for each, and answers with the child's id, later with its
-exit code.  The child is a process of its own that runs a module, a script or a piece of code as ``python``
+exit code and peak memory.  The child is a process of its own that runs a module, a script or a piece of code as ``python``
 does, to the end; it is spared only the seconds of imports.  Nothing of this project is imported before the
 fork, and nothing is computed: a fork must not inherit a pool of threads.
 """
@@ -54,10 +54,10 @@ def wait(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if woken in ready:
             os.read(woken, 4096)
             for pid in list(children):
-                ended, status = os.waitpid(pid, os.WNOHANG)
+                ended, status, usage = os.wait4(pid, os.WNOHANG)
                 if ended:
                     told = children.pop(pid)
-                    os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    os.write(told, f"{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss}".encode())
                     os.close(told)
         if requests in ready:
             content, descriptors, _, _ = socket.recv_fds(requests, 2**20, 3)
@@ -106,6 +106,8 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
         threads = int(request["env"].get("OMP_NUM_THREADS", os.cpu_count()))
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
+    if "CXX" in os.environ and "torch._inductor.config" in sys.modules:  # read when it was imported
+        sys.modules["torch._inductor.config"].cpp.cxx = (None, os.environ["CXX"])
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
 

@@ -134,7 +134,13 @@ class Fresh(Process):
 
 
 class Fork(Process):
-    """``python <arguments>`` in a child of a preloaded interpreter, which tells its end."""
+    """``python <arguments>`` in a child of a preloaded interpreter, which tells its end.
+
+    Attributes:
+        peak: its resident memory at most, in ru_maxrss's unit; told at its end.
+    """
+
+    peak: int
 
     def __init__(self, preloaded: socket.socket, request: bytes, *arguments: str) -> None:
         super().__init__(arguments)
@@ -155,7 +161,8 @@ class Fork(Process):
         self._told.close()
         if not line:
             raise RuntimeError("the preloaded interpreter has ended")
-        return int(line)
+        code, self.peak = map(int, line.split())
+        return code
 
 
 LIGHT = (

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, Run
+from processes import Preloaded
 
 NAMES = ("step_overhead", "time_to_accuracy", "startup", "scaling", "report")
 
@@ -214,8 +214,10 @@ def test_take_turns_and_the_median_of_ratios() -> None:
 
 
 @pytest.mark.parametrize("name", ["bare_loop", "tutorial_loop"])
-def test_references_do_not_wait_for_lightning(name: str) -> None:
+def test_references_do_not_wait_for_lightning(
+    name: str, light: Preloaded, environment: dict[str, str]
+) -> None:
     code = (
         f"import sys, benchmarks.{name}; assert 'torch' in sys.modules; sys.exit('lightning' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert light.start("-c", code, cwd=REPOSITORY, env=environment).wait() == 0

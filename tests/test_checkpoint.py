@@ -6,8 +6,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 
 from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers, write_atomic
 from mnist_lightning.rundir.checkpoint import LABEL, LENGTH, find_newest, load, serialize
@@ -164,7 +163,7 @@ def test_hostile_files_are_refused(make: Callable[[Path, Path], None], tmp_path:
     assert not ran.exists()
 
 
-def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
+def test_hostile_files_take_no_memory(tmp_path: Path, python: Run) -> None:
     for make in HOSTILE:
         make(tmp_path / f"{make.__name__}.ckpt", tmp_path / "ran")
     code = (
@@ -174,7 +173,8 @@ def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
         "    except OSError: print('refused')\n"
         "print(Path('/proc/self/status').read_text())\n"  # rusage would count the parent's memory too
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    done = python("-c", code, str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused\n") == len(HOSTILE)
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
     assert int(peak) < 900_000, "torch and Lightning take 500,000"

@@ -1,6 +1,5 @@
 """Bad settings are told in a line that names the key, before torch is imported."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,14 +76,6 @@ except SystemExit as exit:
 print("torch imported" if "torch" in sys.modules else "torch not imported")
 sys.exit(code)
 """
-
-
-@pytest.fixture(scope="module")
-def light(environment: dict[str, str]) -> Iterator[Preloaded]:
-    """An interpreter that has imported Hydra and nothing heavy."""
-    interpreter = Preloaded(LIGHT, environment)
-    yield interpreter
-    interpreter.close()
 
 
 def test_hydra_imports_no_torch(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -2,7 +2,6 @@ import functools
 import gzip
 import hashlib
 import http.server
-import multiprocessing
 import os
 import shutil
 import socket
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -217,33 +215,52 @@ def test_what_is_right_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*ubyte")} == before
 
 
-def start_at_once(data_dir: str, barrier: Any) -> str:
-    """What one of many processes reads: the hash of all its images and labels."""
-    torch.set_num_threads(1)
-    barrier.wait(timeout=120)
-    splits = make(Path(data_dir)).splits
-    digest = hashlib.sha256()
-    for digits in splits.values():
-        digest.update(digits.images.numpy())
-        digest.update(digits.labels.numpy())
-    return digest.hexdigest()
+READ_AT_ONCE = """
+import hashlib, os, sys, time
+from pathlib import Path
+from mnist_lightning.data import MNISTDataModule
+
+count, settings = int(sys.argv[1]), eval(sys.argv[2])
+Path(f"ready-{os.getpid()}").touch()
+while len(list(Path().glob("ready-*"))) < count:
+    time.sleep(0.001)
+datamodule = MNISTDataModule(**settings)
+datamodule.prepare_data()
+datamodule.setup("fit")
+digest = hashlib.sha256()
+for digits in datamodule.splits.values():
+    digest.update(digits.images.numpy())
+    digest.update(digits.labels.numpy())
+print(digest.hexdigest())
+"""
+
+
+def read_at_once(
+    count: int, data_dir: Path, cwd: Path, preloaded: Preloaded, env: dict[str, str]
+) -> list[str]:
+    """What so many processes read, which begin at the same moment: each one's hash of all images and labels."""
+    cwd.mkdir()
+    arguments = ("-c", READ_AT_ONCE, str(count), repr(SETTINGS | {"data_dir": str(data_dir)}))
+    processes = [preloaded.start(*arguments, cwd=cwd, env=env) for _ in range(count)]
+    done = [process.finish() for process in processes]
+    assert [one.returncode for one in done] == [0] * count, done
+    return [one.stdout.strip() for one in done]
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.reliability)])
-def test_many_start_at_once(rounds: int, tmp_path: Path, data_dir: Path) -> None:
+def test_many_start_at_once(
+    rounds: int, tmp_path: Path, data_dir: Path, preloaded: Preloaded, environment: dict[str, str]
+) -> None:
     """Eight processes unpack into one empty folder at the same moment; all read the right images."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnist_lightning.data"])
-    with context.Manager() as manager, context.Pool(8, maxtasksperchild=1) as pool:
-        alone = start_at_once(str(data_dir), manager.Barrier(1))
-        for number in range(rounds):
-            folder, barrier = tmp_path / str(number), manager.Barrier(8)
-            read = pool.starmap(start_at_once, [(str(folder), barrier)] * 8, chunksize=1)
-            assert read == [alone] * 8
-            raw = folder / "MNIST" / "raw"
-            assert sorted(os.listdir(raw)) == sorted(RAW_FILES)
-            assert all(find_fault(raw / name, md5) is None for name, (_, _, md5) in RAW_FILES.items())
-            shutil.rmtree(folder)
+    alone = read_at_once(1, data_dir, tmp_path / "alone", preloaded, environment)
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        read = read_at_once(8, folder, tmp_path / f"work-{number}", preloaded, environment)
+        assert read == alone * 8
+        raw = folder / "MNIST" / "raw"
+        assert sorted(os.listdir(raw)) == sorted(RAW_FILES)
+        assert all(find_fault(raw / name, md5) is None for name, (_, _, md5) in RAW_FILES.items())
+        shutil.rmtree(folder)
 
 
 def test_no_network_is_told(command: Run, tmp_path: Path) -> None:

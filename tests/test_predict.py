@@ -1,8 +1,5 @@
 import csv
-import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from conftest import Run
 from PIL import Image
+from processes import Preloaded
 
 from benchmarks.handwriting import KINDS, through_predict
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
@@ -35,12 +33,13 @@ def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.
     return split.images[chosen], split.labels[chosen]
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(NUM_DIGITS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_digits_are_read_as_the_digits_are(
-    kind: str, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+    kind: str, count: int, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     classifier, _ = load_classifier(trained_run / "checkpoints" / "best.ckpt")
-    images, _ = test_digits
+    images = test_digits[0][:count]
     random = np.random.default_rng(0)
     seen = np.stack([through_predict(KINDS[kind](image, random), tmp_path) for image in images.numpy()])
     own, read = (log_probabilities(classifier, x).argmax(dim=1) for x in (images, torch.from_numpy(seen)))
@@ -236,7 +235,7 @@ MUTATIONS = ("one byte", "a tenth", "header", "size", "cut", "zeros", "twice", "
 
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.reliability)])
 def test_mutated_pictures_are_read_or_named(
-    count: int, trained_run: Path, environment: dict[str, str], tmp_path: Path
+    count: int, trained_run: Path, preloaded: Preloaded, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Each ends in a prediction or in one line with its name, whatever the others hold."""
     random = np.random.default_rng(count)
@@ -254,23 +253,16 @@ def test_mutated_pictures_are_read_or_named(
         (tmp_path / "pictures" / names[-1]).write_bytes(mutate(content, kind, random))
     checkpoint = trained_run / "checkpoints" / "best.ckpt"
     arguments = ("images=pictures", f"checkpoint={checkpoint}", "output=out")
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mnist_lightning.predict", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    told = [line.split(": ", 1)[0] for line in (tmp_path / "errors").read_text().splitlines()]
+    process = preloaded.start("-m", "mnist_lightning.predict", *arguments, cwd=tmp_path, env=environment)
+    _, errors = process.communicate()
+    told = [line.split(": ", 1)[0] for line in errors.splitlines()]
     with (tmp_path / "out" / "predictions.csv").open() as file:
         read = [row["file"] for row in csv.DictReader(file)]
     assert sorted(read + told) == [f"pictures/{name}" for name in names]
     assert read
     assert told
-    assert os.waitstatus_to_exitcode(status) == 1
-    assert usage.ru_maxrss < 1_500_000, "kilobytes: torch and matplotlib, and a picture of MAX_PIXELS"
+    assert process.returncode == 1
+    assert process.peak < 1_500_000, "kilobytes: torch and matplotlib, and a picture of MAX_PIXELS"
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,25 @@ overrides = st.fixed_dictionaries(
 )
 
 
-@hypothesis_settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+SETTINGS = hypothesis_settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@hypothesis_settings(SETTINGS, max_examples=15)
 @given(overrides)
 def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:
+    refuse_or_run(tmp_path, data_dir, chosen)
+
+
+@pytest.mark.slow
+@hypothesis_settings(SETTINGS, max_examples=40)
+@given(overrides)
+def test_forty_refusals_or_runs(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:
+    refuse_or_run(tmp_path, data_dir, chosen)
+
+
+def refuse_or_run(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:
     run_dir = tmp_path / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir()

@@ -271,10 +271,10 @@ def test_compiled_run_leaves_an_ordinary_checkpoint(
         assert done.returncode == 0, done.stderr
 
 
-def test_no_compiler_is_told_in_a_line(fresh_command: Run, tmp_path: Path) -> None:
+def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
     arguments = ("compile=true", *QUICK, "trainer.accelerator=cpu")
     variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = fresh_command("train", *arguments, cwd=tmp_path, **variables)
+    done = command("train", *arguments, cwd=tmp_path, **variables)
     assert done.returncode == 1
     assert "compile=true: torch.compile can't work here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
