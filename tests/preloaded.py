@@ -103,7 +103,7 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
         import torch
 
         np.random.seed()
-        threads = int(request["env"].get("OMP_NUM_THREADS", os.cpu_count()))
+        threads = int(request["env"].get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
     if "CXX" in os.environ and "torch._inductor.config" in sys.modules:  # read when it was imported
