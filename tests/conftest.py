@@ -2,7 +2,10 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the workers of pytest-xdist share the cores
+# Here, for this process before torch is imported and for all that the tests start:
+os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cores
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps memory and reuses it: a short training
+os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # spent a fifth of its time on getting it anew
 
 import json
 import shutil
