@@ -156,7 +156,7 @@ def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
     from benchmarks.scaling import Run, make, tabulate
 
     arguments = argparse.Namespace(data_dir=data_dir, epochs=1, steps=3)
-    run = make(arguments, "model.hidden=64", ["model.hidden=64"])
+    run = make(arguments, ["model.hidden=64"])
     done = python("-m", "mnist_lightning.train", *run.args[0], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -11,6 +11,7 @@ from processes import Process, wait_for
 
 from mnist_lightning.data import unpack
 from mnist_lightning.rundir.checkpoint import find_newest, load
+from mnist_lightning.rundir.loggers import CSVLogger
 
 SETTINGS = (
     *("trainer.max_epochs=2", "+trainer.limit_train_batches=20", "model.hidden=64", "test=false"),
@@ -129,3 +130,14 @@ def test_vanishing_folder(folder: str, start: Start, tmp_path: Path) -> None:
     assert "the folder has vanished" in errors
     assert len(errors.splitlines()) == 1
     assert "Traceback" not in errors
+
+
+def test_only_a_failed_write_turns_a_logger_off(tmp_path: Path) -> None:
+    """Lightning's loggers wrap some failed writes in a ValueError; a figure's own is another matter."""
+    logger = CSVLogger(save_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="shape"), logger.forgiving():
+        raise ValueError("shape '[-1, 28, 28]' is invalid")
+    assert not logger.failed
+    with logger.forgiving():
+        raise ValueError("you tried to log a number") from OSError(28, "No space left on device")
+    assert logger.failed

@@ -20,6 +20,15 @@ from mnist_lightning.rundir.atomic import write_atomic
 log = logging.getLogger(__name__)
 
 
+def is_failed_write(error: BaseException | None) -> bool:
+    """Whether a write has failed, now or before; Lightning's loggers wrap some such errors in others."""
+    while error is not None:
+        if isinstance(error, OSError) or "closed file" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Forgiving:
     """Mixed into a logger: when its files can't be written (a full disk, say) it says so once and
     is silent from then on, while the training goes on.  A curve is not worth a net."""
@@ -35,7 +44,7 @@ class Forgiving:
         try:
             yield
         except (OSError, ValueError) as error:
-            if not isinstance(error, OSError) and "closed file" not in str(error):  # after a failed write
+            if not is_failed_write(error):
                 raise
             if not self.failed:
                 log.warning(
