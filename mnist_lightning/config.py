@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_lightning.settings_help import describe_settings
+from mnist_lightning.settings_help import describe_settings, without_hydra
 
 log = logging.getLogger(__name__)
 
@@ -387,7 +387,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
     Raises:
         ConfigError: a key is missing, misspelt, of another type or out of its limits.
     """
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own = without_hydra(cfg)
     try:
         with open_dict(own):
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), own))

@@ -21,8 +21,7 @@ def describe_settings(config: DictConfig) -> str:
         config: composed, with Hydra's own node, which names the files that were chosen.
     """
     comments = find_comments(config.hydra)
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    settings = flatten(OmegaConf.to_container(own))
+    settings = flatten(OmegaConf.to_container(without_hydra(config)))
     lines = []
     for key, value in settings.items():
         group = key.rpartition(".")[0]
@@ -79,6 +78,11 @@ def find_base(path: Path) -> Path | None:
     entries = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
     bases = (path.with_name(f"{entry}.yaml") for entry in entries if isinstance(entry, str))
     return next((base for base in bases if base.is_file()), None)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy of a command's own settings."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -56,7 +56,7 @@ def count_flops(net: "nn.Module", image_shape: tuple[int, ...], batch_size: int)
     training = [module for module in net.modules() if module.training]
     net.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
             net.forward(images)  # not net(images): a net that is to be compiled would be, for these two
     finally:
         for module in training:

@@ -26,7 +26,7 @@ from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
 from mnist_lightning.rundir.status import Status, lock, read
-from mnist_lightning.settings_help import flatten
+from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
 
@@ -239,8 +239,7 @@ def check_same(sweep_dir: Path, config: DictConfig) -> None:
     """
     saved = read_multirun(sweep_dir)
     before = saved["hydra"]["overrides"]["task"], {k: v for k, v in saved.items() if k != "hydra"}
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    now = list(config.hydra.overrides.task), OmegaConf.to_container(own)
+    now = list(config.hydra.overrides.task), OmegaConf.to_container(without_hydra(config))
     params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
     changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
     changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]

@@ -190,7 +190,6 @@ class ProcessesLauncher(Launcher):
                 self.workers.remove(idle)
                 continue
             idle.task = tasks.popleft()
-            idle.wanted = idle.threads = 0
             self._set_deadline(idle)
 
     def _set_deadline(self, worker: Worker) -> None:
