@@ -52,6 +52,7 @@ def accuracy(net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) ->
 
 def main() -> None:
     """The default run's settings, written out."""
+    from mnist_lightning.images.preprocess import Preprocess
     from mnist_lightning.network import FeedForward
 
     arguments = parse_arguments(__doc__, epochs=8)
@@ -61,7 +62,7 @@ def main() -> None:
     train, test = (MNIST(str(arguments.data_dir), train=is_train) for is_train in (True, False))
     images, labels = train.data[:55_000], train.targets[:55_000]
     torch.manual_seed(1)
-    net = FeedForward(hidden=[256], activation="relu", dropout=0.0, norm="none", mean=0.1307, std=0.3081)
+    net = nn.Sequential(Preprocess(), FeedForward([256]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.004, weight_decay=0.01, fused=True)
     steps = arguments.epochs * -(-len(images) // 256)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

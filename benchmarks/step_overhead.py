@@ -29,7 +29,6 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict, read_write
 from torch.nn import functional as F
 
@@ -41,7 +40,7 @@ from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.data import Digits, EpochSampler, MNISTDataModule
 from mnist_lightning.rundir.checkpoint import load
-from mnist_lightning.train import train
+from mnist_lightning.train import make_classifier, train
 from mnist_lightning.workarounds import quiet_lightning, skip_device_probe
 
 EPOCHS = {64: 1, 256: 4, 1024: 12}  # so that a round takes about a second
@@ -143,24 +142,19 @@ class Start:
         with empty_folder() as folder:
             settings = settle(folder, overrides)
         L.seed_everything(settings.seed, workers=True, verbose=False)
-        data, model = settings.data, vars(settings.model)
-        datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
+        datamodule = MNISTDataModule(**settings.data.module_arguments(), seed=settings.seed)
         datamodule.prepare_data()
         datamodule.setup("fit")
-        classifier = DigitClassifier(
-            **model,
-            mean=data.mean,
-            std=data.std,
-            deskew=data.deskew,
-            label_smoothing=settings.label_smoothing,
-            optimizer=instantiate(settings.optimizer, _partial_=True),
-            scheduler=instantiate(settings.scheduler, _partial_=True) or None,
-        )
-        return cls(settings, classifier, datamodule)
+        return cls(settings, make_classifier(settings, datamodule), datamodule)
 
     @property
     def digits(self) -> Digits:
-        return self.datamodule.training_digits()
+        return self.datamodule.splits["train"]
+
+    @property
+    def whole_net(self) -> torch.nn.Sequential:
+        """From stored images to logits."""
+        return torch.nn.Sequential(self.classifier.preprocess, self.classifier.net)
 
     @property
     def epochs(self) -> int:
@@ -183,7 +177,7 @@ class Start:
 
 def run_bare(overrides: list[str], device: str, limit: int | None) -> Result:
     start = Start.make(overrides)
-    net = start.classifier.net.to(device)
+    net = start.whole_net.to(device)
     images, labels = start.digits.images.to(device), start.digits.labels.to(device)
     optimizer, scheduler = start.make_optimizer(limit)
     sampler = EpochSampler(len(labels), shuffle=True, seed=start.settings.seed, rank=0, world_size=1)
@@ -195,7 +189,7 @@ def run_bare(overrides: list[str], device: str, limit: int | None) -> Result:
         bare_loop.train_epoch(net, images, labels, order, batch_size, optimizer, scheduler, limit)
     synchronize()
     seconds = time.perf_counter() - begin
-    return Result(start.epochs * start.count_steps(limit), seconds, copy_weights(net))
+    return Result(start.epochs * start.count_steps(limit), seconds, copy_weights(net[1]))
 
 
 class BareModule(L.LightningModule):
@@ -203,7 +197,7 @@ class BareModule(L.LightningModule):
 
     def __init__(self, start: Start, limit: int | None) -> None:
         super().__init__()
-        self.net = start.classifier.net
+        self.net = start.whole_net
         self.made = start.make_optimizer(limit)
         self.seconds = 0.0
 
@@ -238,7 +232,7 @@ def run_bare_lightning(overrides: list[str], device: str, limit: int | None) -> 
         use_distributed_sampler=False,
     )
     trainer.fit(module, start.datamodule.train_dataloader())
-    return Result(start.epochs * start.count_steps(limit), module.seconds, copy_weights(module.net))
+    return Result(start.epochs * start.count_steps(limit), module.seconds, copy_weights(module.net[1]))
 
 
 def run_tutorial(overrides: list[str], data_dir: Path, limit: int | None) -> Result:

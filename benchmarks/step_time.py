@@ -38,11 +38,12 @@ def measure(hidden: int, batch: int, seconds: float) -> tuple[int, float]:
     import torch
     from torch.nn import functional as F
 
-    from mnist_lightning.network import IMAGE_SHAPE, FeedForward
+    from mnist_lightning.images.sources import IMAGE_SHAPE
+    from mnist_lightning.network import FeedForward
 
-    net = FeedForward(hidden=[hidden], activation="relu", dropout=0, norm="none", mean=0.13, std=0.31)
+    net = FeedForward(hidden)
     flops = (1 + threads.BACKWARD) * threads.count_flops(net, IMAGE_SHAPE, batch)
-    images = torch.randint(0, 256, (batch, *IMAGE_SHAPE), dtype=torch.uint8)
+    images = torch.randn(batch, *IMAGE_SHAPE)
     labels = torch.randint(0, 10, (batch,))
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     steps: list[float] = []

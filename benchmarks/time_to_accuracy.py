@@ -34,7 +34,7 @@ from benchmarks.measure import (
     start,
     take_turns,
 )
-from mnist_lightning.data import unpack
+from mnist_lightning.images.sources import unpack
 
 LEVELS = (0.97, 0.975, 0.98, 0.99)
 LOG = "test_accuracy.jsonl"

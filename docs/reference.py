@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_lightning.config import CONF_DIR, ConfigError, check
+from mnist_lightning.config import CONF_DIR, SCHEMAS, ConfigError, check
 from mnist_lightning.settings_help import find_base, flatten, read_comments, show
 
 CONF = Path(CONF_DIR)
@@ -36,8 +36,8 @@ the three together. Any setting is given as `key=value` on the command line.
 
 - **default** is what a command takes when nothing is said; `${…}` is filled in from another key.
 - **allowed** is in the words of the check; a dash means that the type alone decides.
-- Keys of optimizers, schedules, trainers, callbacks and loggers are arguments of the class that `_target_`
-  names. Its other arguments are added with a `+`: `+optimizer.nesterov=true`.
+- Keys of nets, losses, metrics, optimizers, schedules, trainers, callbacks and loggers are arguments of what
+  `_target_` names. Its other arguments are added with a `+`: `+optimizer.nesterov=true`.
 """
 
 
@@ -85,6 +85,9 @@ def table_of_group(group: str) -> list[str]:
     if choices[0].read_text().startswith("# @package _global_"):
         return table_of_presets(choices)
     types = dict(types_of(schema_of("train")))
+    for path in choices:  # a class of ours in a group that takes anybody's
+        if (schema := SCHEMAS.get(str(read_flat(path).get("_target_")))) is not None:
+            types |= dict(types_of(schema, f"{group}."))
     key_of = group.replace("/", ".")
     rows = []
     for path in choices:

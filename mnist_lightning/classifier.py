@@ -2,7 +2,9 @@
 
 import functools
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -10,79 +12,144 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lightning.network import NUM_CLASSES, FeedForward
+from mnist_lightning.images.preprocess import Preprocess
+from mnist_lightning.losses import CrossEntropy
+from mnist_lightning.network import on_trial
+from mnist_lightning.targets import name_of
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]  # images (B, 28, 28) uint8, labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # images (B, H, W) or (B, H, W, C) uint8, labels (B,) int64
 TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in a scheduler's arguments
+LOSS = "loss"  # the name of the loss among the metrics
 
 
 class DigitClassifier(L.LightningModule):
-    """A ``FeedForward`` net that learns to name digits by cross-entropy on its logits.
+    """Trains and measures a net.
 
     A step does no more Python work than it must: it leaves its outputs in a list, and
     ``_count`` moves them into the metrics once every ``log_every_n_steps`` steps and at the end
     of an epoch.  ``self.log`` and a metric's update in each step would double a small net's time.
 
+    The outputs reach loss and metrics as the net gives them, (B, num_classes) with labels (B,) int64.  Of
+    a net with a single output, a regression, torch's and TorchMetrics' own get (B,) and (B,) float32.
+
     Args:
-        hidden, activation, dropout, norm, mean, std, input_noise, noise, deskew: of the net,
-            see ``FeedForward``.
-        label_smoothing: in [0, 1), of the training loss only (Szegedy et al. 2016,
-            arXiv 1512.00567, section 7).
+        net: (B, C, H, W) float32, normalised -> (B, num_classes) logits, or (B, 1) numbers.
+        preprocess: from stored images to what the net sees; None: ``Preprocess()``.
+        loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
+        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
+        image_shape: (C, H, W).
+        num_classes: of the labels.
         optimizer: makes the optimizer from the parameters; not needed to evaluate.
         scheduler: makes the learning-rate schedule from the optimizer; None keeps it constant.  An
             argument that is the string "total_steps" is replaced by the run's number of optimizer
             steps, and the schedule is then stepped after each of them, else after each epoch.
+        decay_biases: whether weight decay acts on biases and on norms' parameters too.
+
+    Attributes:
+        num_outputs: of the net for each image; known once ``check`` has run.
     """
 
     def __init__(
         self,
+        net: nn.Module,
         *,
-        hidden: list[int],
-        activation: str,
-        dropout: float,
-        norm: str,
-        mean: float,
-        std: float,
-        label_smoothing: float,
-        input_noise: float = 0.0,
-        noise: float = 0.0,
-        deskew: bool = False,
+        preprocess: Preprocess | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        image_shape: Sequence[int] = (1, 28, 28),
+        num_classes: int = 10,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: "functools.partial[LRScheduler] | None" = None,
+        decay_biases: bool = True,
     ) -> None:
         super().__init__()
-        # plain numbers and strings only: the checkpoint must load with weights_only=True
-        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
-        self.net = FeedForward(
-            hidden=hidden,
-            activation=activation,
-            dropout=dropout,
-            norm=norm,
-            mean=mean,
-            std=std,
-            input_noise=input_noise,
-            noise=noise,
-            deskew=deskew,
+        self.net = net
+        self.preprocess = Preprocess() if preprocess is None else preprocess
+        self.loss = CrossEntropy() if loss is None else loss
+        if metrics is None:
+            accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            accuracy.recipe = {
+                "_target_": "torchmetrics.classification.MulticlassAccuracy",
+                **{"num_classes": num_classes, "average": "micro", "validate_args": False},
+            }
+            metrics = {"acc": accuracy}
+        # plain data: the checkpoint must load with weights_only=True, and tell how to build all this again
+        self.save_hyperparameters(
+            {
+                "model": getattr(net, "recipe", None),
+                "loss": getattr(self.loss, "recipe", None),
+                "metrics": {name: getattr(metric, "recipe", None) for name, metric in metrics.items()},
+                "preprocess": self.preprocess.arguments,
+                "image_shape": list(image_shape),
+                "num_classes": num_classes,
+            }
         )
-        self.label_smoothing = label_smoothing
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes
+        self.num_outputs = num_classes
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.train_metrics = _metrics("train")
-        self.val_metrics = _metrics("val")
-        self.test_metrics = _metrics("test")
+        self.decay_biases = decay_biases
+        self.train_metrics, self.val_metrics, self.test_metrics = (
+            MetricCollection(
+                {LOSS: MeanMetric(), **metrics}, prefix=f"{stage}/", compute_groups=False
+            ).clone()
+            for stage in ("train", "val", "test")
+        )
         self.train_metrics.persistent(True)  # a checkpoint within an epoch holds its first part
         self._interval = 0  # steps between two counts, see on_fit_start
         self._resumed: dict[str, Any] | None = None  # the checkpoint to go on from
-        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels of a step
+        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, outputs, labels of a step
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether the net's outputs are logits of the classes."""
+        return self.num_outputs == self.num_classes
+
+    def check(self) -> None:
+        """Try net, loss and metrics on two blank images.
+
+        Raises:
+            MisconfigurationException: one of them does not fit the images, the labels or the others.
+        """
+        images = torch.zeros(2, *self.image_shape)
+        labels = torch.arange(2) % self.num_classes
+        name = f"model: {name_of(self.net)}"
+        with on_trial(self), _one_line(f"{name} can't take images {tuple(images.shape)}"):
+            outputs = self.net.forward(images)  # not net(images), which may be compiled
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if shape not in ((2, self.num_classes), (2, 1)):
+            raise MisconfigurationException(
+                f"{name} gives {shape} for 2 images, and must give (2, {self.num_classes}), a logit for each"
+                " class, or (2, 1) for a regression"
+            )
+        self.num_outputs = int(outputs.shape[1])
+        name = f"loss: {name_of(self.loss)}"
+        told = f"{name} can't take outputs {shape} and labels (2,)"
+        with on_trial(self), _one_line(told):
+            value = self.loss(*_fit(self.loss, outputs, labels))
+        if not isinstance(value, Tensor) or value.ndim:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise MisconfigurationException(f"{name} gives {what} for a batch, and must give one number, ()")
+        for key, metric in self.val_metrics.items(keep_base=True):
+            if key == LOSS:
+                continue
+            name = f"metrics.{key}: {name_of(metric)}"
+            with _one_line(f"{name} can't take outputs {shape} and labels (2,)"):
+                trial = metric.clone()
+                trial.update(*_fit(metric, outputs, labels))
+                value = trial.compute()
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise MisconfigurationException(f"{name} gives {what}, and must give one number")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets this name some 40 times a step; nn.Module's setter would look for
@@ -93,32 +160,34 @@ class DigitClassifier(L.LightningModule):
             super().__setattr__(name, value)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits for a batch.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 10) float."""
-        logits: Tensor = self.net(images)
-        return logits
+        """The net's outputs for stored images.
+
+        (B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, num_outputs) float
+        """
+        outputs: Tensor = self.net(self.preprocess(images))
+        return outputs
 
     def on_fit_start(self) -> None:
         self._interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
-    def _step(self, batch: Batch, stage: str) -> Tensor:
+    def _step(self, batch: Batch) -> Tensor:
         images, labels = batch
-        logits = self.net(images)
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        self._outputs.append((loss.detach(), logits.detach(), labels))
+        outputs = self.net(self.preprocess(images))
+        loss = self.loss(*_fit(self.loss, outputs, labels))
+        self._outputs.append((loss.detach(), outputs.detach(), labels))
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._step(batch, "train")
+        loss = self._step(batch)
         if len(self._outputs) == self._interval:
             self._count("train")
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._step(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._step(batch)
 
     def on_train_epoch_start(self) -> None:
         self.train_metrics.reset()  # not called where an epoch is resumed within
@@ -151,8 +220,8 @@ class DigitClassifier(L.LightningModule):
         torch.set_rng_state(self._resumed["random_state"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self._resumed["random_state"]["cuda"], self.device)
-        for loss, logits, labels in self._resumed["uncounted"]:
-            self._outputs.append((loss.to(self.device), logits.to(self.device), labels.to(self.device)))
+        for loss, outputs, labels in self._resumed["uncounted"]:
+            self._outputs.append((loss.to(self.device), outputs.to(self.device), labels.to(self.device)))
         self._resumed = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -195,15 +264,25 @@ class DigitClassifier(L.LightningModule):
         if not self._outputs:
             return
         losses = self._check_losses(stage)
-        _, logits, labels = zip(*self._outputs, strict=True)
+        _, outputs, labels = zip(*self._outputs, strict=True)
         self._outputs.clear()
         sizes = torch.tensor([len(step) for step in labels], device=losses.device)
-        metrics = getattr(self, f"{stage}_metrics")
-        metrics["loss"].update(losses, weight=sizes)
-        metrics["acc"].update(torch.cat(logits), torch.cat(labels))
+        self._update(stage, losses, sizes, torch.cat(outputs), torch.cat(labels))
         if stage == "train":
             mean = losses.mean().item()  # of the steps since the last such value
             self._write({"train/loss_step": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def measure(self, stage: str, outputs: Tensor, labels: Tensor) -> None:
+        """Move outputs that the net has given into a stage's metrics.  (B, num_outputs) float, (B,) int64"""
+        loss = self.loss(*_fit(self.loss, outputs, labels))
+        self._update(stage, loss, torch.tensor(len(labels)), outputs, labels)
+
+    def _update(self, stage: str, losses: Tensor, sizes: Tensor, outputs: Tensor, labels: Tensor) -> None:
+        for name, metric in getattr(self, f"{stage}_metrics").items(keep_base=True):
+            if name == LOSS:
+                metric.update(losses, weight=sizes)
+            else:
+                metric.update(*_fit(metric, outputs, labels))
 
     def _check_losses(self, stage: str) -> Tensor:
         """The losses of the steps in ``_outputs``.  -> (len(_outputs),)
@@ -242,7 +321,7 @@ class DigitClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.make_optimizer is not None, "DigitClassifier was made without an optimizer"
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
         if self.make_scheduler is None:
             return optimizer
         per_step = [name for name, value in self.make_scheduler.keywords.items() if value == TOTAL_STEPS]
@@ -273,12 +352,63 @@ def environment() -> dict[str, str | int]:
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 
-def _metrics(stage: str) -> MetricCollection:
-    return MetricCollection(
-        {
-            "loss": MeanMetric(),
-            "acc": MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False),
-        },
-        prefix=f"{stage}/",
-        compute_groups=False,
-    )
+def choose_mode(name: str, mode: str | None, metric: Metric) -> str:
+    """Whether a monitored metric is to become large or small, "max" or "min".
+
+    Args:
+        name: "val/loss", or "val/…" of a metric.
+        mode: what the settings say; None: nothing.
+
+    Raises:
+        MisconfigurationException: the settings say otherwise than the metric, or neither says anything.
+    """
+    higher = False if name == f"val/{LOSS}" else metric.higher_is_better
+    wanted = None if higher is None else "max" if higher else "min"
+    if wanted is None and mode is None:
+        raise MisconfigurationException(
+            f"monitor.mode must be max or min: {name} does not say which is better"
+        )
+    if wanted is not None and mode not in (None, wanted):
+        raise MisconfigurationException(
+            f"monitor.mode must be {wanted} with monitor.metric={name}, got {mode}"
+        )
+    return str(mode or wanted)
+
+
+def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups: the second, biases and norms' parameters, without weight decay."""
+    decayed: dict[nn.Parameter, bool] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            decayed[parameter] = "Norm" not in type(part).__name__ and "bias" not in name
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter, decays in decayed.items() if decays]},
+        {"params": [parameter for parameter, decays in decayed.items() if not decays], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and labels as a loss or a metric wants them, see ``DigitClassifier``."""
+    if outputs.shape[1] == 1:
+        kind = measure.func if isinstance(measure, functools.partial) else type(measure)
+        if (kind.__module__ or "torch").split(".")[0] in ("torch", "torchmetrics"):
+            return outputs[:, 0], labels.float()
+    return outputs, labels
+
+
+@contextmanager
+def _one_line(told: str) -> Iterator[None]:
+    """
+    Raises:
+        MisconfigurationException: whatever a net, a loss or a metric of somebody's own raises, in a line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # torch's way to say that a loss of outputs (B, 1) and labels (B,) is one of all pairs
+            warnings.filterwarnings("error", message="Using a target size", category=UserWarning)
+            yield
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise MisconfigurationException(f"{told}: {type(error).__name__}: {cause[:300]}") from error

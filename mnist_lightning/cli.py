@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Collection, Iterator
@@ -11,11 +12,38 @@ from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
+from mnist_lightning import threads, workarounds
 from mnist_lightning.rundir import signals
 
 
 class CommandError(CompactHydraException):
     """A command that could not go on; Hydra prints it without a traceback."""
+
+
+typed: list[str] = []
+"""The command as its user typed it."""
+
+
+def begin() -> None:
+    """What every command does first, before Hydra looks for plugins and before torch is imported."""
+    threads.wait_passively()
+    workarounds.share_config_store()
+    typed[:] = sys.argv
+    folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
+    if not sys.flags.safe_path and not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)
+
+
+def retype(argument: str) -> str:
+    """The command that was typed with another argument, to be typed again."""
+    if not typed:
+        return argument
+    script = Path(typed[0])
+    by_module = script.suffix == ".py"
+    command = ["python", "-m", f"mnist_lightning.{script.stem}"] if by_module else [script.name]
+    key = argument.partition("=")[0]
+    kept = [one for one in typed[1:] if one.lstrip("+").partition("=")[0] != key]
+    return shlex.join([*command, *kept, argument])
 
 
 def quote_paths(keys: Collection[str]) -> None:

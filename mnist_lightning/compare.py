@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_lightning import threads, workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
+from mnist_lightning import threads
+from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.status import show_value
 from mnist_lightning.settings_help import flatten
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 register()
 
+CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
 LEVEL = 0.05  # of McNemar's test
 METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, beside the split's scores
 CURVES = ("train/loss", "val/loss", "train/acc", "val/acc")
@@ -36,18 +38,21 @@ class Contestant:
 
     Attributes:
         folder: of the run; None where only a checkpoint file is known.
+        evaluation: None of a net that names no classes.
+        own: its run's own loss and metrics, by name.
     """
 
     name: str
     folder: Path | None
     settings: dict[str, Any]
     digits: "Digits"
-    evaluation: "Evaluation"
+    evaluation: "Evaluation | None"
+    own: dict[str, float]
+    loss_name: str
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     quote_paths(["runs", "data_dir", "output"])
     run()
 
@@ -92,8 +97,9 @@ def compare(settings: Compare) -> None:
         "settings": {key: dict(zip(names, values, strict=True)) for key, values in differences.items()},
         "metrics": {key: dict(zip(names, values, strict=True)) for key, values in metrics.items()},
     }
-    if len(contestants) == 2:
-        result["mcnemar"] = judge(*(contestant.evaluation for contestant in contestants))
+    a, b = contestants[0].evaluation, contestants[1].evaluation
+    if len(contestants) == 2 and a and b:
+        result["mcnemar"] = judge(a, b)
         print(f"\n{result['mcnemar']['sentence']}")
     if settings.split == "test":
         print(
@@ -145,13 +151,22 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, list[Any]]:
     """Scores on the split and what metrics.json tells of the training; never test scores unasked."""
     evaluations = [contestant.evaluation for contestant in contestants]
-    rows: dict[str, list[Any]] = {
-        f"{split}/acc": [f"{100 * one.accuracy:.2f} %" for one in evaluations],
-        "  95 % interval": [
-            "{:.2f}–{:.2f} %".format(*(100 * x for x in one.interval)) for one in evaluations
-        ],
-        f"{split}/loss": [f"{one.loss:.4f}" for one in evaluations],
-    }
+    rows: dict[str, list[Any]] = {}
+    if any(evaluations):
+        rows = {
+            f"{split}/acc": [f"{100 * one.accuracy:.2f} %" if one else "–" for one in evaluations],
+            "  95 % interval": [
+                "{:.2f}–{:.2f} %".format(*(100 * x for x in one.interval)) if one else "–"
+                for one in evaluations
+            ],
+        }
+    if any(one.loss_name != CROSS_ENTROPY for one in contestants) and any(evaluations):
+        rows["cross-entropy"] = [f"{one.loss:.4f}" if one else "–" for one in evaluations]
+    names = [f"{split}/{name}" for contestant in contestants for name in contestant.own]
+    for name in dict.fromkeys(names):
+        if name not in rows:
+            key = name.removeprefix(f"{split}/")
+            rows[name] = [show_value(key, c.own[key]) if key in c.own else "–" for c in contestants]
     reports = []
     for contestant in contestants:
         path = contestant.folder / "metrics.json" if contestant.folder else None
@@ -201,23 +216,29 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         choose_threads,
+        compute_outputs,
         load_classifier,
         load_split,
-        log_probabilities,
+        measure,
     )
+    from mnist_lightning.targets import name_of
 
-    classifier, checkpoint = load_classifier(path)
+    classifier, checkpoint = load_classifier(path, trust=settings.trust)
     digits = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     saved = folder / ".hydra" / "config.yaml" if folder else None
     if saved and saved.is_file():
         values = flatten(OmegaConf.to_container(OmegaConf.load(saved), resolve=False))
     else:  # a checkpoint alone tells the net and the data
-        values = {f"model.{key}": value for key, value in checkpoint["hyper_parameters"].items()}
+        parts = ("model", "loss", "metrics", "preprocess")
+        values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
     with threads.use(choose_threads([classifier], len(digits), settings.threads)):
-        log_probs = log_probabilities(classifier, digits.images)
-    return Contestant(name, folder, values, digits, score(digits.labels.numpy(), log_probs.numpy()))
+        outputs = compute_outputs(classifier, digits.images)
+        own = measure(classifier, outputs, digits.labels)
+    log_probs, labels = outputs.log_softmax(dim=1).numpy(), digits.labels.numpy()
+    evaluation = score(labels, log_probs) if classifier.names_classes else None
+    return Contestant(name, folder, values, digits, evaluation, own, name_of(classifier.loss))
 
 
 if __name__ == "__main__":

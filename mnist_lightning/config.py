@@ -7,7 +7,7 @@ Hydra and OmegaConf is imported here, so that a mistake is told at once.
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,11 @@ ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
 NORMS = ("none", "batch", "layer")
 NUM_TRAINING_IMAGES = 60_000
 RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in its place
+# Groups that build one thing -> whether there must be one
+GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
+RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
+ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
+PREPROCESS = ("mean", "std", "deskew")
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
@@ -107,15 +112,20 @@ class Data:
         )
 
     def module_arguments(self) -> dict[str, Any]:
-        """Those of ``MNISTDataModule``, all but the seed."""
+        """Keyword arguments for ``MNISTDataModule``, except ``seed``."""
         arguments = asdict(self)
-        del arguments["mean"], arguments["std"]  # the net normalises
+        for name in PREPROCESS:
+            del arguments[name]
         return arguments | {"augment": asdict(self.augment) if self.augment.deforms else None}
+
+    def preprocess_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``Preprocess``."""
+        return {name: getattr(self, name) for name in PREPROCESS}
 
 
 @dataclass
-class Model:
-    """The net (``model=``)."""
+class FeedForward:
+    """The settings of ``network.FeedForward`` (``model=mlp``)."""
 
     hidden: Any  # int or list of int: structured configs know no union of the two
     activation: str
@@ -145,19 +155,35 @@ class Model:
 
 
 @dataclass
+class CrossEntropy:
+    """The settings of ``losses.CrossEntropy`` (``loss=cross_entropy``)."""
+
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.label_smoothing < 1,
+            f"loss.label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+
+
+# What of ours a _target_ names -> the types and limits of its arguments
+SCHEMAS: dict[str, type[Any]] = {
+    "mnist_lightning.network.FeedForward": FeedForward,
+    "mnist_lightning.losses.CrossEntropy": CrossEntropy,
+}
+
+
+@dataclass
 class Monitor:
     """The validation metric that chooses the best epoch and that a sweep optimises."""
 
     metric: str
-    mode: str
+    mode: str | None
 
     def __post_init__(self) -> None:
-        one_of("monitor.metric", self.metric, ("val/acc", "val/loss"))
-        wanted = "max" if self.metric == "val/acc" else "min"
-        require(
-            self.mode == wanted,
-            f"monitor.mode must be {wanted} with monitor.metric={self.metric}, got {self.mode}",
-        )
+        if self.mode is not None:
+            one_of("monitor.mode", self.mode, ("max", "min"))
 
 
 @dataclass
@@ -178,53 +204,68 @@ class CheckpointSchedule:
 class Train:
     """One run of ``python -m mnist_lightning.train``.
 
-    ``data`` and ``model`` are ours and typed.  Optimizer, schedule, trainer, callbacks and loggers
-    are whatever their ``_target_`` names; ``_check_targets`` knows the usual keys of those.
+    ``data`` is ours and typed.  Net, loss, metrics, optimizer, schedule, trainer, callbacks and loggers
+    are whatever their ``_target_`` names: ``SCHEMAS`` knows those of ours, ``_check_limits`` the usual keys
+    of others.
     """
 
     seed: int
     test: bool
     resume: str | None
-    label_smoothing: float
+    trust: Any  # None, str or list of str; of a resumption, see trust.py
+    decay_biases: bool
     ema_decay: float | None
     compile: bool
     monitor: Monitor
     checkpoint: CheckpointSchedule
     data: Data
-    model: Model
+    model: Any
+    loss: Any
+    metrics: Any
     optimizer: Any
     scheduler: Any
     trainer: Any
     callbacks: Any
     logger: Any
-    threads: int | None = None  # which runs of before 2026-11-25 have not saved
+    threads: int | None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         check_threads(self.threads)
         require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
-        require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"ema_decay must be in (0, 1), or null for no average, got {self.ema_decay}",
         )
-        for group in ("optimizer", "scheduler", "trainer", "callbacks", "logger"):
+        for group in (*GROUPS, "metrics", "callbacks", "logger"):
             value = getattr(self, group) or {}
             require(
                 isinstance(value, dict),
                 f"{group} must be a choice of conf/{group}/ or settings of one, got {value!r}",
             )
-            setattr(self, group, value)
-        for group, required in (("optimizer", True), ("trainer", True), ("scheduler", False)):
-            settings = getattr(self, group)
-            require(
-                "_target_" in settings if required else not settings or "_target_" in settings,
-                f"{group} names no _target_",
-            )
+            if group in GROUPS:
+                required = GROUPS[group] or value
+                require(not required or bool(value.get("_target_")), f"{group} names no _target_")
+            setattr(self, group, check_ours(group, value))
+        self._check_monitor()
         self._check_limits()
         self._check_combinations()
+
+    def _check_monitor(self) -> None:
+        names = ["val/loss", *(f"val/{name}" for name, metric in self.metrics.items() if metric)]
+        for name, metric in self.metrics.items():
+            require(name not in RESERVED, f"metrics.{name}: give it another name, {name} is taken")
+            require(
+                metric is None or (isinstance(metric, dict) and "_target_" in metric),
+                f"metrics.{name} names no _target_",
+            )
+        one_of("monitor.metric", self.monitor.metric, tuple(names))
+        wanted = known_mode(self)
+        require(
+            None in (wanted, self.monitor.mode) or self.monitor.mode == wanted,
+            f"monitor.mode must be {wanted} with monitor.metric={self.monitor.metric},"
+            f" got {self.monitor.mode}",
+        )
+        self.monitor.mode = self.monitor.mode or wanted
 
     def _check_limits(self) -> None:
         for key, (holds, wanted) in OPTIMIZER_LIMITS.items():
@@ -261,6 +302,15 @@ class Train:
             )
 
 
+def known_mode(settings: Train) -> str | None:
+    """Whether the monitored metric is to become large or small, "max" or "min", where that can be told
+    without importing it."""
+    if settings.monitor.metric == "val/loss":
+        return "min"
+    target = settings.metrics[settings.monitor.metric.removeprefix("val/")]["_target_"]
+    return "max" if target in ACCURACIES else None
+
+
 SPLITS = ("test", "val", "train")
 
 
@@ -274,6 +324,7 @@ class Evaluate:
     tta: int
     split: str
     data_dir: str | None
+    trust: Any  # None, str or list of str
     output: str | None
     threads: int | None
     show: bool
@@ -298,6 +349,7 @@ class Predict:
     images: Any  # str or list of str: structured configs know no union of the two
     run: str
     checkpoint: str | None
+    trust: Any  # None, str or list of str
     output: str
     threads: int | None
     show: bool
@@ -315,6 +367,7 @@ class Compare:
     runs: Any  # list of str
     split: str
     data_dir: str | None
+    trust: Any  # None, str or list of str
     output: str
     threads: int | None
     show: bool
@@ -345,6 +398,7 @@ class Export:
     run: str
     checkpoint: str | None
     data_dir: str | None
+    trust: Any  # None, str or list of str
     output: str | None
     threads: int | None
 
@@ -410,6 +464,27 @@ def register() -> None:
 
 def _is_single_run() -> bool:
     return not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN
+
+
+def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a group, with types and limits checked where their ``_target_`` is ours.
+
+    Raises:
+        ValueError: a key is missing, misspelt, of another type or out of its limits.
+    """
+    schema = SCHEMAS.get(str(settings.get("_target_")))
+    if schema is None:
+        return settings
+    values = {key: value for key, value in settings.items() if key != "_target_"}
+    names = [field.name for field in fields(schema)]
+    for key in values:
+        require(key in names, f"{group}.{key} is no setting of {settings['_target_']}: {', '.join(names)}")
+    try:
+        checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        raise ValueError(f"{group}.{key}: {str(error).splitlines()[0]}") from error
+    return {"_target_": settings["_target_"], **vars(checked)}
 
 
 def require(holds: bool, message: str) -> None:

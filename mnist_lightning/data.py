@@ -1,17 +1,11 @@
 """The digits: where they come from, the three splits, the loaders.
 
 All images stay as uint8 in the memory of the device that trains, and a batch is one indexing operation
-there; the net normalises.  Decoding and transforming image by image is what makes a usual MNIST project
-several times slower than its arithmetic.
+there; ``Preprocess`` normalises.  Decoding and transforming image by image is what makes a usual MNIST
+project several times slower than its arithmetic.
 """
 
 import functools
-import gzip
-import hashlib
-import logging
-import os
-import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,24 +15,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-from mnist_lightning.images.deform import Deformation, upright
-from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.images.deform import Deformation
+from mnist_lightning.images.sources import IMAGE_SHAPE, Stamp, class_names, make_whole, read_images, stamp
 
-log = logging.getLogger(__name__)
-
-DATASETS: dict[str, type[MNIST]] = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "kmnist": KMNIST}
-PACKAGED = Path(__file__).parent / "datasets" / "mnist"
-IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of bytes, 3-d and 1-d
-# IDX file -> magic number, number of items, MD5 of MNIST's own file
-RAW_FILES = {
-    "train-images-idx3-ubyte": (IMAGES_MAGIC, 60_000, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (LABELS_MAGIC, 60_000, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (IMAGES_MAGIC, 10_000, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (LABELS_MAGIC, 10_000, "27ae3e4e09519cfbb04c329615203637"),
-}
-DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download is given up
 EVAL_BATCH_SIZE = 2_000  # images at once where no gradient is needed: 6 MB as float
 
 
@@ -153,7 +133,7 @@ class MNISTDataModule(L.LightningDataModule):
     chosen by ``split_seed`` alone; the test split is the official one.
 
     Args:
-        name: a key of ``DATASETS``.
+        name: a key of ``sources.FOLDERS``.
         data_dir: folder in torchvision's layout; made and filled where something is missing.
         batch_size: of training, over all processes together; divisible by their number.
         val_size: number of validation images; 0 trains on all 60,000.
@@ -161,8 +141,6 @@ class MNISTDataModule(L.LightningDataModule):
         num_workers: of each loader.
         seed: of the order of the training images and of their deformations.
         augment: how far training images are deformed, the arguments of ``Deformation``; None: not.
-        deskew: whether training is on upright images (``deform.upright``), by a net that sets all others
-            upright itself.
     """
 
     def __init__(
@@ -176,7 +154,6 @@ class MNISTDataModule(L.LightningDataModule):
         num_workers: int,
         seed: int,
         augment: dict[str, float] | None = None,
-        deskew: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -188,11 +165,19 @@ class MNISTDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.augment = augment
-        self.deskew = deskew
         self.deform: Deformation | None = None  # made where the first batch lies
         self.splits: dict[str, Digits] = {}
         self.resume_epoch = 0  # where the training order goes on, see load_state_dict
         self.resume_batch = 0
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images."""
+        return IMAGE_SHAPE
+
+    @property
+    def class_names(self) -> list[str]:
+        return class_names(self.dataset)
 
     def state_dict(self) -> dict[str, int]:
         """Where in the order of the training images a checkpoint stands: epoch, and batch in it."""
@@ -220,10 +205,6 @@ class MNISTDataModule(L.LightningDataModule):
             return
         state = stamp(self.dataset, self.data_dir)
         self.splits = read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state)
-
-    def training_digits(self) -> Digits:
-        """The training split as a net trains on it, before deformations: upright where ``deskew`` says so."""
-        return set_upright(self.splits["train"]) if self.deskew else self.splits["train"]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -261,7 +242,7 @@ class MNISTDataModule(L.LightningDataModule):
         return self._loader("test", EVAL_BATCH_SIZE)
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        digits = self.training_digits() if split == "train" else self.splits[split]
+        digits = self.splits[split]
         trainer = self.trainer
         overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
         sampler = EpochSampler(
@@ -284,20 +265,8 @@ class MNISTDataModule(L.LightningDataModule):
         )
 
 
-@functools.lru_cache(maxsize=1)  # the next job of a sweep trains on the same images
-def set_upright(digits: Digits) -> Digits:
-    batches = torch.split(digits.images, EVAL_BATCH_SIZE)
-    return Digits(torch.cat([upright(batch.float()).round().byte() for batch in batches]), digits.labels)
-
-
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def class_names(name: str) -> list[str]:
-    """The ten classes of a data set, for tables and figures: "0" … "9" for digits."""
-    classes = [str(label) for label in DATASETS[name].classes]
-    return [str(label) for label in range(len(classes))] if name == "mnist" else classes
 
 
 def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
@@ -326,145 +295,12 @@ def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tenso
     return is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
 
 
-Stamp = tuple[tuple[int, int, int] | None, ...]
-
-
-def stamp(name: str, data_dir: Path) -> Stamp:
-    """Changes when a raw file is written, replaced or removed: inode, time and size of each."""
-    stats: list[tuple[int, int, int] | None] = []
-    for file in RAW_FILES:
-        try:
-            stat = (data_dir / DATASETS[name].__name__ / "raw" / file).stat()
-        except OSError:
-            stats.append(None)
-        else:
-            stats.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
-    return tuple(stats)
-
-
-@functools.lru_cache(maxsize=1)  # the next job of a sweep need not check the same files again
-def make_whole(name: str, data_dir: Path, state: Stamp) -> None:
-    if name == "mnist":
-        unpack(data_dir)
-    else:
-        download(name, data_dir)
-
-
-@functools.lru_cache(maxsize=1)  # and uses the same tensors, which nobody writes to
+@functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which nobody writes to
 def read_splits(name: str, data_dir: Path, val_size: int, split_seed: int, state: Stamp) -> dict[str, Digits]:
-    dataset = DATASETS[name]
-    train = dataset(str(data_dir), train=True)
-    test = dataset(str(data_dir), train=False)
-    val_indices, train_indices = split(train.targets, val_size, split_seed)
+    images, labels = read_images(name, data_dir, train=True)
+    val_indices, train_indices = split(labels, val_size, split_seed)
     return {
-        "train": Digits(train.data[train_indices], train.targets[train_indices]),
-        "val": Digits(train.data[val_indices], train.targets[val_indices]),
-        "test": Digits(test.data, test.targets),
+        "train": Digits(images[train_indices], labels[train_indices]),
+        "val": Digits(images[val_indices], labels[val_indices]),
+        "test": Digits(*read_images(name, data_dir, train=False)),
     }
-
-
-def unpack(data_dir: Path) -> None:
-    """Put MNIST's four raw files into ``data_dir``, where torchvision reads them.
-
-    What is there and right is left alone; what is missing is unpacked from the package; what is
-    there and wrong is named in a warning and replaced.
-
-    Raises:
-        OSError: the folder or a file can't be made, read or replaced.
-    """
-    raw = make_raw_folder(data_dir, "MNIST")
-    remove_leftovers(raw, age=LONG_LEFT)
-    for file, (_, _, md5) in RAW_FILES.items():
-        path = raw / file
-        if os.path.lexists(path):
-            fault = find_fault(path, md5)
-            if fault is None:
-                continue
-            log.warning("%s %s: replaced by the copy in this package", path, fault)
-        with gzip.open(PACKAGED / f"{file}.gz") as packed:
-            write_atomic(path, packed.read())
-
-
-def download(name: str, data_dir: Path) -> None:
-    """Fetch what is missing of a data set with torchvision's own download.
-
-    It goes into a temporary folder first: a broken or interrupted download leaves nothing behind.
-
-    Raises:
-        OSError: no network, or the server did not give the files; or ``data_dir`` can't be written.
-    """
-    dataset = DATASETS[name]
-    raw = make_raw_folder(data_dir, dataset.__name__)
-    if all(is_idx(raw / file, magic, count) for file, (magic, count, _) in RAW_FILES.items()):
-        return
-    timeout = socket.getdefaulttimeout()
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as temporary:
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        try:
-            dataset(temporary, train=True, download=True)
-        except Exception as error:  # urllib, zlib and torchvision raise many kinds
-            raise OSError(
-                f"data={name} could not be downloaded ({type(error).__name__}: {error});"
-                f" put its four IDX files into {raw} by hand, or use data=mnist, which needs no network"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(timeout)
-        fetched = Path(temporary) / dataset.__name__ / "raw"
-        for file, (magic, count, _) in RAW_FILES.items():
-            if not is_idx(fetched / file, magic, count):
-                raise OSError(f"data={name}: the server gave a {file} that is no IDX file of {count}")
-            os.replace(fetched / file, raw / file)
-
-
-def make_raw_folder(data_dir: Path, dataset: str) -> Path:
-    """torchvision's folder for a data set's IDX files, made where it is missing."""
-    raw = data_dir / dataset / "raw"
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"data.data_dir: can't make the folder {raw}: {error.strerror}") from error
-    return raw
-
-
-def is_whole(name: str, data_dir: Path) -> bool:
-    """Whether all four files of a data set are there and right; nothing is written."""
-    raw = data_dir / DATASETS[name].__name__ / "raw"
-    try:
-        return all(
-            find_fault(raw / file, md5) is None if name == "mnist" else is_idx(raw / file, magic, count)
-            for file, (magic, count, md5) in RAW_FILES.items()
-        )
-    except OSError:
-        return False
-
-
-def find_fault(path: Path, md5: str) -> str | None:
-    """What is wrong with a file, as a predicate ("is …"), or None where its content is right."""
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
-        return "is a folder"
-    except FileNotFoundError:
-        return "is a dangling link"
-    except PermissionError:
-        return "can't be read"
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-        return None
-    return f"is not MNIST's file ({len(content):,} bytes, another checksum)"
-
-
-def is_idx(path: Path, magic: int, count: int) -> bool:
-    """Whether a file is an IDX file of bytes with this many 28x28 images, or labels below 10.
-
-    The format: http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
-    """
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    shape = (count, 28, 28) if magic == IMAGES_MAGIC else (count,)
-    header = b"".join(number.to_bytes(4, "big") for number in (magic, *shape))
-    body = content[len(header) :]
-    if not content.startswith(header) or len(body) != torch.Size(shape).numel():
-        return False
-    return magic == IMAGES_MAGIC or max(body) < 10

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads, workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
+from mnist_lightning import threads
+from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.status import show_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,7 @@ NUM_MISTAKES = 40  # on the sheet
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
     run()
 
@@ -55,19 +55,27 @@ def evaluate(settings: Evaluate) -> None:
     )
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
-    from mnist_lightning.data import class_names
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         average,
         check_same_images,
         choose_threads,
+        compute_outputs,
         load_classifier,
         load_split,
         log_probabilities,
         make_deformation,
+        measure,
     )
+    from mnist_lightning.images.sources import class_names
+    from mnist_lightning.targets import name_of
 
-    loaded = [load_classifier(path) for path in paths]
+    loaded = [load_classifier(path, trust=settings.trust) for path in paths]
+    first = loaded[0][0]
+    averaged = len(paths) > 1 or settings.tta > 0
+    for path, (classifier, _) in zip(paths, loaded, strict=True):
+        if averaged and not classifier.names_classes:
+            raise OSError(f"{path}: runs and tta average probabilities, and this net gives none")
     splits = [
         load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
         for path, (_, checkpoint) in zip(paths, loaded, strict=True)
@@ -75,38 +83,75 @@ def evaluate(settings: Evaluate) -> None:
     check_same_images(paths, splits, settings.split)
     split = splits[0]
     start = time.perf_counter()
-    said = []
+    log_probs = []
     with threads.use(choose_threads([net for net, _ in loaded], len(split), settings.threads)):
+        if not averaged:
+            outputs = compute_outputs(first, split.images)
         for path, (classifier, checkpoint) in zip(paths, loaded, strict=True):
-            deform = make_deformation(path, checkpoint) if settings.tta else None
-            said.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
+            if averaged:
+                deform = make_deformation(path, checkpoint) if settings.tta else None
+                log_probs.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
             seconds = time.perf_counter() - start
             if seconds > 2:
-                log.info("%s: %d of %d nets, %.1f s", path, len(said), len(paths), seconds)
-    evaluation = score(split.labels.numpy(), average(said).numpy())
+                log.info("%s: %d of %d nets, %.1f s", path, len(log_probs), len(paths), seconds)
+        if averaged:
+            outputs = average(log_probs)
+        own = measure(first, outputs, split.labels)  # log-probabilities are logits too
+    classes = first.names_classes
+    evaluation = score(split.labels.numpy(), outputs.log_softmax(dim=1).numpy()) if classes else None
     seconds = time.perf_counter() - start
 
     name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
     names = class_names(name)
+    own["loss"], loss_name = own.pop("loss"), name_of(first.loss)
+    if evaluation and (averaged or loss_name == "mnist_lightning.losses.CrossEntropy"):
+        del own["loss"]  # of several nets there is none; and this one is in the scores
+    if evaluation:
+        own.pop("acc", None)
     folder = find_output(settings, paths[0])
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
-    metrics |= {"data": name, "split": settings.split} | to_metrics(evaluation)
+    metrics |= {"data": name, "split": settings.split, "images": len(split)}
+    if evaluation:
+        metrics |= to_metrics(evaluation)
+    metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_predictions(folder / "predictions.csv", evaluation)
-    pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
-    written = figures.save(pictures, folder)
+    written = ["metrics.json", "predictions.csv"]
+    pictures: dict[str, Figure] = {}
+    if evaluation:
+        write_predictions(folder / "predictions.csv", evaluation)
+        pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
+        written += [path.name for path in figures.save(pictures, folder)]
+    else:
+        write_outputs(folder / "predictions.csv", outputs[:, 0].numpy(), split.labels.numpy())
 
     for path in paths:
         print(f"{'checkpoint':13} {path}")
     if settings.tta:
         print(f"{'averaged over':13} {settings.tta} deformations of each image")
     print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
-    print(tabulate(evaluation, names))
+    if evaluation:
+        print(tabulate(evaluation, names))
+        if own:
+            print("\nthe run's own:")
+    else:
+        print("this net gives a number for each image, no classes: its own loss and metrics")
+    for key, value in own.items():
+        unit = " %" if key.endswith("acc") else ""
+        print(f"{key:13} {show_value(key, value)}{unit}" + (f"   {loss_name}" if key == "loss" else ""))
     print(f"\nwritten to {folder}:")
-    print("  " + "  ".join(["metrics.json", "predictions.csv", *(path.name for path in written)]))
+    print("  " + "  ".join(written))
     if settings.show:
         figures.show(pictures.values())
+
+
+def write_outputs(path: Path, outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> None:
+    """A line an image: its index in the split, label and the net's number."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "label", "output"])
+        for index, (label, output) in enumerate(zip(labels, outputs, strict=True)):
+            writer.writerow([index, label, f"{output:.6f}"])
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:
@@ -129,7 +174,6 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
         for name in ("precision", "recall", "f1")
     }
     return {
-        "images": len(evaluation.labels),
         "mistakes": int((evaluation.labels != evaluation.predictions).sum()),
         "acc": evaluation.accuracy,
         "acc_interval_95": list(evaluation.interval),

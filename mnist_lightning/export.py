@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads, workarounds
-from mnist_lightning.cli import CommandError, compact_errors, quote_paths
+from mnist_lightning import threads
+from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check, register
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
@@ -32,8 +32,7 @@ TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order d
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     quote_paths(["run", "checkpoint", "data_dir", "output"])
     run()
 
@@ -58,9 +57,9 @@ def export(settings: Export) -> None:
     log.info("loading torch, Lightning and ONNX …")
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 
-    classifier, checkpoint = load_classifier(path)
+    classifier, checkpoint = load_classifier(path, trust=settings.trust)
     images = load_split(path, checkpoint, "test", data_dir=settings.data_dir).images[:NUM_CHECKED]
-    content = to_onnx(classifier)
+    content = to_onnx(classifier, images)
     with threads.use(choose_threads([classifier], len(images), settings.threads)):
         difference = compare(content, classifier, images)
     if not difference <= TOLERANCE:
@@ -75,42 +74,60 @@ def export(settings: Export) -> None:
     write_atomic(target, content)
     print(f"checkpoint  {path}")
     print(f"written to  {target} ({len(content) / 1e6:.1f} MB)")
-    print("input       images: uint8 (N, 28, 28), ink high on 0")
-    print("output      probabilities: float32 (N, 10)")
+    sizes = ", ".join(map(str, images.shape[1:]))
+    print(f"input       images: uint8 (N, {sizes}), ink high on 0")
+    print(f"output      {name_output(classifier)}: float32 (N, {classifier.num_outputs})")
     print(f"checked     {len(images):,} test images, largest difference to PyTorch {difference:.1e}")
 
 
-def to_onnx(classifier: "DigitClassifier") -> bytes:
-    """The net as the content of an ONNX file: uint8 (N, 28, 28) in, float32 (N, 10) probabilities out."""
+def name_output(classifier: "DigitClassifier") -> str:
+    return "probabilities" if classifier.names_classes else "outputs"
+
+
+def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
+    """The net as the content of an ONNX file: stored images in; probabilities, or its number, out.
+
+    Args:
+        images: (N, H, W) or (N, H, W, C) uint8, N >= 2; their shape is what the file will take.
+
+    Raises:
+        CommandError: ONNX can't express the net.
+    """
     import torch
 
-    net = torch.nn.Sequential(classifier.net, torch.nn.Softmax(dim=1)).eval()
-    example = torch.zeros(2, 28, 28, dtype=torch.uint8)
-    with _quiet():
-        program = torch.onnx.export(
-            net,
-            (example,),
-            input_names=["images"],
-            output_names=["probabilities"],
-            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
+    last = [torch.nn.Softmax(dim=1)] if classifier.names_classes else []
+    net = torch.nn.Sequential(classifier.preprocess, classifier.net, *last).eval()
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                net,
+                (torch.zeros_like(images[:2]),),
+                input_names=["images"],
+                output_names=[name_output(classifier)],
+                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx and torch.export raise many kinds, with pages of advice
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise CommandError(f"ONNX can't express this net: {type(error).__name__}: {cause}") from error
+    assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
 def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> float:
-    """The largest difference between the probabilities of the ONNX and of the PyTorch net."""
+    """The largest difference between what the ONNX and the PyTorch net give."""
     import numpy as np
     import onnxruntime
 
-    from mnist_lightning.evaluation.trained import log_probabilities
+    from mnist_lightning.evaluation.trained import compute_outputs
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    (ours,) = session.run(["probabilities"], {"images": images.numpy()})
-    return float(np.abs(ours - log_probabilities(classifier, images).exp().numpy()).max())
+    (theirs,) = session.run([name_output(classifier)], {"images": images.numpy()})
+    ours = compute_outputs(classifier, images)
+    ours = ours.softmax(dim=1) if classifier.names_classes else ours
+    return float(np.abs(theirs - ours.numpy()).max())
 
 
 @contextmanager

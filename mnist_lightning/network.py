@@ -1,16 +1,12 @@
-"""The net: pixels in, ten logits out."""
+"""The net: normalised pixels in, a logit for each class out."""
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from mnist_lightning.images.deform import upright
-
-IMAGE_SHAPE = (28, 28)
-NUM_PIXELS = math.prod(IMAGE_SHAPE)
-NUM_CLASSES = 10
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -48,49 +44,57 @@ class GaussianNoise(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A fully connected net that takes raw pixels and normalises them itself.
+    """A fully connected net.
 
     Each hidden layer is linear -> norm -> noise -> activation -> dropout; the last layer is linear.
-    The normalisation constants are buffers: they move with the net to its device and into its
-    checkpoint, so that a checkpoint alone is enough to predict.
 
     Args:
-        hidden: units of each hidden layer; ``[]`` gives a linear classifier.
+        hidden: units of each hidden layer; a number is one layer, ``[]`` gives a linear classifier.
         activation: a key of ``ACTIVATIONS``.
         dropout: probability in [0, 1) of zeroing a hidden unit while training.
         norm: a key of ``NORMS``.
-        mean: of the training pixels, scaled to [0, 1].
-        std: of the training pixels, scaled to [0, 1]; > 0.
         input_noise: standard deviation of noise that training adds to the normalised pixels; >= 0.
         noise: standard deviation of noise that training adds before each activation; >= 0.
-        deskew: whether each image is first set upright (``deform.upright``), in eval mode alone: training
-            images are given upright, so that deformations act on upright digits.
-    """
+        image_shape: (C, H, W) of the images.
+        num_classes: number of logits.
 
-    mean: Tensor
-    std: Tensor
+    Raises:
+        ValueError: an activation or a norm that is not known.
+    """
 
     def __init__(
         self,
+        hidden: int | Sequence[int] = (256,),
         *,
-        hidden: list[int],
-        activation: str,
-        dropout: float,
-        norm: str,
-        mean: float,
-        std: float,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        norm: str = "none",
         input_noise: float = 0.0,
         noise: float = 0.0,
-        deskew: bool = False,
+        image_shape: Sequence[int] = (1, 28, 28),
+        num_classes: int = 10,
     ) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(255 * mean))
-        self.register_buffer("std", torch.tensor(255 * std))
-        self.deskew = deskew
+        for name, value, known in (("activation", activation, ACTIVATIONS), ("norm", norm, NORMS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+        hidden = [hidden] if isinstance(hidden, int) else list(hidden)
+        if type(self) is FeedForward:  # of what is derived from it nobody knows the arguments
+            self.recipe = {
+                "_target_": "mnist_lightning.network.FeedForward",
+                "hidden": hidden,
+                "activation": activation,
+                "dropout": dropout,
+                "norm": norm,
+                "input_noise": input_noise,
+                "noise": noise,
+                "image_shape": list(image_shape),
+                "num_classes": num_classes,
+            }
         layers: list[nn.Module] = [nn.Flatten()]
         if input_noise > 0:
             layers.append(GaussianNoise(input_noise))
-        sizes = [NUM_PIXELS, *hidden]
+        sizes = [math.prod(image_shape), *hidden]
         for num_in, num_out in itertools.pairwise(sizes):
             layers.append(nn.Linear(num_in, num_out))
             if (make_norm := NORMS[norm]) is not None:
@@ -100,13 +104,24 @@ class FeedForward(nn.Module):
             layers.append(ACTIVATIONS[activation]())
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
-        layers.append(nn.Linear(sizes[-1], NUM_CLASSES))
+        layers.append(nn.Linear(sizes[-1], num_classes))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits for a batch.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 10) float."""
-        pixels = images.float()
-        if self.deskew and not self.training:
-            pixels = upright(pixels)
-        logits: Tensor = self.layers((pixels - self.mean) / self.std)
+        """Logits for a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
+        logits: Tensor = self.layers(images)
         return logits
+
+
+@contextmanager
+def on_trial(module: nn.Module) -> Iterator[None]:
+    """A stretch in which a net can be tried: in eval mode, without gradients; neither it nor the random
+    state is changed by that."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads, workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
+from mnist_lightning import threads
+from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
 from mnist_lightning.rundir.find import find_checkpoint
 
@@ -23,8 +23,7 @@ register()
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     quote_paths(["images", "run", "checkpoint", "output"])
     run()
 
@@ -57,11 +56,12 @@ def predict(settings: Predict) -> int:
     import torch
 
     from mnist_lightning import figures
-    from mnist_lightning.data import class_names
-    from mnist_lightning.evaluation.trained import choose_threads, load_classifier, log_probabilities
+    from mnist_lightning.evaluation.trained import choose_threads, compute_outputs, load_classifier
+    from mnist_lightning.images.sources import class_names
 
-    classifier, checkpoint = load_classifier(path)
+    classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names = class_names(str(checkpoint["datamodule_hyper_parameters"]["name"]))
+    classes = classifier.names_classes
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"net: {path}")
@@ -71,7 +71,8 @@ def predict(settings: Predict) -> int:
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
     with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
-        writer.writerow(["file", "prediction", "probability", *(f"p({name})" for name in names)])
+        header = ["file", "prediction", "probability", *(f"p({name})" for name in names)]
+        writer.writerow(header if classes else ["file", "output"])
         for number, file in enumerate(files, start=1):
             try:
                 picture = read_image(file)
@@ -81,7 +82,12 @@ def predict(settings: Predict) -> int:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 print(f"{file}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
                 continue
-            probabilities = log_probabilities(classifier, torch.from_numpy(seen)[None])[0].exp().numpy()
+            outputs = compute_outputs(classifier, torch.from_numpy(seen)[None])[0]
+            if not classes:
+                print(f"{file!s:{width}}  {outputs.item():.4f}", flush=True)
+                writer.writerow([file, f"{outputs.item():.6f}"])
+                continue
+            probabilities = outputs.softmax(dim=0).numpy()
             best = int(probabilities.argmax())
             line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
             print(f"{file!s:{width}}  {line}", flush=True)
@@ -96,7 +102,8 @@ def predict(settings: Predict) -> int:
             if settings.show:
                 drawings[str(file)] = drawing
     done = len(files) - failures
-    print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv and a figure for each")
+    drawn = " and a figure for each" if classes else ""
+    print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv{drawn}")
     if settings.show:
         figures.show(drawings.values())
     return failures

@@ -6,8 +6,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from mnist_lightning import workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
+from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, check
 from mnist_lightning.sweeps.report import summarize, write_report
 from mnist_lightning.sweeps.results import find_sweep
@@ -24,7 +23,7 @@ ConfigStore.instance().store(name="report_schema", node=Report, provider="mnist_
 
 
 def main() -> None:
-    workarounds.share_config_store()
+    begin()
     quote_paths(["run"])
     run()
 

@@ -9,7 +9,7 @@ number, and with it the same weights.  ``docs/speed.md`` has the measurements be
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,27 +40,24 @@ def wait_passively() -> None:
         os.environ.update(WAITING)
 
 
-def count_flops(net: "nn.Module", image_shape: tuple[int, ...], batch_size: int) -> int:
+def count_flops(net: "nn.Module", image_shape: Sequence[int], batch_size: int) -> int:
     """Floating-point operations of a forward pass, those of matrix products and convolutions.
 
     The net is tried on two blank images in eval mode; neither it nor the random state is changed.
 
     Args:
-        net: takes images as uint8, (B, *image_shape), on the CPU.
+        net: takes images as float32, (B, C, H, W), on the CPU.
+        image_shape: (C, H, W).
         batch_size: of the pass whose operations are asked for.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    images = torch.zeros(2, *image_shape, dtype=torch.uint8)
-    training = [module for module in net.modules() if module.training]
-    net.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            net.forward(images)  # not net(images): a net that is to be compiled would be, for these two
-    finally:
-        for module in training:
-            module.training = True
+    from mnist_lightning.network import on_trial
+
+    images = torch.zeros(2, *image_shape)
+    with on_trial(net), FlopCounterMode(display=False) as counter:
+        net.forward(images)  # not net(images): a net that is to be compiled would be, for these two
     return int(counter.get_total_flops()) * batch_size // len(images)
 
 

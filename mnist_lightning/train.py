@@ -6,7 +6,8 @@ import logging
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,40 +17,54 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
+from mnist_lightning.cli import begin, compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.resume import resume_job
-from mnist_lightning.rundir.status import is_main_process, track
+from mnist_lightning.rundir.status import is_main_process, show_value, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
+from mnist_lightning.targets import make
+from mnist_lightning.trust import strange_modules, write_trust
 
 if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.data import MNISTDataModule
 
 log = logging.getLogger(__name__)
 register()
 
+MOVED = {"label_smoothing": "loss.label_smoothing"}
 Metrics = dict[str, float | int | str | None]
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     signals.install()
     with compact_errors():
+        tell_moved(sys.argv[1:])
         rewrite_arguments()
     quote_paths(["data.data_dir", "hydra.run.dir"])
     run()
+
+
+def tell_moved(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: an argument has a name of the first edition.
+    """
+    for argument in arguments:
+        key, sign, value = argument.lstrip("+").partition("=")
+        if sign and key in MOVED:
+            raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
@@ -66,9 +81,10 @@ def run(cfg: DictConfig) -> float | None:
     with compact_errors(in_sweep=in_sweep), track(run_dir, overrides, in_sweep=in_sweep) as status:
         with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
+        status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
     if is_main_process() and not in_sweep:
-        log.info("%s", summarize(metrics, run_dir))
+        log.info("%s", summarize(metrics, settings, run_dir))
     value = metrics.get(settings.monitor.metric)
     return value if isinstance(value, float) else None
 
@@ -95,33 +111,21 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
-    from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.classifier import choose_mode
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.network import IMAGE_SHAPE
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
-    settings = place(settings, run_dir)
+    settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
     L.seed_everything(settings.seed, workers=True, verbose=False)
-    data, model = settings.data, settings.model
+    data = settings.data
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
-    classifier = DigitClassifier(
-        hidden=model.hidden,
-        activation=model.activation,
-        dropout=model.dropout,
-        norm=model.norm,
-        input_noise=model.input_noise,
-        noise=model.noise,
-        mean=data.mean,
-        std=data.std,
-        deskew=data.deskew,
-        label_smoothing=settings.label_smoothing,
-        optimizer=instantiate(settings.optimizer, _partial_=True),
-        scheduler=instantiate(settings.scheduler, _partial_=True) or None,
-    )
-    flops = threads.count_flops(classifier.net, IMAGE_SHAPE, data.batch_size)
+    classifier = make_classifier(settings, datamodule)
+    monitor = settings.monitor
+    monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.val_metrics[monitor.metric])
+    flops = threads.count_flops(classifier.net, classifier.image_shape, data.batch_size)
     if settings.compile:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
     newest, resumed_at = None, None
@@ -130,13 +134,16 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         resumed_at = checkpoint["global_step"] + 1
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
-    trainer: L.Trainer = instantiate(
-        settings.trainer | ({} if data.val_size else {"limit_val_batches": 0}),
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        logger=make_loggers(settings, resumed_at),
-        plugins=[LocalCheckpointIO(), *instantiate(settings.trainer.get("plugins", []))],
-        _convert_="all",
+    trainer: L.Trainer = make(
+        settings.trainer
+        | ({} if data.val_size else {"limit_val_batches": 0})
+        | {
+            "callbacks": callbacks,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+            "logger": make_loggers(settings, resumed_at),
+            "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
+        },
+        "trainer",
     )
     number = choose_threads(settings, flops, trainer)
     with threads.use(number):
@@ -156,7 +163,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
             metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
         evaluated = ["val"] * bool(data.val_size) + ["test"] * test
-        for split in evaluated if trainer.is_global_zero else []:
+        for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             digits = datamodule.splits[split]
             save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
         metrics |= last
@@ -174,6 +181,39 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
             write_hyperparameters(trainer, settings, metrics)
     return metrics
+
+
+def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitClassifier":
+    """Net, loss, metrics and optimizer around them, tried on two blank images.
+
+    Raises:
+        TargetError: a ``_target_`` can't be used, or takes other arguments.
+        MisconfigurationException: a part does not fit the data or the others.
+    """
+    from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.images.preprocess import Preprocess
+
+    sizes: dict[str, Any] = {
+        "image_shape": list(datamodule.image_shape),
+        "num_classes": len(datamodule.class_names),
+    }
+    scheduler = settings.scheduler
+    classifier = DigitClassifier(
+        make(settings.model, "model", **sizes),
+        preprocess=Preprocess(**settings.data.preprocess_arguments()),
+        loss=make(settings.loss, "loss", **sizes),
+        metrics={
+            name: make(metric, f"metrics.{name}", **sizes)
+            for name, metric in settings.metrics.items()
+            if metric
+        },
+        optimizer=make(settings.optimizer, "optimizer"),
+        scheduler=make(scheduler, "scheduler") if scheduler else None,
+        decay_biases=settings.decay_biases,
+        **sizes,
+    )
+    classifier.check()
+    return classifier
 
 
 def place(settings: Train, run_dir: Path) -> Train:
@@ -206,18 +246,20 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
-    from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
-    made = [instantiate(callback) for callback in settings.callbacks.values() if callback]
-    for position, callback in enumerate(made):
-        if isinstance(callback, functools.partial) and callback.func is Checkpoints:
-            made[position] = callback(
-                dirpath=str(run_dir / "checkpoints"),
-                monitor=settings.monitor.metric if settings.data.val_size else None,  # else: the last
-                mode=settings.monitor.mode,
-                **asdict(settings.checkpoint),
-            )
+    facts = {
+        "dirpath": str(run_dir / "checkpoints"),
+        "monitor": settings.monitor.metric if settings.data.val_size else None,  # None: the last is the best
+        "mode": settings.monitor.mode,
+        **asdict(settings.checkpoint),
+    }
+    made: list[L.Callback] = []
+    for name, config in settings.callbacks.items():
+        if config:
+            offered = facts if config.get("_partial_") else {}
+            whole = {key: value for key, value in config.items() if key != "_partial_"}
+            made.append(make(whole, f"callbacks.{name}", **offered))
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
@@ -229,7 +271,7 @@ def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.log
     """
     from mnist_lightning.rundir.loggers import Forgiving
 
-    loggers = [instantiate(logger) for logger in settings.logger.values() if logger]
+    loggers = [make(logger, f"logger.{name}") for name, logger in settings.logger.items() if logger]
     for logger in loggers:
         if resumed_at is not None and isinstance(logger, Forgiving):
             logger.resume_from(resumed_at)
@@ -296,10 +338,10 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
 
     from mnist_lightning.rundir.loggers import TensorBoardLogger
 
-    settings_by_key = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
+    settings_by_key: dict[str, Any] = {"seed": settings.seed}
     settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights
     everything = asdict(settings)
-    for group in ("data", "model", "optimizer", "scheduler", "trainer"):
+    for group in ("data", "model", "loss", "optimizer", "scheduler", "trainer"):
         settings_by_key |= flatten(everything[group], f"{group}.")
     values = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -325,19 +367,19 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
                 writer.flush()
 
 
-def summarize(metrics: Metrics, run_dir: Path) -> str:
+def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
     """What a person wants to know at the end of a run, and what to type next."""
     folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    names = {
-        "test/acc": "test accuracy",
-        "val/acc": "validation accuracy",
-        "last/train/acc": "train accuracy",
-    }
+    name = settings.monitor.metric.removeprefix("val/")
+    words, unit = ("accuracy", " %") if name == "acc" else (name, "")
+    keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
     lines = [
-        f"{name:20} {100 * value:.2f} %"
-        for key, name in names.items()
+        f"{f'{split} {words}':20} {show_value(name, value)}{unit}"
+        for split, key in keys.items()
         if isinstance(value := metrics.get(key), float)
     ]
+    foreign = strange_modules(asdict(settings))
+    trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     if "train_seconds" in metrics:
         lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
     return "\n".join(
@@ -348,8 +390,9 @@ def summarize(metrics: Metrics, run_dir: Path) -> str:
             "",
             "next:",
             "  tensorboard --logdir logs",
-            "  python -m mnist_lightning.train model.hidden=512",
-            f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}   # if interrupted",
+            *(["  python -m mnist_lightning.train model.hidden=512"] * ("hidden" in settings.model)),
+            *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
+            f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}{trust}   # if interrupted",
         ]
     )
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from mnist_lightning import threads, workarounds
-from mnist_lightning.cli import compact_errors, quote_paths
+from mnist_lightning import threads
+from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check, register
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 
 def main() -> None:
-    threads.wait_passively()
-    workarounds.share_config_store()
+    begin()
     quote_paths(["data.data_dir", "output"])
     run()
 
@@ -62,31 +61,31 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     import torch
 
     from mnist_lightning import figures
-    from mnist_lightning.data import MNISTDataModule, class_names
+    from mnist_lightning.data import MNISTDataModule
     from mnist_lightning.images.deform import Deformation
-    from mnist_lightning.network import NUM_CLASSES
+    from mnist_lightning.images.preprocess import Preprocess
 
     datamodule = MNISTDataModule(**data.module_arguments(), seed=0)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    names = class_names(data.name)
-    train = datamodule.training_digits()
-    pixels = torch.bincount(train.images.flatten(), minlength=256).double()
+    names = datamodule.class_names
+    train = datamodule.splits["train"]
+    seen = Preprocess(**data.preprocess_arguments()).to_pixels  # as a net sees them, but not normalised
+    images = torch.cat([seen(batch)[:, 0].round().byte() for batch in torch.split(train.images, 1_000)])
+    pixels = torch.bincount(images.flatten(), minlength=256).double()
     levels = torch.arange(256) / 255
     mean = float((pixels * levels).sum() / pixels.sum())
     std = float((pixels * (levels - mean) ** 2).sum() / pixels.sum()) ** 0.5
     counts = {
-        name: torch.bincount(split.labels, minlength=NUM_CLASSES)
+        name: torch.bincount(split.labels, minlength=len(names))
         for name, split in datamodule.splits.items()
         if len(split)
     }
-    means = torch.stack(
-        [train.images[train.labels == label].float().mean(dim=0) for label in range(NUM_CLASSES)]
-    )
+    means = torch.stack([images[train.labels == label].float().mean(dim=0) for label in range(len(names))])
     kind = "upright training" if data.deskew else "training"
     drawings = {
         "digits": figures.digits(
-            train.images[:NUM_IMAGES].numpy(),
+            images[:NUM_IMAGES].numpy(),
             [names[label] for label in train.labels[:NUM_IMAGES].tolist()],
             title=f"{data.name}: the first {NUM_IMAGES} {kind} images",
         ),
@@ -99,9 +98,9 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     if data.augment.deforms:
         originals = train.images[:NUM_DEFORMED]
         deform = Deformation(**asdict(data.augment))
-        variants = [originals.float(), *(deform(originals, number) for number in range(NUM_VARIANTS))]
+        variants = [originals, *(deform(originals, number) for number in range(NUM_VARIANTS))]
         drawings["augmented"] = figures.digits(
-            torch.stack(variants, dim=1).flatten(0, 1).numpy(),
+            torch.stack([seen(variant)[:, 0] for variant in variants], dim=1).flatten(0, 1).numpy(),
             (["as it is"] + [""] * NUM_VARIANTS) * NUM_DEFORMED,
             title=f"{data.name}: {NUM_DEFORMED} {kind} images and {NUM_VARIANTS} deformations of each",
             columns=1 + NUM_VARIANTS,

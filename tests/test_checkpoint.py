@@ -20,7 +20,7 @@ from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers, write_ato
 from mnist_lightning.rundir.checkpoint import LABEL, LENGTH, find_newest, load, serialize
 
 PLAIN: dict[str, Any] = {
-    "hyper_parameters": {"hidden": [4]},
+    "hyper_parameters": {"model": {"hidden": [4]}},
     "global_step": 7,
     "state_dict": OrderedDict(w=torch.arange(2000, dtype=torch.float32)),
 }
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_round_trip(checkpoint: Path) -> None:
     assert torch.equal(load(checkpoint)["state_dict"]["w"], PLAIN["state_dict"]["w"])
-    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"] == {"hidden": [4]}
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"] == {"model": {"hidden": [4]}}
 
 
 def flip_bits(path: Path, times: int) -> int:

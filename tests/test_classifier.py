@@ -9,8 +9,8 @@ from conftest import Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 
-from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
@@ -21,8 +21,7 @@ def test_metrics_are_those_of_the_net(fit: Fit, tmp_path: Path, data_dir: Path) 
     """val/loss and val/acc equal a plain computation over the validation images."""
     metrics = fit(*SHORT)
     checkpoint = load(tmp_path / "run" / "checkpoints" / "best.ckpt")
-    classifier = DigitClassifier(**checkpoint["hyper_parameters"]).eval()
-    classifier.load_state_dict(checkpoint["state_dict"])
+    classifier, _ = load_classifier(tmp_path / "run" / "checkpoints" / "best.ckpt")
     datamodule = MNISTDataModule(**checkpoint["datamodule_hyper_parameters"])
     datamodule.setup("fit")
     digits = datamodule.splits["val"]
@@ -36,7 +35,7 @@ def test_metrics_are_those_of_the_net(fit: Fit, tmp_path: Path, data_dir: Path) 
 
 
 def test_training_loss_includes_label_smoothing_and_validation_loss_does_not(fit: Fit) -> None:
-    plain, smooth = fit(*SHORT, folder="a"), fit(*SHORT, "label_smoothing=0.3", folder="b")
+    plain, smooth = fit(*SHORT, folder="a"), fit(*SHORT, "loss.label_smoothing=0.3", folder="b")
     assert smooth["last/train/loss"] > plain["last/train/loss"] + 0.3  # type: ignore[operator]
     assert smooth["last/val/loss"] != plain["last/val/loss"]
     floor = -0.73 * math.log(0.73) - 9 * 0.03 * math.log(0.03)  # entropy of the smoothed labels

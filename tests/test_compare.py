@@ -33,7 +33,7 @@ def test_compare_tells_settings_metrics_curves_and_a_verdict(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     result = json.loads((tmp_path / "out, é" / "comparison.json").read_text())
-    assert result["settings"] == {"label_smoothing": {"A": 0.0, "B": 0.1}}
+    assert result["settings"] == {"loss.label_smoothing": {"A": 0.0, "B": 0.1}}
     test = result["mcnemar"]
     assert test["only_A_right"] > test["only_B_right"]
     assert test["p"] < 0.001

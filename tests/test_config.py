@@ -1,12 +1,16 @@
 """Bad settings are told in a line that names the key, before torch is imported."""
 
+import dataclasses
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 from conftest import Run, settle
 from processes import LIGHT, Fresh, Preloaded
 
-from mnist_lightning import config, data, network
+from mnist_lightning import config, network
+from mnist_lightning.images import sources
 
 # arguments -> what the message says
 MISTAKES = {
@@ -44,9 +48,19 @@ MISTAKES = {
     ("trainer.max_epochs=1.5",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 1.5",
     ("trainer.max_epochs=-1",): "scheduler needs the length of the run, and trainer.max_epochs=-1 has no end",
     ("seed=-1",): "seed must be in [0, 2^32), got -1",
-    ("label_smoothing=1",): "label_smoothing must be in [0, 1), got 1",
-    ("monitor.metric=test/acc",): "monitor.metric must be one of val/acc, val/loss, got test/acc",
-    ("monitor.metric=val/loss",): "monitor.mode must be min with monitor.metric=val/loss, got max",
+    ("loss.label_smoothing=1",): "loss.label_smoothing must be in [0, 1), got 1",
+    ("label_smoothing=0.1",): "label_smoothing is loss.label_smoothing now: type loss.label_smoothing=0.1",
+    ("model.dropout=much",): "model.dropout: Value 'much' of type 'str' could not be converted to Float",
+    ("+model.hiden=64",): "model.hiden is no setting of mnist_lightning.network.FeedForward: hidden, activ",
+    ("loss._target_=null",): "loss names no _target_",
+    ("~model._target_",): "model names no _target_",
+    ("monitor.metric=test/acc",): "monitor.metric must be one of val/loss, val/acc, got test/acc",
+    ("monitor.metric=val/loss", "monitor.mode=max"): "monitor.mode must be min with monitor.metric=val/loss",
+    ("monitor.mode=min",): "monitor.mode must be max with monitor.metric=val/acc, got min",
+    ("monitor.mode=up",): "monitor.mode must be one of max, min, got up",
+    ("metrics.acc=null",): "monitor.metric must be one of val/loss, got val/acc",
+    ("+metrics.loss._target_=torchmetrics.MeanMetric",): "metrics.loss: give it another name, loss is taken",
+    ("+metrics.top.top_k=2",): "metrics.top names no _target_",
     ("checkpoint.every_n_steps=0",): "checkpoint.every_n_steps must be >= 1, got 0",
     ("scheduler=plateau", "data.val_size=0"): "scheduler=plateau watches val/loss",
     ("callbacks=early_stopping", "data.val_size=0"): "callbacks.early_stopping watches val/acc",
@@ -124,14 +138,23 @@ def test_looking_imports_no_torch(argument: str, tmp_path: Path, environment: di
 
 
 def test_hidden_may_be_a_number(tmp_path: Path) -> None:
-    assert settle(tmp_path, "model.hidden=64").model.hidden == [64]
-    assert settle(tmp_path, "model.hidden=[64,32]").model.hidden == [64, 32]
+    assert settle(tmp_path, "model.hidden=64").model["hidden"] == [64]
+    assert settle(tmp_path, "model.hidden=[64,32]").model["hidden"] == [64, 32]
 
 
 def test_choices_are_those_of_the_code() -> None:
     assert list(network.ACTIVATIONS) == list(config.ACTIVATIONS)
     assert list(network.NORMS) == list(config.NORMS)
-    assert list(data.DATASETS) == list(config.DATASETS)
+    assert list(sources.FOLDERS) == list(config.DATASETS)
+
+
+def test_schemas_are_those_of_the_code() -> None:
+    for name, schema in config.SCHEMAS.items():
+        module, _, kind = name.rpartition(".")
+        arguments = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+        assert [field.name for field in dataclasses.fields(schema)] == [
+            argument for argument in arguments if argument not in ("image_shape", "num_classes")
+        ]
 
 
 def test_step_schedule_that_never_acts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

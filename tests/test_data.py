@@ -17,8 +17,9 @@ from conftest import Run
 from processes import Preloaded
 
 from mnist_lightning import data
-from mnist_lightning.data import RAW_FILES, EpochSampler, MNISTDataModule, find_fault, split, unpack
-from mnist_lightning.images.deform import upright
+from mnist_lightning.data import EpochSampler, MNISTDataModule, split
+from mnist_lightning.images import sources
+from mnist_lightning.images.sources import RAW_FILES, find_fault, unpack
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY
 
 SETTINGS = {
@@ -55,19 +56,6 @@ def test_val_size_0_trains_on_all(data_dir: Path) -> None:
     datamodule = make(data_dir, val_size=0)
     assert len(datamodule.splits["train"]) == 60_000
     assert len(datamodule.splits["val"]) == 0
-
-
-def test_deskewed_is_what_is_trained_on_and_nothing_else(data_dir: Path) -> None:
-    plain, deskewed = make(data_dir), make(data_dir, deskew=True)
-    straight = upright(plain.splits["train"].images[:100].float()).round().byte()
-    assert torch.equal(deskewed.training_digits().images[:100], straight)
-    assert torch.equal(deskewed.training_digits().labels, plain.splits["train"].labels)
-    images, _ = next(iter(deskewed.train_dataloader()))
-    first = next(iter(EpochSampler(55_000, shuffle=True, seed=1, rank=0, world_size=1)))
-    assert torch.equal(images[0], deskewed.training_digits().images[first])
-    for name in ("train", "val", "test"):  # the net sets these upright itself
-        assert torch.equal(deskewed.splits[name].images, plain.splits[name].images)
-    assert not torch.equal(plain.training_digits().images[:100], straight), "no other run is touched"
 
 
 def test_validation_images_never_change(data_dir: Path) -> None:
@@ -321,30 +309,30 @@ def faulty_server() -> Iterator[str]:
 def test_broken_download_ends_clearly(
     name: str, fault: str, faulty_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.DATASETS[name], "mirrors", [f"{faulty_server}/{fault}/"])
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 1.0)
+    monkeypatch.setattr(sources.find_class(name), "mirrors", [f"{faulty_server}/{fault}/"])
+    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", 1.0)
     with pytest.raises(OSError, match=f"data={name} could not be downloaded"):
-        data.download(name, tmp_path)
+        sources.download(name, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "no partial files"
 
 
 def test_download_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MNIST's own files, served as Fashion-MNIST's, with their checksums."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data.PACKAGED))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(sources.PACKAGED))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    dataset = data.DATASETS["fashion_mnist"]
+    dataset = sources.find_class("fashion_mnist")
     monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
     checksums = [
-        (file, hashlib.md5((data.PACKAGED / file).read_bytes()).hexdigest())
+        (file, hashlib.md5((sources.PACKAGED / file).read_bytes()).hexdigest())
         for file in (f"{name}.gz" for name in RAW_FILES)
     ]
     monkeypatch.setattr(dataset, "resources", checksums)
-    data.download("fashion_mnist", tmp_path)
+    sources.download("fashion_mnist", tmp_path)
     server.shutdown()
     server.server_close()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(RAW_FILES)
-    data.download("fashion_mnist", tmp_path)  # the server is gone: nothing is fetched again
+    sources.download("fashion_mnist", tmp_path)  # the server is gone: nothing is fetched again
     datamodule = make(tmp_path, name="fashion_mnist")
     assert len(datamodule.splits["train"]) == 55_000
 
@@ -368,7 +356,7 @@ def test_idx_files_are_looked_into(
     content = (data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").read_bytes()
     path = tmp_path / "labels"
     path.write_bytes(change(content))
-    assert data.is_idx(path, data.LABELS_MAGIC, 10_000) is valid
+    assert sources.is_idx(path, sources.LABELS_MAGIC, 10_000) is valid
 
 
 def test_unreadable_file_is_repaired(
@@ -377,9 +365,7 @@ def test_unreadable_file_is_repaired(
     unpack(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     path.chmod(0)
-    code = (
-        f"from pathlib import Path; from mnist_lightning.data import unpack; unpack(Path({str(tmp_path)!r}))"
-    )
+    code = f"from pathlib import Path; from mnist_lightning.images.sources import unpack; unpack(Path({str(tmp_path)!r}))"
     done = preloaded.start("-c", code, cwd=tmp_path, env=environment, heed_permissions=True).finish()
     assert done.returncode == 0, done.stderr
     assert f"{path} can't be read: replaced" in done.stderr

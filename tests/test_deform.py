@@ -8,9 +8,10 @@ import torch
 from conftest import settle
 from torch import Tensor
 
-from mnist_lightning.data import MNISTDataModule, read_splits, stamp, unpack
+from mnist_lightning.data import MNISTDataModule, read_splits
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 from mnist_lightning.images.deform import CENTER, Deformation, upright
+from mnist_lightning.images.sources import stamp, unpack
 from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
@@ -153,7 +154,7 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
 
 
 def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) -> None:
-    """Whoever reads the checkpoint need not know: the net sets upright what it is shown."""
+    """Whoever reads the checkpoint need not know: images are set upright before the net."""
     arguments = ("data.deskew=true", "trainer.max_epochs=1", "logger=none")
     metrics = fit(*arguments)
     path = tmp_path / "run" / "checkpoints" / "best.ckpt"

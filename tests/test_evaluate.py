@@ -16,6 +16,9 @@ from mnist_lightning.config import ConfigError, Evaluate
 from mnist_lightning.evaluate import tabulate
 from mnist_lightning.evaluation.scores import score
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+from mnist_lightning.images.preprocess import Preprocess
+from mnist_lightning.losses import CrossEntropy
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import serialize
 from mnist_lightning.rundir.find import find_run
 
@@ -128,7 +131,7 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
 
 def test_settings_are_checked_without_a_process() -> None:
     values = {"run": "latest", "checkpoint": None, "runs": [], "tta": 0}
-    values |= {"data_dir": None, "output": None, "show": False, "threads": None}
+    values |= {"data_dir": None, "trust": None, "output": None, "show": False, "threads": None}
     assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]
@@ -136,23 +139,18 @@ def test_settings_are_checked_without_a_process() -> None:
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
     """A net with other settings than any YAML file's comes back as it was."""
-    settings = {
-        "hidden": [7, 5],
-        "activation": "tanh",
-        "dropout": 0.3,
-        "norm": "batch",
-        "mean": 0.4,
-        "std": 0.2,
-        "label_smoothing": 0.1,
-    }
     torch.manual_seed(3)
-    classifier = DigitClassifier(**settings).eval()  # type: ignore[arg-type]
+    net = FeedForward([7, 5], activation="tanh", dropout=0.3, norm="batch")
+    classifier = DigitClassifier(
+        net, preprocess=Preprocess(mean=0.4, std=0.2, deskew=True), loss=CrossEntropy(label_smoothing=0.1)
+    ).eval()
     checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
-    checkpoint |= {"hyper_parameters": settings, "state_dict": classifier.state_dict()}
-    rebuilt = rebuild(classifier.state_dict(), settings, checkpoint, tmp_path)
+    rebuilt = rebuild(classifier.state_dict(), dict(classifier.hparams), checkpoint, tmp_path)
     images = torch.randint(0, 256, (50, 28, 28), dtype=torch.uint8)
     assert torch.equal(rebuilt(images), classifier(images))
     assert not rebuilt.training
+    assert isinstance(rebuilt.loss, CrossEntropy)
+    assert rebuilt.loss.label_smoothing == 0.1
 
 
 def rebuild(state: Any, settings: Any, checkpoint: dict[str, Any], folder: Path) -> DigitClassifier:
@@ -165,8 +163,17 @@ def rebuild(state: Any, settings: Any, checkpoint: dict[str, Any], folder: Path)
 def test_a_net_that_does_not_fit_its_settings_is_refused(trained_run: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    model = settings["model"]
     for change in ({"hidden": [10**7, 10**7]}, {"hidden": "wide"}, {"activation": "sign"}, {"width": 3}):
-        with pytest.raises(OSError, match=r"other\.ckpt holds no net that can be rebuilt"):
+        with pytest.raises(OSError, match=r"other\.ckpt"):
+            rebuild(state, settings | {"model": model | change}, checkpoint, tmp_path)
+    for change in (
+        {"image_shape": [1, 9, 9]},
+        {"num_classes": 7},
+        {"preprocess": {}, "metrics": 3},
+        {"loss": 3},
+    ):
+        with pytest.raises(OSError, match=r"other\.ckpt"):
             rebuild(state, settings | change, checkpoint, tmp_path)
 
 

@@ -11,6 +11,8 @@ from conftest import Run
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.trained import load_classifier, log_probabilities
 from mnist_lightning.export import compare, to_onnx
+from mnist_lightning.images.preprocess import Preprocess
+from mnist_lightning.network import FeedForward
 
 
 def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, command: Run) -> None:
@@ -58,18 +60,10 @@ SLOW = pytest.mark.slow
 )
 def test_every_kind_of_net_can_be_exported(activation: str, norm: str, deskew: bool) -> None:
     torch.manual_seed(0)
-    classifier = DigitClassifier(
-        hidden=[16, 8],
-        activation=activation,
-        dropout=0.5,
-        norm=norm,
-        mean=0.5,
-        std=0.25,
-        label_smoothing=0.0,
-        deskew=deskew,
-    ).eval()
+    net = FeedForward([16, 8], activation=activation, dropout=0.5, norm=norm)
+    classifier = DigitClassifier(net, preprocess=Preprocess(mean=0.5, std=0.25, deskew=deskew)).eval()
     images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8)
-    assert compare(to_onnx(classifier), classifier, images) < 1e-5
+    assert compare(to_onnx(classifier, images), classifier, images) < 1e-5
 
 
 def test_a_missing_checkpoint_is_told_in_a_line(tmp_path: Path, command: Run) -> None:

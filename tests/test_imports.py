@@ -12,27 +12,33 @@ COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "r
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
-    *("cli", "config", "settings_help", "threads", "workarounds"),
+    *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.resume", "rundir.signals", "rundir.status"),
     *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
-    *("sweeps.search", "sweeps.study", "evaluation.significance"),
+    *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
 # Of a package, or of a module beside them, the others that it may import.
 MAY_IMPORT = {
     "settings_help": set(),
     "workarounds": set(),
-    "threads": set(),
-    "config": {"settings_help"},
-    "images": set(),
+    "network": set(),
+    "losses": set(),
+    "targets": set(),
     "figures": set(),
-    "network": {"images"},
-    "data": {"images", "rundir"},
-    "classifier": {"network"},
-    "cli": {"rundir"},
-    "rundir": {"cli", "config", "settings_help", "threads"},
-    "evaluation": {"classifier", "data", "images", "network", "rundir", "threads"},
-    "callbacks": {"evaluation", "figures", "network", "rundir", "sweeps"},
-    "sweeps": {"cli", "config", "evaluation", "figures", "rundir", "settings_help", "threads"},
+    "threads": {"network"},
+    "config": {"settings_help"},
+    "cli": {"rundir", "threads", "workarounds"},
+    "trust": {"cli", "config", "targets"},
+    "images": {"rundir"},
+    "data": {"images"},
+    "classifier": {"images", "losses", "network", "targets"},
+    "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust"},
+    "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
+    "callbacks": {"evaluation", "figures", "rundir", "sweeps"},
+    "sweeps": {
+        *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
+        *("targets", "threads", "trust"),
+    },
 }
 
 
@@ -89,9 +95,11 @@ def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
 def test_only_the_edge_knows_the_config() -> None:
     knowing = {name for name, path in MODULES.items() if "config" in ours(path)}
     edge = {
+        "trust",
         "rundir.claim",
         "rundir.resume",
         "sweeps.grid",
+        "sweeps.parts",
         "sweeps.search",
         "sweeps.processes",
         "sweeps.resume",

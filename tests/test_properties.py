@@ -33,7 +33,7 @@ overrides = st.fixed_dictionaries(
         "callbacks": st.sampled_from(["default", "early_stopping"]),
         "logger": st.sampled_from(["none", "csv", "tensorboard"]),
         "trainer.max_epochs": st.sampled_from([1, 2, 0, -1, 1.5]),
-        "label_smoothing": numbers,
+        "loss.label_smoothing": numbers,
         "seed": numbers,
         "checkpoint.every_n_steps": st.sampled_from(["null", 0, 1, 2]),
         "test": st.booleans(),

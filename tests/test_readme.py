@@ -289,12 +289,12 @@ def test_the_reference_knows_types_limits_and_meanings() -> None:
     assert ["`checkpoint.every_n_steps`", r"int \| null", "`null`", ">= 1"] in [row[:4] for row in rows]
     keys = dict(reference.types_of(reference.schema_of("train")))
     explained = {row[-5].strip("`"): row[-1] for row in rows if len(row) >= 5}
-    groups = ("optimizer", "scheduler", "trainer", "callbacks", "logger")
+    groups = ("model", "loss", "metrics", "optimizer", "scheduler", "trainer", "callbacks", "logger")
     assert not [key for key in keys if key not in groups and not explained.get(key)], "keys without a meaning"
 
 
 FOREIGN = {  # messages that are not ours -> a command that gets them
-    "Key 'hiden' not in 'Model'": "model.hiden=3",
+    "Could not override 'model.hiden'": "model.hiden=3",
     "Could not override 'trainer.gradient_clip_val'": "trainer.gradient_clip_val=1",
     "RuntimeError: operator torchvision::nms does not exist": "",
     "No supported gpu backend found": "",

@@ -9,7 +9,7 @@ import pytest
 from conftest import Run, Start
 from processes import Process, wait_for
 
-from mnist_lightning.data import unpack
+from mnist_lightning.images.sources import unpack
 from mnist_lightning.rundir.checkpoint import find_newest, load
 from mnist_lightning.rundir.loggers import CSVLogger
 

@@ -15,15 +15,15 @@ from conftest import Run
 from torch import nn
 
 from mnist_lightning import threads
-from mnist_lightning.network import IMAGE_SHAPE, FeedForward
+from mnist_lightning.images.sources import IMAGE_SHAPE
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import load
 
 COMMANDS = ("train", "evaluate", "predict", "compare", "export", "visualize")
 
 
 def make_net(*hidden: int, **more: object) -> FeedForward:
-    settings = {"activation": "relu", "dropout": 0.0, "norm": "none", "mean": 0.13, "std": 0.31} | more
-    return FeedForward(hidden=list(hidden), **settings)  # type: ignore[arg-type]
+    return FeedForward(hidden, **more)  # type: ignore[arg-type]
 
 
 def test_the_operations_of_a_net_are_those_of_its_matrix_products() -> None:
@@ -40,7 +40,7 @@ class Convolutions(nn.Module):
         self.linear = nn.Linear(8 * 24 * 24, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = images[:, None].float() + torch.rand(1)
+        pixels = images + torch.rand(1)
         return self.linear(self.convolution(pixels).flatten(1))
 
 

@@ -84,9 +84,9 @@ def test_checkpoints_hold_plain_data(default_run: DefaultRun) -> None:
     for name in ("best", "last"):
         path = default_run.folder / "checkpoints" / f"{name}.ckpt"
         checkpoint = torch.load(path, weights_only=True)
-        assert checkpoint["hyper_parameters"]["hidden"] == [256]
+        assert checkpoint["hyper_parameters"]["model"]["hidden"] == [256]
+        assert checkpoint["hyper_parameters"]["preprocess"]["mean"] == 0.1307
         assert checkpoint["datamodule_hyper_parameters"]["val_size"] == 5000
-        assert checkpoint["state_dict"]["net.mean"].item() == pytest.approx(255 * 0.1307)
 
 
 def test_tensorboard_holds_the_curves_and_the_hyper_parameters(default_run: DefaultRun) -> None:
@@ -112,7 +112,7 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
     assert "val/acc" not in metrics, "all 60,000 images train"
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 938, "60,000 images in batches of 64"
-    assert checkpoint["hyper_parameters"]["mean"] == checkpoint["hyper_parameters"]["std"] == 0.5
+    assert checkpoint["hyper_parameters"]["preprocess"] == {"mean": 0.5, "std": 0.5, "deskew": False}
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.003
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.9
 
@@ -124,7 +124,7 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
 def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | None, fit: Fit) -> None:
     """As deep as it is, and as wide, too, where no width is given."""
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5")
-    hidden = settle(Path("unused"), f"experiment={path.stem}").model.hidden
+    hidden = settle(Path("unused"), f"experiment={path.stem}").model["hidden"]
     narrow = [] if width is None else [f"model.hidden={[width] * len(hidden)}".replace(" ", "")]
     metrics = fit(f"experiment={path.stem}", *short, *narrow, test=True)
     assert metrics["epochs"] == 1

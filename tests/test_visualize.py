@@ -5,7 +5,7 @@ import numpy as np
 from conftest import Run
 from PIL import Image
 
-from mnist_lightning.data import PACKAGED, RAW_FILES
+from mnist_lightning.images.sources import PACKAGED, RAW_FILES
 
 FIGURES = ["class_counts.png", "digits.png", "mean_images.png", "pixels.png"]
 

@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from mnist_lightning.rundir.status import show_value
+
 log = logging.getLogger(__name__)
 
 
@@ -68,13 +70,7 @@ class Progress(ProgressBar):
     def _tell(self, trainer: L.Trainer) -> None:
         """Log the line of the epoch that has ended: its metrics are there once all hooks have run."""
         if self._enabled and self._ended:
-            metrics = trainer.callback_metrics
-            parts = [
-                f"   {stage} loss {metrics[f'{stage}/loss']:.4f} acc {100 * metrics[f'{stage}/acc']:.2f} %"
-                for stage in ("train", "val")
-                if f"{stage}/loss" in metrics
-            ]
-            log.info(self._ended, "".join(parts))
+            log.info(self._ended, "".join(_tell_stage(trainer, stage) for stage in ("train", "val")))
         self._ended = ""
 
     def on_exception(
@@ -86,6 +82,20 @@ class Progress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _tell_stage(trainer: L.Trainer, stage: str) -> str:
+    """A stage's loss and metrics, "   train loss 0.3042 acc 91.52 %"; nothing where it had none."""
+    values = {
+        name.removeprefix(f"{stage}/"): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(f"{stage}/")
+    }
+    told = [
+        f"{name} {show_value(name, values[name])}{' %' if name.endswith('acc') else ''}"
+        for name in sorted(values, key=lambda name: name != "loss")
+    ]
+    return f"   {stage} {' '.join(told)}" if told else ""
 
 
 def _name_epoch(trainer: L.Trainer) -> str:

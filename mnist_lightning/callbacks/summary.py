@@ -4,7 +4,7 @@ import logging
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from torchmetrics import Metric
+from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -15,9 +15,10 @@ class NetSummary(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        layers = [layer for layer in pl_module.modules() if not list(layer.children())]
+        net = pl_module.net
+        assert isinstance(net, nn.Module)
+        layers = [layer for layer in net.modules() if not list(layer.children())]
         for layer in layers:
             count = sum(parameter.numel() for parameter in layer.parameters())
-            if not isinstance(layer, Metric):
-                log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
-        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in pl_module.parameters()):,}")
+            log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
+        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in net.parameters()):,}")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,22 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
 from mnist_lightning.evaluation.scores import confusion_matrix
-from mnist_lightning.network import IMAGE_SHAPE, NUM_CLASSES, FeedForward
 from mnist_lightning.rundir.loggers import writing
 
 log = logging.getLogger(__name__)
 
-# TensorBoard reads the tags as regular expressions
-LAYOUT = {
-    "training and validation": {
-        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-        "accuracy": ["Multiline", ["^train/acc$", "^val/acc$"]],
-    },
-    "every few steps": {
-        "training loss": ["Multiline", ["^train/loss_step$"]],
-        "learning rate": ["Multiline", ["^lr$"]],
-    },
-}
 NUM_DIGITS = 40
 NUM_MISTAKES = 24
 NUM_UNITS = 60  # of the first layer that are drawn
@@ -55,33 +44,37 @@ class TensorBoardPictures(Callback):
         with self._writing(trainer) as writer:
             if writer is None:
                 return
-            writer.add_custom_scalars(LAYOUT)
+            writer.add_custom_scalars(lay_out(pl_module))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with self._writing(trainer) as writer:
             if writer is None:
                 return
             images, labels = _split(trainer, "train")
+            names = trainer.datamodule.class_names  # type: ignore[attr-defined]
             with _left_out_if_it_does_not_fit("training images"):
                 drawing = figures.digits(
                     images[:NUM_DIGITS].numpy(),
-                    [str(label) for label in labels[:NUM_DIGITS].tolist()],
+                    [names[label] for label in labels[:NUM_DIGITS].tolist()],
                     title=f"the first {NUM_DIGITS} training images",
                 )
                 _add(writer, "data/digits", drawing, step=0)
             with _left_out_if_it_does_not_fit("graph of the net"):
-                _add_graph(writer, pl_module.net, images[:1])  # type: ignore[arg-type]
+                seen = pl_module.preprocess(images[:1].to(pl_module.device))  # type: ignore[operator]
+                _add_graph(writer, pl_module.net, seen.cpu())  # type: ignore[arg-type]
             with _left_out_if_it_does_not_fit("first layer"):
                 weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
-                count = f"{min(NUM_UNITS, len(weights))} of {len(weights)} units"
-                drawing = figures.first_layer(
-                    weights[:NUM_UNITS].reshape(-1, *IMAGE_SHAPE).numpy(),
-                    title=f"first layer after training: {count}",
-                )
-                _add(writer, "net/first_layer", drawing, step=trainer.global_step)
+                height, width = images.shape[1:3]
+                if weights.ndim == 2 and weights.shape[1] == height * width:  # a unit looks at whole images
+                    count = f"{min(NUM_UNITS, len(weights))} of {len(weights)} units"
+                    drawing = figures.first_layer(
+                        weights[:NUM_UNITS].reshape(-1, height, width).numpy(),
+                        title=f"first layer after training: {count}",
+                    )
+                    _add(writer, "net/first_layer", drawing, step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.VALIDATING:
+        if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.names_classes:
             return
         with self._writing(trainer) as writer:
             if writer is None:
@@ -90,12 +83,30 @@ class TensorBoardPictures(Callback):
             with _left_out_if_it_does_not_fit("confusion matrix and mistakes"):
                 with torch.inference_mode():
                     probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
-                for tag, drawing in _draw_validation(images, labels, probabilities).items():
+                names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+                for tag, drawing in _draw_validation(images, labels, probabilities, names).items():
                     _add(writer, tag, drawing, step=trainer.global_step)
             writer.flush()
 
     def _writing(self, trainer: L.Trainer) -> AbstractContextManager[SummaryWriter | None]:
         return writing(trainer) if self.enabled else nullcontext()
+
+
+def lay_out(pl_module: L.LightningModule) -> dict[str, dict[str, list[object]]]:
+    """TensorBoard's custom charts: each metric of training beside that of validation."""
+
+    def chart(*tags: str) -> list[object]:
+        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]  # it reads tags as regular expressions
+
+    names = [name.removeprefix("val/") for name in pl_module.val_metrics]  # type: ignore[union-attr]
+    words = {"acc": "accuracy"}
+    return {
+        "training and validation": {
+            words.get(name, name): chart(f"train/{name}", f"val/{name}")
+            for name in sorted(names, key=lambda name: name != "loss")
+        },
+        "every few steps": {"training loss": chart("train/loss_step"), "learning rate": chart("lr")},
+    }
 
 
 @contextmanager
@@ -110,15 +121,14 @@ def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
 
 
 def _draw_validation(
-    images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor
+    images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> dict[str, Figure]:
-    """The confusion matrix and the most confident mistakes.  (N, 28, 28), (N,), (N, 10)"""
+    """The confusion matrix and the most confident mistakes.  (N, H, W), (N,), (N, num_classes)"""
     confidences, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero().squeeze(1)
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
-    names = [str(label) for label in range(NUM_CLASSES)]
     title = f"{len(wrong):,} of {len(labels):,} validation images misread"
-    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), NUM_CLASSES)
+    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), len(names))
     return {
         "val/confusion_matrix": figures.confusion_matrix(matrix, names, title=title),
         "val/mistakes": figures.mistakes(
@@ -132,7 +142,7 @@ def _draw_validation(
 
 
 def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> images (N, 28, 28) uint8, labels (N,) int64"""
+    """-> images (N, H, W) uint8, labels (N,) int64"""
     digits = trainer.datamodule.splits[name]  # type: ignore[attr-defined]
     return digits.images, digits.labels
 
@@ -142,7 +152,7 @@ def _add(writer: SummaryWriter, tag: str, drawing: Figure, *, step: int) -> None
     writer.add_image(tag, pixels, step, dataformats="HWC")
 
 
-def _add_graph(writer: SummaryWriter, net: FeedForward, images: torch.Tensor) -> None:
+def _add_graph(writer: SummaryWriter, net: torch.nn.Module, images: torch.Tensor) -> None:
     """Trace a copy in eval mode: tracing must touch neither batch norm's state nor the random state."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit", category=Warning)  # used by torch itself

@@ -2,30 +2,39 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier
-from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule, is_whole
+from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
 from mnist_lightning.images.deform import Deformation
-from mnist_lightning.network import IMAGE_SHAPE
+from mnist_lightning.images.preprocess import Preprocess
+from mnist_lightning.images.sources import is_whole
 from mnist_lightning.rundir.checkpoint import find_newest, load
+from mnist_lightning.targets import TargetError, make
+from mnist_lightning.trust import check_recipe, read_trust, strange_modules
 
 
-def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
+def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, dict[str, Any]]:
     """The net of a checkpoint, rebuilt from the checkpoint alone, and the checkpoint.
+
+    Args:
+        trust: modules, besides this project's and its libraries, that the checkpoint may name; see ``trust``.
 
     Returns:
         The classifier, in eval mode and for inference only, and what the file holds.
 
     Raises:
         OSError: the file can't be read, or the net it describes is not the one it holds.
+        TrustError: it names what is not trusted.
     """
     try:
         checkpoint = load(path)
@@ -37,13 +46,55 @@ def load_classifier(path: Path) -> tuple[DigitClassifier, dict[str, Any]]:
         raise OSError(
             f"{error}; another net is never taken in silence: checkpoint={shlex.quote(str(other))} is whole"
         ) from error
+    recipe = checkpoint["hyper_parameters"]
+    if recipe.get("model") is None:
+        raise OSError(f"{path} does not tell how its net was made")
+    check_recipe(recipe, path, read_trust(trust))
     try:
-        with torch.device("meta"):  # no memory is taken for weights that the file does not hold
-            classifier = DigitClassifier(**checkpoint["hyper_parameters"])
-        classifier.load_state_dict(checkpoint["state_dict"], strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise OSError(f"{path} holds no net that can be rebuilt: {error}") from error
+        classifier = rebuild(recipe, checkpoint["state_dict"])
+    except TargetError as error:
+        raise OSError(f"{path}: {error}") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        MisconfigurationException,
+    ) as error:
+        cause = " ".join(str(error).split())
+        raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
     return classifier.eval(), checkpoint
+
+
+def rebuild(recipe: dict[str, Any], weights: Mapping[str, Tensor]) -> DigitClassifier:
+    """
+    Args:
+        recipe: what ``DigitClassifier`` has put into its checkpoint.
+        weights: its ``state_dict``.
+    """
+    own = {name.removeprefix("net."): tensor for name, tensor in weights.items() if name.startswith("net.")}
+    ours = not strange_modules({"model": recipe["model"]})
+    # of what can be known, no memory is taken for weights that the file does not hold
+    with torch.device("meta") if ours else nullcontext():
+        net = make(recipe["model"], "model")
+    net.load_state_dict(own, strict=True, assign=ours)
+    loss = make(recipe["loss"], "loss") if recipe.get("loss") else None
+    if isinstance(loss, nn.Module):
+        its = {name.removeprefix("loss."): one for name, one in weights.items() if name.startswith("loss.")}
+        loss.load_state_dict(its)
+    classifier = DigitClassifier(
+        net,
+        preprocess=Preprocess(**recipe["preprocess"]),
+        loss=loss,
+        metrics={
+            name: make(metric, f"metrics.{name}") for name, metric in recipe["metrics"].items() if metric
+        },
+        image_shape=recipe["image_shape"],
+        num_classes=recipe["num_classes"],
+    )
+    classifier.check()
+    return classifier
 
 
 def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None) -> Digits:
@@ -100,10 +151,19 @@ def check_same_images(paths: Sequence[Path], splits: Sequence[Digits], name: str
 
 
 def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, wanted: int | None) -> int:
-    """The number of threads for ``log_probabilities`` of each of these nets."""
+    """The number of threads for ``compute_outputs`` of each of these nets."""
     size = min(num_images, EVAL_BATCH_SIZE)
-    flops = [threads.count_flops(classifier.net, IMAGE_SHAPE, size) for classifier in classifiers]
+    flops = [threads.count_flops(one.net, one.image_shape, size) for one in classifiers]
     return threads.choose(max(flops), wanted=wanted)
+
+
+def compute_outputs(classifier: DigitClassifier, images: Tensor) -> Tensor:
+    """What a net gives for each image.
+
+    (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
+    """
+    with torch.inference_mode():
+        return torch.cat([classifier(batch) for batch in torch.split(images, EVAL_BATCH_SIZE)])
 
 
 def log_probabilities(
@@ -113,21 +173,44 @@ def log_probabilities(
     deform: Deformation | None = None,
     tta: int = 0,
 ) -> Tensor:
-    """What the net says of each image.  (N, 28, 28) uint8 or float, in [0, 255] -> (N, 10) float
+    """Log-probabilities for each image.
+
+    (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_classes) float
 
     Args:
+        classifier: its outputs are logits (``names_classes``).
         deform: of test-time averaging, see ``make_deformation``; needed where ``tta`` > 0.
         tta: deformations of each image whose probabilities are averaged; 0: the image itself.
     """
+    if deform is None or tta == 0:
+        return F.log_softmax(compute_outputs(classifier, images), dim=1)
+    averages = []
+    for number, batch in enumerate(torch.split(images, EVAL_BATCH_SIZE)):
+        variants = [
+            F.log_softmax(compute_outputs(classifier, deform(batch, number, variant)), dim=1)
+            for variant in range(tta)
+        ]
+        averages.append(average(variants))
+    return torch.cat(averages)
+
+
+def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """The run's own loss and metrics, of a whole split.
+
+    Args:
+        outputs: (N, num_outputs) float, as the net gives them.
+        labels: (N,) int64.
+
+    Returns:
+        By name, the loss as "loss".
+    """
     with torch.inference_mode():
-        said = []
-        for number, batch in enumerate(torch.split(images, EVAL_BATCH_SIZE)):
-            if deform is None or tta == 0:
-                said.append(F.log_softmax(classifier(batch), dim=1))
-                continue
-            variants = (deform(batch, number, variant) for variant in range(tta))
-            said.append(average([F.log_softmax(classifier(variant), dim=1) for variant in variants]))
-        return torch.cat(said)
+        parts = torch.split(outputs, EVAL_BATCH_SIZE), torch.split(labels, EVAL_BATCH_SIZE)
+        classifier.test_metrics.reset()
+        for batch, its_labels in zip(*parts, strict=True):
+            classifier.measure("test", batch, its_labels)
+        values = classifier.test_metrics.compute()
+    return {name.removeprefix("test/"): value.item() for name, value in values.items()}
 
 
 def average(log_probabilities: Sequence[Tensor]) -> Tensor:

@@ -38,8 +38,9 @@ def serialize(checkpoint: dict[str, Any]) -> bytes:
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint's content, on the CPU: tensors and plain data only, nothing of it executed.
 
-    ``hyper_parameters`` are the arguments of ``DigitClassifier``, ``datamodule_hyper_parameters``
-    those of ``MNISTDataModule``.
+    ``hyper_parameters`` tell how its net, loss and metrics are made (``DigitClassifier``),
+    ``datamodule_hyper_parameters`` are the arguments of ``MNISTDataModule``.  A checkpoint of the first
+    edition is given in today's form.
 
     Raises:
         OSError: there is no such file, or it is damaged, or no checkpoint of this project.
@@ -70,7 +71,40 @@ def load(path: Path) -> dict[str, Any]:
         raise OSError(f"{path} is refused: it holds a tensor that claims to be larger than its content")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
         raise OSError(f"{path} is no checkpoint of mnist_lightning: it has no hyper_parameters")
-    return checkpoint
+    try:
+        return convert(checkpoint) if "hidden" in checkpoint["hyper_parameters"] else checkpoint
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{path} is no checkpoint of mnist_lightning: it lacks {error}") from error
+
+
+def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the first edition, whose net normalised and set upright by itself, in today's form."""
+    old, data = checkpoint["hyper_parameters"], dict(checkpoint.get("datamodule_hyper_parameters") or {})
+    data.pop("deskew", None)
+    names = ("hidden", "activation", "dropout", "norm", "input_noise", "noise")
+    metric = {"num_classes": 10, "average": "micro", "validate_args": False}
+    recipe = {
+        "model": {
+            "_target_": "mnist_lightning.network.FeedForward",
+            **{name: old[name] for name in names if name in old},
+        },
+        "loss": {
+            "_target_": "mnist_lightning.losses.CrossEntropy",
+            "label_smoothing": old["label_smoothing"],
+        },
+        "metrics": {"acc": {"_target_": "torchmetrics.classification.MulticlassAccuracy", **metric}},
+        "preprocess": {"mean": old["mean"], "std": old["std"], "deskew": old.get("deskew", False)},
+        "image_shape": [1, 28, 28],
+        "num_classes": 10,
+    }
+    weights = {
+        name: value for name, value in checkpoint["state_dict"].items() if name not in ("net.mean", "net.std")
+    }
+    return checkpoint | {
+        "hyper_parameters": recipe,
+        "datamodule_hyper_parameters": data,
+        "state_dict": weights,
+    }
 
 
 def find_tensors(value: Any) -> Iterator[torch.Tensor]:

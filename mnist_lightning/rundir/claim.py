@@ -47,7 +47,7 @@ def prepare(config: DictConfig, kind: str) -> None:
         if kind == "run":
             settings = check(config, Train)
             if settings.resume is not None:
-                check_resumption(settings)
+                check_resumption(settings, list(config.hydra.overrides.task))
         key = f"hydra.{kind}.dir"
         folder = Path(OmegaConf.select(config, key))
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)

@@ -3,27 +3,50 @@
 It is resolved before Hydra composes: the settings that the run left are the base, keys on the
 command line win.  The run's own ``.hydra/config.yaml`` is not touched; each resumption leaves its
 config beside it, in ``.hydra/resume-<number>/``.
+
+The folder may be a stranger's.  Hydra never looks into it: what its settings ask for is checked
+(``trust``), and then given to Hydra as a config of this process.
 """
 
 import importlib.util
 import json
-import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from mnist_lightning import trust
 from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
+from mnist_lightning.images.sources import is_whole
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.status import read
 from mnist_lightning.settings_help import flatten
+from mnist_lightning.targets import TARGET
 
 KEY = "resume="
+BASE = "resumed"  # the name under which Hydra finds the settings
 # What decides the weights: a run can't go on with another value of these.
-FIXED = ("seed", "label_smoothing", "ema_decay", "monitor", "data", "model", "optimizer", "scheduler")
+FIXED = (
+    "seed",
+    "decay_biases",
+    "ema_decay",
+    "monitor",
+    "data",
+    "model",
+    "loss",
+    "metrics",
+    "optimizer",
+    "scheduler",
+)
+DATA_DIR = "data.data_dir="
 FREE = ("data.data_dir", "data.num_workers")
 
 
@@ -32,34 +55,81 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
 
     Raises:
         OSError: there is no such run, or it has no checkpoint.
+        ConfigError: an earlier version has trained it, or its settings can't be read.
+        TrustError: its settings ask for more than they are trusted with.
     """
     folder = find_run(name).absolute()
     number = len(list(folder.glob(".hydra/resume-*"))) + 1
-    base = folder / ".hydra" / (f"resume-{number - 1}" if number > 1 else "")
-    if not (base / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} can't be resumed: it has no .hydra/config.yaml")
-    gone = find_gone((base / "config.yaml").read_text(encoding="utf-8"))
-    if gone:
-        raise ConfigError(
-            f"{folder} can't be resumed: it was trained by an earlier version of mnist_lightning, whose"
-            f" {gone[0]} is gone; evaluate, predict, compare and export still read it"
-        )
+    typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
+    load_settings(folder, typed, trust.typed_trust(arguments))
     return [
-        *("--config-path", str(base), "--config-name", "config"),
-        *(argument for argument in arguments if not argument.startswith(KEY)),
+        *("--config-name", BASE),
+        *typed,
         KEY + quote(str(folder)),
         f"hydra.run.dir={quote(str(folder))}",
         f"hydra.output_subdir=.hydra/resume-{number}",
-        f"hydra.searchpath=[{quote('file://' + CONF_DIR)}]",
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
     ]
 
 
-def find_gone(config: str) -> list[str]:
-    """The classes of this project that a saved config names and that are no longer where they were."""
-    names = re.findall(r"_target_: (mnist_lightning\.[\w.]+)$", config, re.M)
-    return [name for name in names if not is_module(name.rpartition(".")[0])]
+def load_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> None:
+    """Give Hydra the settings that a run left, once they are checked.
+
+    Raises:
+        OSError, ConfigError, TrustError: see ``resume_run``.
+    """
+    first = folder / ".hydra" / "config.yaml"
+    number = len(list(folder.glob(".hydra/resume-*")))
+    last = folder / ".hydra" / f"resume-{number}" / "config.yaml" if number else first
+    keys = [argument.partition("=")[0].lstrip("+~") for argument in typed]
+    settings: dict[str, Any] = {}
+    for path in (first, last):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} can't be resumed: it has no {path.relative_to(folder)}")
+        settings = read_settings(path)
+        gone = find_gone(settings)
+        if gone:
+            raise ConfigError(
+                f"{folder} can't be resumed: it was trained by an earlier version of mnist_lightning, whose"
+                f" {gone} is gone; evaluate, predict, compare and export still read it"
+            )
+        trust.check_settings(settings, folder, trusted, typed=keys)
+    ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's saved settings, not resolved.
+
+    Raises:
+        ConfigError: they can't be read, or hold what no run of this project saves.
+    """
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
+        raise ConfigError(f"{path} holds no settings")
+    settings = {str(key): value for key, value in saved.items()}
+    for key in ("hydra", "defaults"):
+        if key in settings:
+            raise ConfigError(f"{path} is refused: it has a {key}: node, which no run saves")
+    return settings
+
+
+def find_gone(settings: dict[str, Any]) -> str | None:
+    """What an earlier version of this project has saved and this one no longer knows."""
+    model = settings.get("model")
+    if isinstance(model, dict) and TARGET not in model:
+        return "model without a _target_"
+    names = [name for _, name, _, _ in trust.find_targets(settings) if name.startswith("mnist_lightning.")]
+    return next((name for name in names if not is_module(name.rpartition(".")[0])), None)
+
+
+def is_default(data_dir: str) -> bool:
+    """Whether it is the data folder of ``conf/``."""
+    default = OmegaConf.load(Path(CONF_DIR) / "data" / "mnist.yaml")
+    return bool(OmegaConf.select(default, "data_dir") == data_dir)
 
 
 def is_module(name: str) -> bool:
@@ -84,8 +154,11 @@ def resume_job(job_dir: Path) -> str | None:
     return None
 
 
-def check_resumption(settings: Train) -> None:
+def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     """Whether the run can go on with these settings, told before torch is imported.
+
+    Args:
+        overrides: of the command line.
 
     Raises:
         ConfigError: they differ from the run's own in what decides its weights.
@@ -101,6 +174,14 @@ def check_resumption(settings: Train) -> None:
     ]
     if changed:
         raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
+    data_dir = Path(settings.data.data_dir).expanduser()
+    told = any(override.startswith(DATA_DIR) for override in overrides)
+    if not (told or is_default(settings.data.data_dir) or is_whole(settings.data.name, data_dir)):
+        # a folder's word that may be a stranger's: what it names is read, never written
+        raise ConfigError(
+            f"{folder} says that its data lies in {data_dir}, where it is not, or not whole: {DATA_DIR}… says"
+            " where it lies, or is to be put"
+        )
     old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")
     if epochs != old_epochs and "total_steps" in settings.scheduler.values():
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -36,6 +37,8 @@ class Status:
         started: seconds since 1970-01-01 UTC.
         seconds: from start to end, without those that a sweep's job has waited for free cores.
         metrics: the numbers of ``metrics.json``.
+        monitor, mode: the metric that chose the best epoch, and whether it was to become "max" or "min"; None
+            until the run has completed.
     """
 
     state: str = "running"
@@ -44,6 +47,8 @@ class Status:
     started: float = 0.0
     seconds: float = 0.0
     metrics: Metrics = field(default_factory=dict)
+    monitor: str | None = None
+    mode: str | None = None
 
     def write(self, run_dir: Path) -> None:
         """Nobody ever sees half a file.
@@ -52,6 +57,13 @@ class Status:
             OSError: the folder can't be written.
         """
         write_atomic(run_dir / FILE, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def show_value(metric: str, mean: float, std: float = math.nan) -> str:
+    """A metric's value; accuracies in percent."""
+    scale, digits = (100, 2) if metric.endswith("acc") else (1, 4)
+    spread = "" if math.isnan(std) else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
 
 
 def read(run_dir: Path) -> Status | None:

@@ -2,6 +2,7 @@
 is its own, and the sweep ends with a report."""
 
 import contextlib
+import json
 import logging
 import pickle
 import shlex
@@ -21,14 +22,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_lightning.cli import CommandError
+from mnist_lightning.cli import CommandError, typed
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
+from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
 from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
+from mnist_lightning.trust import KEY as TRUST
+from mnist_lightning.trust import check_targets, typed_trust
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class GridSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.modes: set[str] = set()  # of the monitored metrics, "max" or "min"
         self.lost: list[str] = []  # jobs whose folder can't hold a status
         self.resumed = (self.sweep_dir / MULTIRUN).is_file()
         self.loader = RememberingLoader(hydra_context.config_loader.get_search_path())
@@ -112,14 +117,24 @@ class GridSweeper(BasicSweeper):
     def check_jobs(self, jobs: Sequence[Job]) -> None:
         assert self.config is not None
         start = time.monotonic()
+        parts: dict[str, Parts] = {}
         settings = {tuple(o for o in job if not o.startswith(f"{SEED}=")) for job in jobs}
         for number, overrides in enumerate(jobs):
             cfg = self.loader.load_sweep_config(self.config, overrides)
-            check_job(cfg, overrides, compared=len(settings) > 1)
+            job_settings = check_job(cfg, overrides, compared=len(settings) > 1)
+            found = find_parts(job_settings)
+            if not found["monitor"] and job_settings.monitor.mode:
+                self.modes.add(job_settings.monitor.mode)
+            if self.resumed:
+                saved = OmegaConf.to_container(without_hydra(cfg))
+                assert isinstance(saved, dict)
+                check_targets(saved, self.sweep_dir, typed_trust(typed))  # type: ignore[arg-type]
+            parts[json.dumps(found)] = found
             self.loader.remember(overrides, cfg)
             if time.monotonic() - start > 2:
                 start = time.monotonic()
                 log.info("checked the settings of %d of %d jobs", number + 1, len(jobs))
+        self.modes |= {mode for found in parts.values() if (mode := check_parts(found))}
 
     def launch_all(self) -> list[JobReturn]:
         numbered = [(number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number)]
@@ -207,8 +222,9 @@ class GridSweeper(BasicSweeper):
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
 
 
-def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> None:
-    """
+def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:
+    """A job's settings.
+
     Args:
         compared: the sweep has other settings too, and not only other seeds.
 
@@ -230,6 +246,7 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> N
             f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
             " validation split: set data.val_size=5000, or let nothing but the seed vary"
         )
+    return settings
 
 
 def check_same(sweep_dir: Path, config: DictConfig) -> None:
@@ -238,8 +255,12 @@ def check_same(sweep_dir: Path, config: DictConfig) -> None:
         ConfigError: the folder holds a sweep with other settings.
     """
     saved = read_multirun(sweep_dir)
-    before = saved["hydra"]["overrides"]["task"], {k: v for k, v in saved.items() if k != "hydra"}
-    now = list(config.hydra.overrides.task), OmegaConf.to_container(without_hydra(config))
+    others = ("hydra", "trust")
+    told = [one for one in saved["hydra"]["overrides"]["task"] if not one.startswith(TRUST)]
+    before = told, {k: v for k, v in saved.items() if k not in others}
+    settings = OmegaConf.to_container(without_hydra(config))
+    assert isinstance(settings, dict)
+    now = list(config.hydra.overrides.task), {k: v for k, v in settings.items() if k not in others}
     params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
     changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
     changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]

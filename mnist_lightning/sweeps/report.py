@@ -4,7 +4,6 @@ import csv
 import functools
 import io
 import logging
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def tell(job: Job, sweep: Sweep) -> str:
     return "  ".join(
         [
             f"job {job.name:>3} {job.status.state:11}",
-            f"{sweep.metric} {show(sweep.metric, value)}" if value is not None else "",
+            f"{sweep.metric} {show_value(sweep.metric, value)}" if value is not None else "",
             f"{job.status.seconds:.1f} s",
             " ".join(f"{key}={job.params[key]}" for key in sweep.varied if key in job.params),
             job.status.error or "",
@@ -137,8 +137,8 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         [
             str(rank),
             *(f"`{value}`" if value else "–" for value in setting.params.values()),
-            show(sweep.metric, setting.mean, setting.std),
-            show(sweep.metric, setting.last),
+            show_value(sweep.metric, setting.mean, setting.std),
+            show_value(sweep.metric, setting.last),
             str(len(setting.jobs)),
             f"{sum(job.status.seconds for job in setting.jobs) / len(setting.jobs):.1f}",
             "" if rank == 1 else "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
@@ -172,7 +172,7 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
     lines = [
         "## The winner",
         "",
-        f"{describe(winner)}: {sweep.metric} {show(sweep.metric, winner.mean, winner.std)}"
+        f"{describe(winner)}: {sweep.metric} {show_value(sweep.metric, winner.mean, winner.std)}"
         f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {job.name}'}.",
         "",
         f"- checkpoint: `{checkpoint}`",
@@ -331,7 +331,7 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
             [
                 str(rank),
                 *setting.params.values(),
-                show(sweep.metric, setting.mean, setting.std),
+                show_value(sweep.metric, setting.mean, setting.std),
                 str(len(setting.jobs)),
             ]
             for rank, setting in enumerate(sweep.settings[:top], start=1)
@@ -366,13 +366,6 @@ def describe(setting: Setting) -> str:
 def settings(job: Job, keys: Sequence[str] | None = None) -> str:
     chosen = job.params if keys is None else {key: job.params[key] for key in keys if key in job.params}
     return " ".join(f"{key}={value}" for key, value in chosen.items())
-
-
-def show(metric: str, mean: float, std: float = math.nan) -> str:
-    """Accuracies in percent."""
-    scale, digits = (100, 2) if metric.endswith("acc") else (1, 4)
-    spread = "" if math.isnan(std) else f" ± {scale * std:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

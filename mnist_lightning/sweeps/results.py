@@ -14,6 +14,7 @@ import yaml
 from mnist_lightning.rundir.status import FILE, Status, read
 
 SEED = "seed"
+DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
@@ -79,12 +80,15 @@ def read_sweep(folder: Path) -> Sweep:
     if not (folder / MULTIRUN).is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {MULTIRUN}")
     saved = read_multirun(folder)
-    metric, maximize = saved["monitor"]["metric"], saved["monitor"]["mode"] == "max"
+    metric = saved["monitor"]["metric"]
     jobs = []
     for path in sorted(folder.glob(f"*/{FILE}"), key=lambda path: _natural(path.parent.name)):
         status = read(path.parent)
         if status is not None:
             jobs.append(Job(path.parent, status, split_overrides(status.overrides)))
+    # what the settings leave to the metric, the jobs that have ended tell
+    modes = [saved["monitor"]["mode"], *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
+    maximize = next((mode for mode in modes if mode), "max") == "max"
     keys = list(dict.fromkeys(key for job in jobs for key in job.params))
     varied = [key for key in keys if len({job.params.get(key) for job in jobs}) > 1]
     return Sweep(

@@ -15,6 +15,7 @@ from mnist_lightning.config import ConfigError
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
+from mnist_lightning.sweeps.resume import check_overrides
 from mnist_lightning.sweeps.study import TRIAL, open_storage
 
 if TYPE_CHECKING:
@@ -126,9 +127,19 @@ class OptunaSweeper(GridSweeper):
         return optuna.create_study(
             storage=open_storage(self.storage),
             study_name=self.study_name,
-            direction="maximize" if self.config.monitor.mode == "max" else "minimize",
+            direction="maximize" if self.find_mode() == "max" else "minimize",
             load_if_exists=True,
         )
+
+    def find_mode(self) -> str:
+        """
+        Raises:
+            ConfigError: trials would be judged by metrics of both kinds.
+        """
+        if len(self.modes) != 1:
+            raise ConfigError("a search needs one monitor.metric and one monitor.mode for all its trials")
+        (mode,) = self.modes
+        return mode
 
     def ask(
         self, study: "Study", space: "Mapping[str, BaseDistribution]", size: int
@@ -172,7 +183,12 @@ class OptunaSweeper(GridSweeper):
             file = self.sweep_dir / str(frozen.number) / TRIAL
             if file.is_file():
                 saved = json.loads(file.read_text(encoding="utf-8"))
+                check_overrides(self.sweep_dir, saved["overrides"])
+                self.check_jobs([saved["overrides"]])
                 self.trials[frozen.number] = Trial(study, saved["id"])
+                self.note_trial(
+                    self.trials[frozen.number], saved["overrides"]
+                )  # with this sweep's own storage
                 if self.is_finished(frozen.number):
                     self.tell(study, frozen.number)
                 else:

@@ -1,0 +1,129 @@
+"""Are a sweep's nets, losses and metrics what their settings say?  Asked of a process of its own.
+
+The sweep's process starts workers by forking and so must not import torch.  What ``conf/`` names is known to
+be right; all else is imported and held against its signature once, whatever the number of jobs.
+
+    python -m mnist_lightning.sweeps.parts < parts.json
+"""
+
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mnist_lightning.config import CONF_DIR, ConfigError, Train
+
+log = logging.getLogger(__name__)
+
+# "settings": key -> settings with a _target_; "monitor": of the job, where the metric is to be asked;
+# "data": its name
+Parts = dict[str, Any]
+
+
+def find_parts(settings: Train) -> Parts:
+    """What of a job's settings has to be imported to be checked."""
+    everything = asdict(settings)
+    named = {group: everything[group] for group in ("model", "loss", "optimizer", "scheduler")}
+    for group in ("metrics", "callbacks", "logger"):
+        named |= {f"{group}.{name}": value for name, value in everything[group].items()}
+    strange = {key: value for key, value in named.items() if value and not is_ours(value)}
+    monitored = f"metrics.{settings.monitor.metric.removeprefix('val/')}"
+    asked = settings.monitor.mode is None or monitored in strange
+    if asked:
+        strange[monitored] = named[monitored]
+    return {
+        "settings": {
+            key: value
+            if key == monitored
+            else {name: one if name[0] == "_" else None for name, one in value.items()}
+            for key, value in strange.items()
+        },  # names alone: jobs that differ in a number need not be checked one by one
+        "monitor": asdict(settings.monitor) if asked else None,
+        "data": settings.data.name,
+    }
+
+
+@functools.cache
+def known() -> dict[str, set[str]]:
+    """What ``conf/`` names, with the arguments that it gives there."""
+    found: dict[str, set[str]] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if "_target_" in value:
+                found.setdefault(value["_target_"], set()).update(value)
+            for inner in value.values():
+                walk(inner)
+
+    for path in Path(CONF_DIR).rglob("*.yaml"):
+        walk(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return found
+
+
+def is_ours(settings: dict[str, Any]) -> bool:
+    return set(settings) <= known().get(str(settings.get("_target_")), set())
+
+
+def check_parts(parts: Parts) -> str | None:
+    """Whether what is named can be imported, and takes the arguments that it is given.
+
+    Returns:
+        "max" or "min", what the monitored metric says of itself, if it was asked.
+
+    Raises:
+        ConfigError: it can't, or does not.
+    """
+    if not parts["settings"]:
+        return None
+    log.info("looking at %s …", ", ".join(str(one["_target_"]) for one in parts["settings"].values()))
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps(parts),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    if done.returncode:
+        raise ConfigError((done.stderr.strip() or "nothing was said").splitlines()[-1])
+    answer: str | None = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def main() -> None:
+    """Read parts as JSON, print the mode as JSON; an error goes to stderr in a line."""
+    from hydra.errors import CompactHydraException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from mnist_lightning.classifier import choose_mode
+    from mnist_lightning.images.sources import IMAGE_SHAPE, class_names
+    from mnist_lightning.targets import bind, find, find_arguments, is_partial, make, own
+
+    parts = json.load(sys.stdin)
+    sizes = {"image_shape": list(IMAGE_SHAPE), "num_classes": len(class_names(parts["data"]))}
+    mode: str | None = None
+    try:
+        for key, settings in parts["settings"].items():
+            target = find(settings, key)
+            given = own(settings)
+            given |= {name: value for name, value in sizes.items() if name in find_arguments(target)}
+            bind(target, given, key, partial=is_partial(settings, key, target))
+        if parts["monitor"]:
+            monitor = parts["monitor"]
+            key = f"metrics.{monitor['metric'].removeprefix('val/')}"
+            metric = make(parts["settings"][key], key, **sizes)
+            mode = choose_mode(monitor["metric"], monitor["mode"], metric)
+    except (CompactHydraException, MisconfigurationException) as error:
+        sys.exit(" ".join(str(error).split()))
+    print(json.dumps(mode))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What a ``_target_`` names: found, held against its kind and its signature, built."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.utils import get_object, instantiate
+
+TARGET = "_target_"
+
+
+class TargetError(CompactHydraException):
+    """A ``_target_`` that can't be used; Hydra prints it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a group of settings builds.
+
+    Attributes:
+        base: the class of what is built, by name; None: whatever can be called.
+        homes: modules, and single names, of the classes that saved settings may name.
+        inner: the same for what is built within it, as an argument.
+        functions: names of the functions that saved settings may name, a regular expression.
+    """
+
+    base: str | None
+    homes: tuple[str, ...]
+    inner: tuple[str, ...] = ()
+    functions: str = ""
+
+
+# The group of settings -> what its ``_target_`` builds, or each of its entries' where there are several
+KINDS = {
+    "model": Kind("torch.nn.Module", ("mnist_lightning.network", "torch.nn"), inner=("torch.nn",)),
+    "loss": Kind(
+        None,
+        ("mnist_lightning.losses", "torch.nn"),
+        functions=r"torch\.nn\.functional\.(\w+_loss|(binary_)?cross_entropy(_with_logits)?|kl_div)",
+    ),
+    "metrics": Kind("torchmetrics.Metric", ("torchmetrics",), inner=("torchmetrics",)),
+    "optimizer": Kind("torch.optim.Optimizer", ("torch.optim",)),
+    "scheduler": Kind("torch.optim.lr_scheduler.LRScheduler", ("torch.optim.lr_scheduler",)),
+    "trainer": Kind(
+        "lightning.pytorch.Trainer",
+        ("lightning.Trainer", "lightning.pytorch.Trainer"),
+        inner=("lightning.pytorch.profilers", "mnist_lightning.callbacks.profiler"),
+    ),
+    "callbacks": Kind(
+        "lightning.pytorch.callbacks.Callback",
+        ("mnist_lightning.callbacks", "lightning.pytorch.callbacks"),
+        inner=("optuna.pruners", "optuna.samplers"),
+    ),
+    "logger": Kind(
+        "lightning.pytorch.loggers.Logger",
+        ("mnist_lightning.rundir.loggers", "lightning.pytorch.loggers"),
+    ),
+}
+PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
+
+
+def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
+    """Build what settings name.
+
+    A net, a loss and a metric keep, as their ``recipe``, the settings that build them again.  Optimizers,
+    schedules and what is ``_partial_`` wait for their first argument.
+
+    Args:
+        config: ``_target_`` and its arguments.
+        key: of the settings, for messages; its first part says which kind is wanted.
+        offered: more arguments, passed on where the signature has them by name and ``config`` does not.
+
+    Raises:
+        TargetError: there is no such class or function, it is of another kind, takes other arguments, or
+            can't be built with these.
+    """
+    target = find(config, key)
+    arguments = {name: value for name, value in config.items() if name not in (TARGET, "_partial_")}
+    arguments |= {
+        name: value
+        for name, value in offered.items()
+        if name not in arguments and name in find_arguments(target)
+    }
+    partial = is_partial(config, key, target)
+    bind(target, arguments, key, partial=partial)
+    recipe = {TARGET: config[TARGET], **arguments}
+    try:
+        made = instantiate({**recipe, "_partial_": partial}, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise TargetError(
+            f"{key}: {config[TARGET]} can't be built: {type(cause).__name__}: {cause}"
+        ) from error
+    if not partial:
+        check_kind(made, key, config[TARGET])
+    if key.split(".")[0] in PARTS:
+        made.recipe = recipe
+    return made
+
+
+def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
+    """The class or function that settings name.
+
+    Raises:
+        TargetError: there is none, or it is a class of another kind.
+    """
+    name = config.get(TARGET)
+    if not isinstance(name, str):
+        raise TargetError(f"{key} names no {TARGET}: give it the dotted name of a class, got {name!r}")
+    try:
+        target = get_object(name)
+    except Exception as error:  # whatever the module's own code raises
+        cause = error.__cause__ or error
+        raise TargetError(f"{key}.{TARGET}={name} can't be imported: {cause}") from error
+    if not callable(target):
+        raise TargetError(f"{key}.{TARGET}={name} is neither a class nor a function")
+    base = KINDS[key.split(".")[0]].base
+    if inspect.isclass(target) and base is not None and not issubclass(target, get_object(base)):
+        raise TargetError(f"{key}.{TARGET}={name} is no {base}")
+    for inner in find_inner(list(config.values())):
+        check_home(get_object(inner), inner)
+    check_home(target, name)
+    result: Callable[..., Any] = target
+    return result
+
+
+def find_inner(value: Any) -> Iterator[str]:
+    """The names in what is nested in settings."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get(TARGET), str):
+            yield value[TARGET]
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from find_inner(inner)
+
+
+def check_home(target: Any, name: str) -> None:
+    """
+    Raises:
+        TargetError: a name begins as that of a known library does, and by a detour through what is imported
+            there leads elsewhere.
+    """
+    top = name.split(".")[0]
+    homes = {home.split(".")[0] for kind in KINDS.values() for home in (*kind.homes, *kind.inner)}
+    if top in homes and (getattr(target, "__module__", None) or top).split(".")[0] != top:
+        raise TargetError(f"{name} is not defined in {top}: name {target.__module__} itself")
+
+
+def check_kind(made: Any, key: str, name: str) -> None:
+    base = KINDS[key.split(".")[0]].base
+    if base is not None and not isinstance(made, get_object(base)):
+        raise TargetError(f"{key}.{TARGET}={name} gives a {type(made).__name__}, and no {base}")
+
+
+def find_arguments(target: Callable[..., Any]) -> list[str]:
+    """The names of what can be given by keyword."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def is_partial(config: Mapping[str, Any], key: str, target: Callable[..., Any]) -> bool:
+    """Whether what settings name is still to be given its first arguments.
+
+    A function of logits and labels is the loss itself; one that needs no more than its settings makes it.
+    """
+    if config.get("_partial_") or key in ("optimizer", "scheduler"):
+        return True
+    if key != "loss" or inspect.isclass(target):
+        return False
+    try:
+        inspect.signature(target).bind(*config.get("_args_", ()), **own(config))
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, partial: bool) -> None:
+    """
+    Raises:
+        TargetError: the signature has no such arguments, or needs others.
+    """
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return
+    given, positional = own(arguments), arguments.get("_args_", ())
+    try:
+        (signature.bind_partial if partial else signature.bind)(*positional, **given)
+    except TypeError as error:
+        name = f"{target.__module__}.{target.__qualname__}"
+        known = find_arguments(target)
+        unknown = [argument for argument in given if argument not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            what = f"{key}.{unknown[0]} is no argument of {name}{hint}"
+        else:
+            what = f"{key}: {name}: {error}"
+        raise TargetError(f"{what}; it takes {', '.join(known) or 'none'}") from error
+
+
+def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what Hydra reads: ``_args_``, ``_convert_``, ``_recursive_``."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("_args_", "_convert_", "_recursive_", "_partial_", TARGET)
+    }
+
+
+def name_of(made: Any) -> str:
+    """What was built, by the name that its settings gave it."""
+    recipe = getattr(made, "recipe", None)
+    if recipe:
+        return str(recipe[TARGET])
+    kind = made.func if isinstance(made, functools.partial) else type(made)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,226 @@
+"""Which names in a file that may be a stranger's are followed, and where it may write.
+
+What is typed, lies in ``conf/`` or comes by ``--config-dir`` is the user's own.  Checkpoints and saved
+settings may come from anywhere: they may name what this project and its libraries define for that place, and
+what the user trusts by ``trust=my_nets`` or the variable ``MNIST_LIGHTNING_TRUST``.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import CompactHydraException
+
+from mnist_lightning.cli import retype
+from mnist_lightning.config import RUN_DIR
+from mnist_lightning.targets import KINDS, PARTS, TARGET, Kind
+
+VARIABLE = "MNIST_LIGHTNING_TRUST"
+KEY = "trust="
+SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
+# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers
+PLACES = (
+    "dirpath",
+    "save_dir",
+    "default_root_dir",
+    "log_dir",
+    "root_dir",
+    "output_dir",
+    "run_dir",
+    "filename",
+)
+OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that reach nothing outside
+
+
+class TrustError(CompactHydraException):
+    """A file asks for more than it is trusted with; Hydra prints it without a traceback."""
+
+
+def read_trust(trust: Any) -> tuple[str, ...]:
+    """Modules that the user trusts: a setting's, a name or a list of names, and the variable's.
+
+    Raises:
+        TrustError: it is neither.
+    """
+    names = [] if trust is None else trust if isinstance(trust, list) else [trust]
+    names = [*names, *re.split(r"[\s,]+", os.environ.get(VARIABLE, ""))]
+    for name in names:
+        if not isinstance(name, str) or (name and not re.fullmatch(r"\w+(\.\w+)*", name)):
+            raise TrustError(
+                f"trust must be a module or a list of modules, as in trust=my_nets, got {name!r}"
+            )
+    return tuple(name for name in names if name)
+
+
+def typed_trust(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The modules of ``trust=…`` on a command line, and the variable's."""
+    values = [one.lstrip("+").removeprefix(KEY) for one in arguments if one.lstrip("+").startswith(KEY)]
+    typed = values[-1].strip("[]'\"") if values else ""
+    return read_trust([name.strip(" '\"") for name in typed.split(",") if name and name != "null"])
+
+
+def check_recipe(recipe: Mapping[str, Any], source: Path, trust: Collection[str]) -> None:
+    """
+    Args:
+        recipe: of a checkpoint: "model", "loss", "metrics".
+        source: the checkpoint.
+
+    Raises:
+        TrustError: it names what is not trusted, or holds an interpolation.
+    """
+    parts = {group: recipe[group] for group in PARTS}
+    for key, text in find_texts(parts):
+        if "${" in text:
+            raise TrustError(f"{source} is refused: its {key} is {text}, which only settings may hold")
+    check_targets(parts, source, trust)
+
+
+def check_settings(
+    config: Mapping[str, Any], folder: Path, trust: Collection[str], *, typed: Collection[str] = ()
+) -> None:
+    """Whether a run can go on with the settings that lie in its folder.
+
+    Args:
+        config: the saved settings, not resolved.
+        folder: the run's.
+        typed: keys that the command line says itself, whose saved values are not used.
+
+    Raises:
+        TrustError: they name what is not trusted, look up what is outside, or write elsewhere.
+    """
+    for key, text in find_texts(config):
+        if key in typed:
+            continue
+        left = re.sub(OURS, "", text)
+        if "${" in left:
+            raise TrustError(
+                f"{folder}: {key}={text} is saved there and looks up what is none of its own; {say(key)}"
+            )
+        if key.split(".")[0] in KINDS and not stays_inside(key, text, folder):
+            raise TrustError(
+                f"{folder}: {key}={text} is saved there and lies outside that folder; {say(key)}"
+            )
+    check_targets(config, folder, trust, typed=typed)
+
+
+def say(key: str) -> str:
+    return f"if it is right, type it: {retype(f'{key}=…')}"
+
+
+def stays_inside(key: str, text: str, folder: Path) -> bool:
+    """Whether a saved value names no place outside of a run's folder."""
+    if re.fullmatch(r"\$\{[A-Za-z_][\w.]*\}", text):
+        return True  # another setting's value, which is checked as well
+    text = text.replace("${run_dir:}", RUN_DIR)
+    parts = re.split(r"[/\\]", text)
+    if parts[0] == RUN_DIR:
+        return ".." not in parts
+    is_path = len(parts) > 1 and (parts[0] in ("", "~", ".", "..") or parts[0].endswith(":") or ".." in parts)
+    if "://" in text or text.startswith("~") or is_path or text == "..":
+        return "://" not in text and Path(text).expanduser().resolve().is_relative_to(folder.resolve())
+    name = key.rpartition(".")[2]
+    return name not in PLACES or (name == "filename" and len(parts) == 1)
+
+
+def check_targets(
+    config: Mapping[str, Any], source: Path, trust: Collection[str], *, typed: Collection[str] = ()
+) -> None:
+    """
+    Raises:
+        TrustError: a ``_target_`` is not one that its place may name.
+    """
+    strangers = {
+        name: key
+        for key, name, kind, nested in find_targets(config)
+        if f"{key}.{TARGET}" not in typed
+        and not is_trusted(name, trust)
+        and not is_known(name, kind, nested=nested)
+    }
+    if strangers:
+        named = ", ".join(f"{name} ({key})" for name, key in strangers.items())
+        modules = [name.rpartition(".")[0] or name for name in strangers]
+        raise TrustError(
+            f"{source} names {named}, which may be anybody's code; if you trust it:"
+            f" {retype(write_trust([*trust, *modules]))}"
+        )
+
+
+def is_trusted(name: str, trust: Collection[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in trust)
+
+
+def write_trust(modules: Collection[str]) -> str:
+    """``trust=…`` as it is typed."""
+    names = list(dict.fromkeys(modules))
+    return KEY + (names[0] if len(names) == 1 else f"[{','.join(names)}]")
+
+
+def strange_modules(config: Mapping[str, Any]) -> list[str]:
+    """The modules that will have to be trusted where these settings are read again."""
+    names = [
+        name for _, name, kind, nested in find_targets(config) if not is_known(name, kind, nested=nested)
+    ]
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
+def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Kind | None, bool]]:
+    """Each ``_target_``: the key of its settings, its name, the kind that belongs there, and whether it is
+    an argument of another."""
+
+    def walk(
+        value: Any, key: str, kind: Kind | None, nested: bool
+    ) -> Iterator[tuple[str, str, Kind | None, bool]]:
+        if isinstance(value, Mapping):
+            if TARGET in value:
+                yield key, str(value[TARGET]), kind, nested
+                nested = True
+            for name, inner in value.items():
+                yield from walk(inner, f"{key}.{name}" if key else str(name), kind, nested)
+        elif isinstance(value, list):
+            for position, inner in enumerate(value):
+                yield from walk(inner, f"{key}[{position}]", kind, nested)
+
+    for group, value in config.items():
+        kind = KINDS.get(group)
+        if kind is not None and group in SEVERAL and isinstance(value, Mapping):
+            for name, inner in value.items():
+                # an entry is of its group's kind, what lies below it is not
+                direct = not isinstance(inner, Mapping) or TARGET in inner
+                yield from walk(inner, f"{group}.{name}", kind, not direct)
+        else:
+            direct = not isinstance(value, Mapping) or TARGET in value
+            yield from walk(value, str(group), kind, not direct)
+
+
+def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:
+    """Whether a name is, by its look, that of a class where this kind is at home.
+
+    ``targets.make`` looks at the class itself.
+
+    Args:
+        kind: None: nothing is to be built there.
+    """
+    if kind is None:
+        return False
+    for home in kind.inner if nested else kind.homes:
+        if name == home and home.rpartition(".")[2][0].isupper():
+            return True
+        if re.fullmatch(rf"{re.escape(home)}(\.[a-z_]\w*)*\.[A-Z]\w*", name):
+            return True
+    return not nested and bool(kind.functions) and re.fullmatch(kind.functions, name) is not None
+
+
+def find_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in nested settings, keys that are no plain names among them, by dotted key."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if isinstance(name, str) and "${" in name:
+                yield key, name
+            yield from find_texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for position, inner in enumerate(value):
+            yield from find_texts(inner, f"{key}[{position}]")
+    elif isinstance(value, str):
+        yield key, value

@@ -1,0 +1,71 @@
+"""From stored images to what a net sees."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import settle
+from torch import nn
+
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.evaluation.trained import log_probabilities
+from mnist_lightning.images.deform import Deformation, upright
+from mnist_lightning.images.preprocess import Preprocess
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_normalises(images: torch.Tensor) -> None:
+    preprocess = Preprocess(mean=0.1307, std=0.3081)
+    expected = ((images.double() / 255 - 0.1307) / 0.3081).float()[:, None]
+    torch.testing.assert_close(preprocess(images), expected)
+    assert torch.equal(preprocess(images), preprocess(images.float()))
+    assert not preprocess.state_dict(), "its arguments tell all"
+
+
+def test_channels_come_first(images: torch.Tensor) -> None:
+    coloured = torch.stack([images, 255 - images, images // 2], dim=3)
+    seen = Preprocess(mean=0.0, std=1.0).to_pixels(coloured)
+    assert seen.shape == (32, 3, 28, 28)
+    assert torch.equal(seen[:, 1], 255 - images.float())
+
+
+def test_upright_in_training_as_in_evaluation(images: torch.Tensor) -> None:
+    preprocess = Preprocess(deskew=True)
+    expected = Preprocess()(upright(images.float()))
+    for training in (True, False):
+        assert torch.equal(preprocess.train(training)(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(preprocess(images), expected), "moments are not rounded to bfloat16"
+
+
+class Seen(nn.Module):
+    """Gives the first ten pixels that it is shown as logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images.detach())
+        return self.weight * images.flatten(1)[:, :10]
+
+
+def test_training_and_averaging_over_deformations_see_the_same(images: torch.Tensor) -> None:
+    """First deformed, then set upright: what a training step shows to the net, averaging shows it too."""
+    net = Seen()
+    classifier = DigitClassifier(net, preprocess=Preprocess(deskew=True))
+    strong = Deformation(rotation=30, scale=0.2, shear=30, shift=4, elastic=1, smoothness=5)
+    classifier._step((strong(images, 0, 0), torch.zeros(32, dtype=torch.int64)))
+    log_probabilities(classifier.eval(), images, deform=strong, tta=1)
+    trained, averaged = net.seen
+    assert torch.equal(trained, averaged)
+    assert torch.equal(trained, Preprocess()(upright(strong(images, 0, 0))))
+
+
+def test_its_defaults_are_those_of_the_yaml_file(tmp_path: Path) -> None:
+    assert settle(tmp_path).data.preprocess_arguments() == Preprocess().arguments
