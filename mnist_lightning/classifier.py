@@ -133,6 +133,11 @@ class DigitClassifier(L.LightningModule):
             )
         self.num_outputs = int(outputs.shape[1])
         name = f"loss: {name_of(self.loss)}"
+        if isinstance(self.loss, CrossEntropy) and not self.names_classes:
+            raise MisconfigurationException(
+                f"{name} wants a logit for each class, and {name_of(self.net)} gives one number for an image: a"
+                " regression needs another loss, and metrics of its own"
+            )
         told = f"{name} can't take outputs {shape} and labels (2,)"
         with on_trial(self), _one_line(told):
             value = self.loss(*_fit(self.loss, outputs, labels))

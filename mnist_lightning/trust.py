@@ -184,14 +184,14 @@ def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Kind | N
 
     for group, value in config.items():
         kind = KINDS.get(group)
-        if kind is not None and group in SEVERAL and isinstance(value, Mapping):
+        if group in SEVERAL and isinstance(value, Mapping) and TARGET not in value:
             for name, inner in value.items():
                 # an entry is of its group's kind, what lies below it is not
                 direct = not isinstance(inner, Mapping) or TARGET in inner
                 yield from walk(inner, f"{group}.{name}", kind, not direct)
         else:
             direct = not isinstance(value, Mapping) or TARGET in value
-            yield from walk(value, str(group), kind, not direct)
+            yield from walk(value, str(group), None if group in SEVERAL else kind, not direct)
 
 
 def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:

@@ -16,7 +16,6 @@ import torch
 from conftest import Run
 from processes import Preloaded
 
-from mnist_lightning import data
 from mnist_lightning.data import EpochSampler, MNISTDataModule, split
 from mnist_lightning.images import sources
 from mnist_lightning.images.sources import RAW_FILES, find_fault, unpack

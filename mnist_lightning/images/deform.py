@@ -118,7 +118,9 @@ def upright(images: Tensor) -> Tensor:
     covariance = (moments * y).sum(dim=1) / ink - right * down
     variance = (rows * y**2).sum(dim=1) / ink - down**2
     lean = covariance / variance.clamp(min=1e-6)
-    sources_x = x + (lean[:, None] * y + right[:, None])[:, :, None]
-    sources_y = (y + down[:, None])[:, :, None].expand_as(sources_x)
-    grid = torch.stack([sources_x, sources_y], dim=3) / (SIZE / 2)
+    half = SIZE / 2  # grid_sample's unit
+    # no matrix product, which autocast would round to bfloat16
+    sources_x = ((lean[:, None] * y + right[:, None]) / half)[:, :, None] + x / half
+    sources_y = ((y + down[:, None]) / half)[:, :, None].expand_as(sources_x)
+    grid = torch.stack([sources_x, sources_y], dim=1).permute(0, 2, 3, 1)
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]

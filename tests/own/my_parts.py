@@ -1,0 +1,103 @@
+"""What somebody brings: nets, losses and metrics that this project has never seen."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+
+class ConvNet(nn.Module):
+    def __init__(self, channels: int, image_shape: list[int], num_classes: int, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_shape[0], channels, kernel_size=5, stride=3),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.LazyLinear(num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # type: ignore[no-any-return]
+
+
+class Linear(nn.Module):
+    """Takes whatever it is given, and wants nothing of it."""
+
+    def __init__(self, **kwargs: float) -> None:
+        super().__init__()
+        self.scale = kwargs.pop("scale", 1.0)
+        assert not kwargs, kwargs
+        self.linear = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.linear(images.flatten(1))  # type: ignore[no-any-return]
+
+
+class Regression(nn.Module):
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))  # type: ignore[no-any-return]
+
+
+def squared_error(outputs: Tensor, labels: Tensor, factor: float = 1.0) -> Tensor:
+    return factor * (outputs.squeeze(1) - labels).square().mean()
+
+
+def focal(gamma: float) -> nn.Module:
+    return Focal(gamma)
+
+
+class Focal(nn.Module):
+    """Lin et al. 2017, arXiv 1708.02002, with a parameter that is learnt too."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits / self.temperature, labels, reduction="none")
+        return ((1 - torch.exp(-losses)) ** self.gamma * losses).mean()
+
+
+def per_image(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+class AbsoluteError(Metric):
+    """Of (B, 1) and (B,)."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.total: Tensor
+        self.count: Tensor
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        assert outputs.shape == (len(labels), 1)
+        self.total += (outputs.squeeze(1) - labels).abs().sum()
+        self.count += len(labels)
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class Shy(AbsoluteError):
+    """Does not say which is better."""
+
+    higher_is_better = None  # type: ignore[assignment]
+
+
+class Each(AbsoluteError):
+    """One value for each of two images."""
+
+    def compute(self) -> Tensor:
+        return torch.stack([self.total, self.total])
