@@ -22,6 +22,7 @@ from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.losses import CrossEntropy
 from mnist_lightning.network import on_trial
 from mnist_lightning.targets import name_of
+from mnist_lightning.workarounds import SET_EACH_STEP
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ class DigitClassifier(L.LightningModule):
         name = f"loss: {name_of(self.loss)}"
         if isinstance(self.loss, CrossEntropy) and not self.names_classes:
             raise MisconfigurationException(
-                f"{name} wants a logit for each class, and {name_of(self.net)} gives one number for an image: a"
-                " regression needs another loss, and metrics of its own"
+                f"{name} wants a logit for each class, and {name_of(self.net)} gives one number for an"
+                " image: a regression needs another loss, and metrics of its own"
             )
         told = f"{name} can't take outputs {shape} and labels (2,)"
         with on_trial(self), _one_line(told):
@@ -157,9 +158,8 @@ class DigitClassifier(L.LightningModule):
                 raise MisconfigurationException(f"{name} gives {what}, and must give one number")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning sets this name some 40 times a step; nn.Module's setter would look for
-        # parameters, buffers and modules each time
-        if name == "_current_fx_name":
+        # nn.Module's setter would look for parameters, buffers and modules each time
+        if name == SET_EACH_STEP:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

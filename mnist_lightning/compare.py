@@ -29,7 +29,6 @@ register()
 CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
 LEVEL = 0.05  # of McNemar's test
 METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, beside the split's scores
-CURVES = ("train/loss", "val/loss", "train/acc", "val/acc")
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,9 @@ def read_curves(folder: Path | None) -> "dict[str, Curve]":
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     history = {}
-    for key in CURVES:
+    for key in rows[0] if rows else []:
+        if not key.startswith(("train/", "val/")) or key == "train/loss_step":
+            continue
         points = [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key) and row.get("epoch")]
         if points:
             epochs, values = np.array(points).T

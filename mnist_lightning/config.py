@@ -4,6 +4,8 @@
 Hydra and OmegaConf is imported here, so that a mistake is told at once.
 """
 
+import ast
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -469,22 +471,49 @@ def _is_single_run() -> bool:
 def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a group, with types and limits checked where their ``_target_`` is ours.
 
+    What is not given is the signature's default.
+
     Raises:
-        ValueError: a key is missing, misspelt, of another type or out of its limits.
+        ValueError: a key is misspelt, of another type or out of its limits.
     """
-    schema = SCHEMAS.get(str(settings.get("_target_")))
+    target = str(settings.get("_target_"))
+    schema = SCHEMAS.get(target)
     if schema is None:
         return settings
-    values = {key: value for key, value in settings.items() if key != "_target_"}
+    defaults = read_signature(target)
+    given = {key: value for key, value in settings.items() if not key.startswith("_")}
+    for key in given:
+        require(key in defaults, f"{group}.{key} is no setting of {target}: {', '.join(defaults)}")
+    if given.get("num_classes") is not None:
+        check_number(f"{group}.num_classes", given["num_classes"], *AT_LEAST_ONE, whole=True)
     names = [field.name for field in fields(schema)]
-    for key in values:
-        require(key in names, f"{group}.{key} is no setting of {settings['_target_']}: {', '.join(names)}")
+    values = {key: value for key, value in (defaults | given).items() if key in names}
     try:
         checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
         raise ValueError(f"{group}.{key}: {str(error).splitlines()[0]}") from error
-    return {"_target_": settings["_target_"], **vars(checked)}
+    return {"_target_": target, **given, **vars(checked)}
+
+
+@functools.cache
+def read_signature(target: str) -> dict[str, Any]:
+    """The arguments of a class of this package and their defaults, None where there is none, from its source:
+    importing it would import torch."""
+    module, _, name = target.removeprefix("mnist_lightning.").rpartition(".")
+    source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    positional = init.args.args[1:]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(init.args.defaults))
+    defaults = [*missing, *init.args.defaults, *init.args.kw_defaults]
+    values = [None if default is None else ast.literal_eval(default) for default in defaults]
+    arguments = [argument.arg for argument in (*positional, *init.args.kwonlyargs)]
+    return {
+        argument: list(value) if isinstance(value, tuple) else value
+        for argument, value in zip(arguments, values, strict=True)
+    }
 
 
 def require(holds: bool, message: str) -> None:

@@ -125,7 +125,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     classifier = make_classifier(settings, datamodule)
     monitor = settings.monitor
     monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.val_metrics[monitor.metric])
-    flops = threads.count_flops(classifier.net, classifier.image_shape, data.batch_size)
+    with signals.deferred():  # torch calls the counter from C++, where an exception would abort the process
+        flops = threads.count_flops(classifier.net, classifier.image_shape, data.batch_size)
     if settings.compile:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
     newest, resumed_at = None, None
@@ -285,11 +286,10 @@ def compiler_errors() -> Iterator[None]:
         MisconfigurationException: with compile=true, where torch.compile can't work on this machine.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from torch._dynamo.exc import BackendCompilerFailed  # Lightning has imported torch._dynamo
 
     try:
         yield
-    except BackendCompilerFailed as error:
+    except workarounds.compiler_failure() as error:
         cause = str(error).strip().partition("\n")[0]
         raise MisconfigurationException(
             f"compile=true: torch.compile can't work here ({cause}); it needs a C++ compiler (g++ or clang++)"
@@ -361,7 +361,7 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
             with logger.forgiving():
                 writer = logger.experiment
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
-                    writer._get_file_writer().add_summary(summary)
+                    workarounds.add_summary(writer, summary)
                 for key, value in finals.items():
                     writer.add_scalar(key, value, trainer.global_step)
                 writer.flush()

@@ -1,14 +1,24 @@
-"""What changes a library for the whole process: why, and for which release.
+"""Where this project goes behind a library's public names: what changes it for the whole process, and what
+uses a name that it does not promise to keep.  Why, and for which release.
 
-Commands install these; importing this package changes nothing.
+Commands install what changes a library; importing this package changes nothing.
 """
 
 import logging
 import os
 import threading
 import warnings
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from optuna import Trial
+    from torch.utils.tensorboard import SummaryWriter
+
+SET_EACH_STEP = "_current_fx_name"
+"""Lightning 2.6 sets this attribute some 40 times a step; ``DigitClassifier`` makes it cheap."""
 
 
 def share_config_store() -> None:
@@ -56,3 +66,25 @@ def skip_device_probe() -> None:
 
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+def compiler_failure() -> type[Exception]:
+    """What torch.compile raises where its backend can't work; torch 2.14 has no public name for it."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return BackendCompilerFailed
+
+
+def trial_id(trial: "Trial") -> int:
+    """The number by which a storage knows a trial, as ``optuna.Trial`` is made from; Optuna 4 hides it."""
+    return trial._trial_id
+
+
+def drop_from(logger: "TensorBoardLogger", step: int) -> None:
+    """Let the SummaryWriter that Lightning 2.6 is about to make hide what was logged from this step on."""
+    logger._kwargs["purge_step"] = step
+
+
+def add_summary(writer: "SummaryWriter", summary: Any) -> None:
+    """Write hyper-parameters into a run's own event file: torch 2.14's ``add_hparams`` begins another one."""
+    writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]

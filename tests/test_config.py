@@ -10,6 +10,7 @@ from conftest import Run, settle
 from processes import LIGHT, Fresh, Preloaded
 
 from mnist_lightning import config, network
+from mnist_lightning.config import read_signature as read
 from mnist_lightning.images import sources
 
 # arguments -> what the message says
@@ -151,10 +152,16 @@ def test_choices_are_those_of_the_code() -> None:
 def test_schemas_are_those_of_the_code() -> None:
     for name, schema in config.SCHEMAS.items():
         module, _, kind = name.rpartition(".")
-        arguments = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
-        assert [field.name for field in dataclasses.fields(schema)] == [
-            argument for argument in arguments if argument not in ("image_shape", "num_classes")
-        ]
+        parameters = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+        assert {field.name for field in dataclasses.fields(schema)} <= set(parameters)
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in read(name).items()}
+        assert told == {key: parameter.default for key, parameter in parameters.items()}
+
+
+def test_what_is_not_given_is_the_nets_default(tmp_path: Path) -> None:
+    settings = settle(tmp_path, "~model.noise", "~model.hidden", "~loss.label_smoothing")
+    assert settings.model == settle(tmp_path).model
+    assert settings.loss == settle(tmp_path).loss
 
 
 def test_step_schedule_that_never_acts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

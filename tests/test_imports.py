@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ MAY_IMPORT = {
     "trust": {"cli", "config", "targets"},
     "images": {"rundir"},
     "data": {"images"},
-    "classifier": {"images", "losses", "network", "targets"},
-    "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust"},
+    "classifier": {"images", "losses", "network", "targets", "workarounds"},
+    "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
     "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
     "callbacks": {"evaluation", "figures", "rundir", "sweeps"},
     "sweeps": {
         *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
-        *("targets", "threads", "trust"),
+        *("targets", "threads", "trust", "workarounds"),
     },
 }
 
@@ -49,6 +50,7 @@ def find_modules() -> dict[str, Path]:
 
 
 MODULES = find_modules()
+PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def imports(path: Path, *, at_top: bool = False) -> set[str]:
@@ -60,7 +62,7 @@ def imports(path: Path, *, at_top: bool = False) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            below = {name for name in whole if name.removeprefix("mnist_lightning.") in MODULES}
+            below = {name for name in whole if name.removeprefix("mnist_lightning.") in {*MODULES, *PACKAGES}}
             names |= below or {node.module}
     return names
 
@@ -111,3 +113,18 @@ def test_no_module_shadows_the_standard_library() -> None:
     import sys
 
     assert not {path.stem for path in PACKAGE.glob("*.py")} & sys.stdlib_module_names
+
+
+def test_private_names_of_libraries_are_in_one_place() -> None:
+    """But Hydra's classes that ours derive from, which it loads anew when it looks for plugins, and
+    torch's _foreach functions, which its documentation names."""
+    for name, path in MODULES.items():
+        if name != "workarounds":
+            private = [one for one in imports(path) if re.search(r"\._(?!internal)[a-z]", one)]
+            used = re.findall(
+                r"(?<!self)(?<!cls)(?<!os)(?<!signals)\._(?!internal)[a-z]\w+", path.read_text()
+            )
+            assert (
+                private + [one for one in used if one not in ("._target_", "._args_", "._foreach_lerp_")]
+                == []
+            ), name

@@ -136,20 +136,18 @@ def test_figures_show_the_numbers(folder: Path) -> None:
     sweep = read_sweep(folder)
     epochs, values = read_curve(sweep.jobs[0], "val/acc")
     assert (epochs, values) == ([1, 2], [0.5, pytest.approx(0.902)])
-    axes = figures.draw_parameter("optimizer.lr", ["1e-4", "1e-2", "1e-2"], "val/acc", [0.9, 0.8, 0.7]).axes[
-        0
-    ]
+    axes = figures.parameter("optimizer.lr", ["1e-4", "1e-2", "1e-2"], "val/acc", [0.9, 0.8, 0.7]).axes[0]
     assert axes.get_xscale() == "log"
     assert axes.lines[0].get_ydata() == pytest.approx([90, 80, 70])
     assert axes.lines[1].get_ydata() == pytest.approx([90, 75])  # medians
-    words = figures.draw_parameter("model.hidden", ["[64,32]", "128"], "val/loss", [0.2, 0.1]).axes[0]
+    words = figures.parameter("model.hidden", ["[64,32]", "128"], "val/loss", [0.2, 0.1]).axes[0]
     assert [tick.get_text() for tick in words.get_xticklabels()] == ["[64,32]", "128"]
-    heat = figures.draw_heat_map("a", ["1", "2", "1"], "b", ["x", "x", "y"], "val/acc", [0.1, 0.2, 0.3])
+    heat = figures.heat_map("a", ["1", "2", "1"], "b", ["x", "x", "y"], "val/acc", [0.1, 0.2, 0.3])
     grid = heat.axes[0].images[0].get_array()
     assert grid is not None
     assert grid[0].tolist() == pytest.approx([10, 30])
     assert np.isnan(grid.filled(np.nan)[1, 1])
-    curves = figures.draw_learning_curves("val/acc", [(str(n), [1, 2], [0.1, 0.2]) for n in range(9)])
+    curves = figures.learning_curves("val/acc", [(str(n), [1, 2], [0.1, 0.2]) for n in range(9)])
     assert len(curves.axes[0].lines) == 9
     assert "3 more in grey" in curves.legends[0].get_title().get_text()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from mnist_lightning import workarounds
 from mnist_lightning.rundir.atomic import write_atomic
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
 
     def resume_from(self, step: int) -> None:
-        self._kwargs["purge_step"] = step  # of the SummaryWriter that Lightning is about to make
+        workarounds.drop_from(self, step)
 
     def save(self) -> None:
         """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
@@ -123,9 +123,10 @@ class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> FabricWriter:
+    def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
             self._experiment = AppendingWriter(self.log_dir, self.purge_step)
+        assert isinstance(self._experiment, AppendingWriter)
         return self._experiment
 
 

@@ -289,22 +289,21 @@ def draw(sweep: Sweep, folder: Path) -> None:
     pictures = {}
     for key in keys[:MAX_FIGURES]:
         settings_of_key = [job.params.get(key, "none") for job in jobs]
-        pictures[f"{key} {sweep.metric}"] = figures.draw_parameter(key, settings_of_key, sweep.metric, values)
+        pictures[f"{key} {sweep.metric}"] = figures.parameter(key, settings_of_key, sweep.metric, values)
     if len(keys) == 2:
         rows, columns = ([setting.params[key] or "none" for setting in sweep.settings] for key in keys)
         if len(set(rows)) * len(set(columns)) <= MAX_HEAT_MAP_CELLS:
             means = [setting.mean for setting in sweep.settings]
-            pictures["heat map"] = figures.draw_heat_map(keys[0], rows, keys[1], columns, sweep.metric, means)
+            pictures["heat map"] = figures.heat_map(keys[0], rows, keys[1], columns, sweep.metric, means)
     curves = [
         (f"{job.name}: {settings(job, sweep.varied)}", *curve)
         for job in jobs
         if (curve := read_curve(job, sweep.metric))[0]
     ]
     if curves:
-        pictures["learning curves"] = figures.draw_learning_curves(sweep.metric, curves)
-    for name, figure in pictures.items():
-        file = "".join(c if c.isalnum() else "_" for c in name)
-        figure.savefig(folder / f"{file}.png", dpi=120)
+        pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
+    files = {"".join(c if c.isalnum() else "_" for c in name): one for name, one in pictures.items()}
+    figures.save(files, folder)
 
 
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:

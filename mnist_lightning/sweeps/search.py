@@ -17,6 +17,7 @@ from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.resume import check_overrides
 from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -169,7 +170,7 @@ class OptunaSweeper(GridSweeper):
         saved = {
             "storage": self.storage,
             "study_name": self.study_name,
-            "id": trial._trial_id,
+            "id": trial_id(trial),
             "overrides": job,
         }
         (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Every picture of the project, as functions from arrays to a matplotlib ``Figure``.
+
+They open no window, touch no global state of pyplot and know nothing of trainers or runs.
+"""
+
+from mnist_lightning.figures.charts import Curve, curves, heat_map, learning_curves, parameter
+from mnist_lightning.figures.counts import (
+    class_counts,
+    confusion_matrix,
+    pixel_histogram,
+    reliability_diagram,
+)
+from mnist_lightning.figures.sheets import digits, first_layer, mean_images, mistakes, prediction
+from mnist_lightning.figures.style import save, show, to_array
+
+__all__ = [
+    "Curve",
+    "class_counts",
+    "confusion_matrix",
+    "curves",
+    "digits",
+    "first_layer",
+    "heat_map",
+    "learning_curves",
+    "mean_images",
+    "mistakes",
+    "parameter",
+    "pixel_histogram",
+    "prediction",
+    "reliability_diagram",
+    "save",
+    "show",
+    "to_array",
+]

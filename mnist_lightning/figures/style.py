@@ -1,0 +1,119 @@
+"""The style of every picture, and where pictures go.
+
+Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart
+(https://jfly.uni-koeln.de/color/), cividis, and the red-blue map that ColorBrewer marks as safe.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
+    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
+)  # fmt: skip
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+GREY = "#767676"
+PAPER = "gray_r"  # as on paper: ink is dark
+WIDTH = 8.0  # inches of every figure: 960 pixels
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "figure.dpi": 120,
+    "savefig.dpi": 120,
+    "figure.constrained_layout.use": True,
+}
+
+Array = NDArray[Any]
+Arguments = ParamSpec("Arguments")
+
+
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """Draws in this style, whatever the style around it."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        with rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+            # The style must still hold while the layout is worked out, and once is enough: it takes
+            # longer than the drawing.
+            if (engine := figure.get_layout_engine()) is not None:
+                engine.execute(figure)
+                figure.set_layout_engine("none")
+        return figure
+
+    return wrapper
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as ``<name>.png`` into a folder, which is made where it is missing.
+
+    Raises:
+        OSError: the folder or a file can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=STYLE["savefig.dpi"])
+    return paths
+
+
+def to_array(figure: Figure) -> NDArray[np.uint8]:
+    """The figure's pixels.  -> (H, W, 3) uint8"""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
+
+
+def show(figures: Iterable[Figure]) -> None:
+    """Open a window for each figure, and wait until all are closed.
+
+    Raises:
+        OSError: there is no display to open it on.
+    """
+    from matplotlib import pyplot  # the one place that wants a window system
+
+    for figure in figures:
+        window = pyplot.figure(figsize=figure.get_size_inches())
+        if window.canvas.required_interactive_framework is None:
+            pyplot.close(window)
+            raise OSError(
+                "show=true opens windows, and there is no display for them"
+                f" (matplotlib's backend here is {pyplot.get_backend()}); the files are written"
+            )
+        manager = window.canvas.manager
+        assert manager is not None
+        manager.canvas.figure = figure
+        figure.set_canvas(manager.canvas)
+    pyplot.show()
+
+
+def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    long = max(map(len, class_names)) > 2
+    axes.set_xticks(
+        range(len(class_names)), class_names, rotation=30 if long else 0, ha="right" if long else "center"
+    )
+
+
+def percent(probability: float) -> str:
+    """A probability that only says 100 % or 0 % where it is so to the last digit shown."""
+    percent = 100 * float(probability)
+    if 99.9 <= percent < 100:
+        return "> 99.9 %"
+    if 0 < percent < 0.1:
+        return "< 0.1 %"
+    return f"{percent:.1f} %"
