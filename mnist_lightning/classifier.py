@@ -115,6 +115,10 @@ class DigitClassifier(L.LightningModule):
         """Whether the net's outputs are logits of the classes."""
         return self.num_outputs == self.num_classes
 
+    def higher_is_better(self, name: str) -> bool | None:
+        """What a metric says of itself, by its name with a stage: the loss is to be low."""
+        return False if name.endswith(f"/{LOSS}") else self.val_metrics[name].higher_is_better
+
     def check(self) -> None:
         """Try net, loss and metrics on two blank images.
 
@@ -355,29 +359,6 @@ class DigitClassifier(L.LightningModule):
 def environment() -> dict[str, str | int]:
     """What else decides the last bits of a result."""
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
-
-
-def choose_mode(name: str, mode: str | None, metric: Metric) -> str:
-    """Whether a monitored metric is to become large or small, "max" or "min".
-
-    Args:
-        name: "val/loss", or "val/…" of a metric.
-        mode: what the settings say; None: nothing.
-
-    Raises:
-        MisconfigurationException: the settings say otherwise than the metric, or neither says anything.
-    """
-    higher = False if name == f"val/{LOSS}" else metric.higher_is_better
-    wanted = None if higher is None else "max" if higher else "min"
-    if wanted is None and mode is None:
-        raise MisconfigurationException(
-            f"monitor.mode must be max or min: {name} does not say which is better"
-        )
-    if wanted is not None and mode not in (None, wanted):
-        raise MisconfigurationException(
-            f"monitor.mode must be {wanted} with monitor.metric={name}, got {mode}"
-        )
-    return str(mode or wanted)
 
 
 def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:

@@ -224,3 +224,22 @@ def name_of(made: Any) -> str:
         return str(recipe[TARGET])
     kind = made.func if isinstance(made, functools.partial) else type(made)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def choose_mode(name: str, mode: str | None, higher_is_better: bool | None) -> str:
+    """Whether a monitored metric is to become large or small, "max" or "min".
+
+    Args:
+        name: "val/…" of a metric.
+        mode: what the settings say; None: nothing.
+        higher_is_better: what the metric says of itself; None: nothing.
+
+    Raises:
+        TargetError: the settings say otherwise than the metric, or neither says anything.
+    """
+    wanted = None if higher_is_better is None else "max" if higher_is_better else "min"
+    if wanted is None and mode is None:
+        raise TargetError(f"monitor.mode must be max or min: {name} does not say which is better")
+    if wanted is not None and mode not in (None, wanted):
+        raise TargetError(f"monitor.mode must be {wanted} with monitor.metric={name}, got {mode}")
+    return str(mode or wanted)

@@ -29,7 +29,7 @@ from mnist_lightning.rundir.status import is_main_process, show_value, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import make
+from mnist_lightning.targets import choose_mode, make
 from mnist_lightning.trust import strange_modules, write_trust
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
-    from mnist_lightning.classifier import choose_mode
     from mnist_lightning.data import MNISTDataModule
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
@@ -124,7 +123,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
     classifier = make_classifier(settings, datamodule)
     monitor = settings.monitor
-    monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.val_metrics[monitor.metric])
+    monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.higher_is_better(monitor.metric))
     with signals.deferred():  # torch calls the counter from C++, where an exception would abort the process
         flops = threads.count_flops(classifier.net, classifier.image_shape, data.batch_size)
     if settings.compile:

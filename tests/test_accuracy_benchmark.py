@@ -63,6 +63,7 @@ def test_several_runs_are_averaged(workplace: Path, command: Run, data_dir: Path
     assert "mean cross-entropy" in done.stdout
 
 
+@pytest.mark.slow
 def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
     said = []
     for output in ("one", "two"):

@@ -84,6 +84,7 @@ def test_progress_bar_is_drawn_while_it_is_measured() -> None:
     assert sys.stderr is before
 
 
+@pytest.mark.slow
 def test_step_overhead(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "step.json"
     arguments = ("--pairs", "1", "--steps", "3", "--batch-sizes", "64", "256", "--data-dir", str(data_dir))
@@ -91,6 +92,7 @@ def test_step_overhead(tmp_path: Path, data_dir: Path, benchmark: Callable[..., 
     assert [len(table["rows"]) for table in results(path)["tables"]] == [5, 2]
 
 
+@pytest.mark.slow
 def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir: Path, python: Run) -> None:
     """Each command line of time_to_accuracy, in a process that has imported the heavy packages already."""
     from benchmarks.time_to_accuracy import LOG, list_contestants

@@ -135,6 +135,7 @@ def test_images_are_deformed_in_training_only_and_each_epoch_anew(data_dir: Path
     assert datamodule.on_after_batch_transfer(batch, 0) is batch, "no trainer trains"
 
 
+@pytest.mark.slow
 def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> None:
     """Labels survive: the net reads other deformations of images that it has never seen."""
     arguments = ("data/augment=elastic", "trainer.max_epochs=2", "model.norm=batch", "logger=none")

@@ -113,6 +113,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, gpus: N
     assert find_gpus() == []
 
 
+@pytest.mark.slow
 def test_each_worker_sees_a_gpu_of_its_own(command: Run, tmp_path: Path, gpus: None) -> None:
     """CUDA_VISIBLE_DEVICES as the jobs find it; where torch has no CUDA they train on the CPU all the same."""
     if torch.cuda.is_available():
@@ -133,6 +134,7 @@ def test_each_worker_sees_a_gpu_of_its_own(command: Run, tmp_path: Path, gpus: N
 
 
 @pytest.mark.skipif(CORES == 1, reason="one core: nothing runs side by side")
+@pytest.mark.slow
 def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> None:
     done = command(
         *("train", "-m", "model.hidden=8,16,[1024,1024],9", "+callbacks.witness.rest=1", *WITNESS, *TINY),
@@ -156,6 +158,7 @@ def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> No
     assert all(status["seconds"] < large["ended"] - large["begun"] + 60 for status in statuses.values())
 
 
+@pytest.mark.slow
 def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Path) -> None:
     """To the bit, with no number of threads given, for a small net and for a large one."""
     nets = []
@@ -175,6 +178,7 @@ def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Pa
             assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_given_up(command: Run, tmp_path: Path) -> None:
     kinds = ["hang", "'hang, deaf to SIGTERM'", "none"]
     done = command(

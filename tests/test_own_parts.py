@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY, Run, Start
 from PIL import Image, ImageDraw
@@ -30,6 +29,8 @@ BROUGHT = {
     "resnet": (("model=resnet", "data.batch_size=8"), "torchvision.models", "val/acc", "seed=1,2"),
 }
 
+QUICK = ("cnn", "regression")  # of these, the others are slow
+
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
@@ -46,7 +47,8 @@ def retyped(stderr: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name in BROUGHT if name != "resnet"), pytest.param("resnet", marks=pytest.mark.slow)]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BROUGHT],
 )
 def test_from_training_to_report(name: str, work: Path, python: Run, command: Run, start: Start) -> None:
     chosen, module, metric, swept = BROUGHT[name]
@@ -84,10 +86,13 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     for words in (["evaluate", "run=run", split], ["compare", "runs=[run,twin]"], ["export", "run=run"]):
         if name == "resnet" and words[0] == "compare":
             continue  # on all validation images: minutes
-        done = command(*words, cwd=work)
-        assert done.returncode == 1, words
-        assert len(done.stderr.splitlines()) == 1
-        done = python(*retyped(done.stderr), cwd=work)
+        arguments = ["-m", f"mnist_lightning.{words[0]}", *words[1:], f"trust={module}"]
+        if name == "cnn":
+            done = command(*words, cwd=work)
+            assert done.returncode == 1, words
+            assert len(done.stderr.splitlines()) == 1
+            assert retyped(done.stderr) == arguments
+        done = python(*arguments, cwd=work)
         assert done.returncode == 0, done.stderr
     evaluated = json.loads((work / "run" / "evaluation" / "val" / "metrics.json").read_text())
     accuracy = evaluated["own"]["error"] if name == "regression" else evaluated["acc"]
@@ -101,16 +106,15 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
 
     if name == "resnet":
         return
-    done = command("train", "-m", *settings, swept, "seed=1,2", "hydra.sweep.dir=sweep", cwd=work)
+    done = command("train", "-m", *settings, swept, "test=false", "hydra.sweep.dir=sweep", cwd=work)
     assert done.returncode == 0, done.stderr
     report = (work / "sweep" / "report.md").read_text()
     assert metric in report
     values = [
-        json.loads((work / f"sweep/{job}/status.json").read_text())["metrics"][metric] for job in range(4)
+        json.loads((work / f"sweep/{job}/status.json").read_text())["metrics"][metric] for job in range(2)
     ]
-    means = [np.mean(values[:2]), np.mean(values[2:])]
-    best = (min if name == "regression" else max)(means)
-    winner = re.findall(r"^\| 1 \|.*\| ([\d.]+) ±", report, re.M)
+    best = (min if name == "regression" else max)(values)
+    winner = re.findall(r"^\| 1 \| [^|]+ \| ([\d.]+) \|", report, re.M)
     assert float(winner[0]) == pytest.approx(best if name == "regression" else 100 * best, abs=0.006)
 
 
@@ -234,6 +238,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_the_process_of_a_sweep_never_imports_torch(work: Path, environment: dict[str, str]) -> None:
     arguments = ["-m", *CONF, *REGRESSION, *TINY, "seed=1,2", "hydra/launcher=processes"]
     done = subprocess.run(
@@ -297,6 +302,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.slow
 def test_a_console_script_finds_what_lies_where_it_is_typed(
     work: Path, tmp_path: Path, python: Run, command: Run
 ) -> None:
@@ -321,14 +327,15 @@ def test_two_processes_train_it_and_go_on(work: Path, command: Run) -> None:
         *TINY,
         "trainer=ddp",
         "test=false",
+        "scheduler=none",
     )
     done = command("train", *settings, "hydra.run.dir=run", cwd=work)
     assert done.returncode == 0, done.stderr
     one = json.loads((work / "run" / "metrics.json").read_text())
     assert one["val/acc"] > 0.2
     done = command("train", "resume=run", "trust=my_parts", "trainer.max_epochs=3", cwd=work)
-    assert done.returncode == 1
-    assert "is laid out for 2 epochs" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / "run" / "metrics.json").read_text())["epochs"] == 3
 
 
 @pytest.mark.slow

@@ -56,13 +56,15 @@ def test_the_simulation_simulates(elsewhere: dict[str, str]) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], env=elsewhere, text=True) == "False\nTrue\n"
 
 
-def test_a_run_a_sweep_and_their_resumption_need_no_posix(elsewhere: dict[str, str], tmp_path: Path) -> None:
-    for arguments in (
-        (*SHORT, "hydra.run.dir=run", "scheduler=none"),
-        ("resume=run", "trainer.max_epochs=2"),
-        ("-m", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep"),
-        ("-m", "resume=sweep"),
-    ):
+RUN = ((*SHORT, "hydra.run.dir=run", "scheduler=none"), ("resume=run", "trainer.max_epochs=2"))
+SWEEP = (("-m", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep"), ("-m", "resume=sweep"))
+
+
+@pytest.mark.parametrize("commands", [RUN, pytest.param(SWEEP, marks=pytest.mark.slow)], ids=["run", "sweep"])
+def test_a_run_a_sweep_and_their_resumption_need_no_posix(
+    commands: tuple[tuple[str, ...], ...], elsewhere: dict[str, str], tmp_path: Path
+) -> None:
+    for arguments in commands:
         done = subprocess.run(
             [sys.executable, "-m", "mnist_lightning.train", *arguments],
             cwd=tmp_path,
@@ -72,6 +74,8 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(elsewhere: dict[str, s
         )
         assert done.returncode == 0, done.stderr
         assert "plugin" not in done.stderr, "Hydra tells of plugins that can't be imported"
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 2
+    if commands == RUN:
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 2
+        return
     states = [json.loads((tmp_path / "sweep" / job / "status.json").read_text())["state"] for job in "01"]
     assert states == ["completed", "completed"]

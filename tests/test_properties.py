@@ -46,7 +46,7 @@ SETTINGS = hypothesis_settings(
 )
 
 
-@hypothesis_settings(SETTINGS, max_examples=15)
+@hypothesis_settings(SETTINGS, max_examples=8)
 @given(overrides)
 def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:
     refuse_or_run(tmp_path, data_dir, chosen)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Once, Run
+from conftest import REPOSITORY, Once, Run, settle
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 
@@ -40,6 +40,9 @@ NOT_RUN = {
 # What needs the network or other hardware is composed and checked, but not run.
 # test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
 ONLY_COMPOSED = re.compile(r"data=(fashion_mnist|kmnist)|trainer=(gpu|ddp)|accelerator=gpu|num_nodes=")
+PLAIN = re.compile(
+    r"(model|data|optimizer|scheduler|experiment|callbacks)[=.]|(seed|logger|trainer\.max_epochs)="
+)
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=2")
 
 
@@ -147,7 +150,23 @@ def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory)
     return cwd
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def is_plain(command: str) -> bool:
+    """A training of another net, optimizer, … that does nothing that others do not do."""
+    arguments = shlex.split(command.replace("…", "_"))[3:]
+    return command.startswith(TRAIN) and bool(arguments) and all(map(PLAIN.match, arguments))
+
+
+@pytest.mark.parametrize("command", filter(is_plain, COMMANDS))
+def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
+    """Composed and checked; ``test_commands_run`` trains, which takes long."""
+    settings = settle(tmp_path, *shlex.split(command.replace("…", "_"))[3:])
+    assert settings.model["hidden"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(one, marks=pytest.mark.slow) if is_plain(one) else one for one in COMMANDS],
+)
 def test_commands_run(command: str, python: Run, workplace: Path) -> None:
     done = python(*shorten(command), cwd=workplace)
     output = done.stdout + done.stderr
@@ -274,6 +293,7 @@ def test_pictures_are_small_named_and_used() -> None:
         assert any(f"images/{image.name})" in text for text in texts.values())
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_configs_say() -> None:
     assert reference.REFERENCE.read_text() == reference.generate(), "run: python docs/reference.py"
 

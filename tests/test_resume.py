@@ -88,7 +88,9 @@ def kill_and_resume(
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("scheduler=onecycle", "data.num_workers=2")], ids=["cosine", "onecycle, 2 workers"]
+    "more",
+    [(), pytest.param(("scheduler=onecycle", "data.num_workers=2"), marks=pytest.mark.slow)],
+    ids=["cosine", "onecycle, 2 workers"],
 )
 def test_killed_and_resumed(more, tmp_path, command, start, once) -> None:  # type: ignore[no-untyped-def]
     kill_and_resume(more, 1, 1, tmp_path, command, start, once)
@@ -149,7 +151,7 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
     assert kill_while_saving(kills, tmp_path, start) == kills
 
 
-@pytest.mark.parametrize("apart", [55, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("apart", [90, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "deformed", [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch")], ids=["plain", "deformed"]
 )

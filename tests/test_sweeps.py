@@ -199,6 +199,7 @@ def test_sigterm_ends_the_sweep(start: Start, tmp_path: Path, launcher: str) -> 
     assert "interrupted" in (sweep / "results.csv").read_text()
 
 
+@pytest.mark.slow
 def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
     metrics = []
     for launcher in ("basic", "processes", "submitit_local"):

@@ -209,6 +209,7 @@ def test_wrong_numbers_are_told_in_a_line(name: str, value: str, command: Run, t
         assert re.search(r"threads must be in \[1, 1024\], or null .*, got \d+", done.stderr)
 
 
+@pytest.mark.slow
 def test_the_default_net_is_the_same_whatever_the_number_of_cores(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

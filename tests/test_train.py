@@ -183,6 +183,7 @@ def test_multirun(command: Run, tmp_path: Path) -> None:
     assert all("val/acc" in job and "test/acc" not in job for job in jobs), "the test images are not read"
 
 
+@pytest.mark.slow
 def test_ddp_gives_the_metrics_of_one_process(command: Run, tmp_path: Path) -> None:
     """The same images in the same batches: equal up to rounding, 1e-4 in the loss after 30 steps."""
     results = []
@@ -246,7 +247,8 @@ def test_awkward_names(command: Run, tmp_path: Path) -> None:
     assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
 
 
-@pytest.mark.parametrize("more", [("data.val_size=0",), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [("data.val_size=0",), ()])
+@pytest.mark.slow
 def test_compiled_run_leaves_an_ordinary_checkpoint(
     more: tuple[str, ...], command: Run, tmp_path: Path
 ) -> None:
@@ -271,6 +273,7 @@ def test_compiled_run_leaves_an_ordinary_checkpoint(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
     arguments = ("compile=true", *QUICK, "trainer.accelerator=cpu")
     variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -280,6 +283,7 @@ def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_run_resumes_and_keeps_32_bits(command: Run, tmp_path: Path) -> None:
     settings = (*QUICK, "scheduler=none", "test=false", "trainer.precision=bf16-mixed")
     losses = []

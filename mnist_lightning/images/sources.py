@@ -46,8 +46,9 @@ def find_class(name: str) -> "type[MNIST]":
 
 def class_names(name: str) -> list[str]:
     """The ten classes of a data set, for tables and figures: "0" … "9" for digits."""
-    classes = [str(label) for label in find_class(name).classes]
-    return [str(label) for label in range(len(classes))] if name == "mnist" else classes
+    if name == "mnist":
+        return [str(digit) for digit in range(10)]
+    return [str(label) for label in find_class(name).classes]
 
 
 def read_images(name: str, data_dir: Path, *, train: bool) -> "tuple[Tensor, Tensor]":

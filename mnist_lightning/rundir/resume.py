@@ -10,6 +10,7 @@ The folder may be a stranger's.  Hydra never looks into it: what its settings as
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -61,7 +62,10 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     folder = find_run(name).absolute()
     number = len(list(folder.glob(".hydra/resume-*"))) + 1
     typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
-    load_settings(folder, typed, trust.typed_trust(arguments))
+    trusted = trust.typed_trust(arguments)
+    load_settings(folder, typed, trusted)
+    if trusted:
+        os.environ[trust.VARIABLE] = ",".join(trusted)  # for the processes that trainer=ddp adds
     return [
         *("--config-name", BASE),
         *typed,

@@ -100,11 +100,9 @@ def check_parts(parts: Parts) -> str | None:
 def main() -> None:
     """Read parts as JSON, print the mode as JSON; an error goes to stderr in a line."""
     from hydra.errors import CompactHydraException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from mnist_lightning.classifier import choose_mode
     from mnist_lightning.images.sources import IMAGE_SHAPE, class_names
-    from mnist_lightning.targets import bind, find, find_arguments, is_partial, make, own
+    from mnist_lightning.targets import bind, choose_mode, find, find_arguments, is_partial, make, own
 
     parts = json.load(sys.stdin)
     sizes = {"image_shape": list(IMAGE_SHAPE), "num_classes": len(class_names(parts["data"]))}
@@ -119,8 +117,8 @@ def main() -> None:
             monitor = parts["monitor"]
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
             metric = make(parts["settings"][key], key, **sizes)
-            mode = choose_mode(monitor["metric"], monitor["mode"], metric)
-    except (CompactHydraException, MisconfigurationException) as error:
+            mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
+    except CompactHydraException as error:
         sys.exit(" ".join(str(error).split()))
     print(json.dumps(mode))
 

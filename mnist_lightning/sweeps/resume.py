@@ -45,7 +45,8 @@ def rewrite_arguments() -> None:
     name = names[-1].removeprefix(KEY)
     if {"-m", "--multirun"}.isdisjoint(sys.argv):
         if BASE in sys.argv:  # a child process of a DDP run has its parent's arguments
-            load_settings(Path(name.strip("'")), sys.argv[1:], trust.typed_trust([]))
+            folder = OverridesParser.create().parse_override(KEY + name).value()
+            load_settings(Path(str(folder)), sys.argv[1:], trust.typed_trust([]))
         else:
             sys.argv[1:] = resume_run(name, sys.argv[1:])
     else:
