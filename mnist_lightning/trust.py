@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.cli import retype
 from mnist_lightning.config import RUN_DIR
@@ -31,6 +33,7 @@ PLACES = (
     "run_dir",
     "filename",
 )
+ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # settings that may be a place anywhere: read, never written
 OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that reach nothing outside
 
 
@@ -93,16 +96,22 @@ def check_settings(
     for key, text in find_texts(config):
         if key in typed:
             continue
-        left = re.sub(OURS, "", text)
-        if "${" in left:
+        builds = key.split(".")[0] in KINDS
+        if "${" in re.sub(OURS, "", text) or (builds and re.search(ELSEWHERE, text)):
             raise TrustError(
                 f"{folder}: {key}={text} is saved there and looks up what is none of its own; {say(key)}"
             )
-        if key.split(".")[0] in KINDS and not stays_inside(key, text, folder):
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(dict(config)), resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise TrustError(f"{folder}: its settings can't be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    for key, text in find_texts(resolved):
+        if key.split(".")[0] in KINDS and key not in typed and not stays_inside(key, text, folder):
             raise TrustError(
                 f"{folder}: {key}={text} is saved there and lies outside that folder; {say(key)}"
             )
-    check_targets(config, folder, trust, typed=typed)
+    check_targets({str(key): value for key, value in resolved.items()}, folder, trust, typed=typed)
 
 
 def say(key: str) -> str:
@@ -110,9 +119,11 @@ def say(key: str) -> str:
 
 
 def stays_inside(key: str, text: str, folder: Path) -> bool:
-    """Whether a saved value names no place outside of a run's folder."""
-    if re.fullmatch(r"\$\{[A-Za-z_][\w.]*\}", text):
-        return True  # another setting's value, which is checked as well
+    """Whether a saved value names no place outside of a run's folder.
+
+    Args:
+        text: resolved, or with ``${run_dir:}``.
+    """
     text = text.replace("${run_dir:}", RUN_DIR)
     parts = re.split(r"[/\\]", text)
     if parts[0] == RUN_DIR:

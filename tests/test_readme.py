@@ -156,7 +156,7 @@ def is_plain(command: str) -> bool:
     return command.startswith(TRAIN) and bool(arguments) and all(map(PLAIN.match, arguments))
 
 
-@pytest.mark.parametrize("command", filter(is_plain, COMMANDS))
+@pytest.mark.parametrize("command", [command for command in COMMANDS if is_plain(command)])
 def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
     """Composed and checked; ``test_commands_run`` trains, which takes long."""
     settings = settle(tmp_path, *shlex.split(command.replace("…", "_"))[3:])

@@ -96,6 +96,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "tracking_uri": "http://localhost:1/",
         }
     },
+    "another setting's place": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "${data.data_dir}"}},
+    "a place by two steps": {
+        "monitor.metric": "${logger.csv.name}",
+        "logger.csv.name": "../../canary",
+        "callbacks.x": {"_target_": CHECKPOINT, "dirpath": "${run_dir:}/${monitor.metric}"},
+    },
+    "a name by a lookup": {"callbacks.x": {"_target_": "${monitor.metric}"}, "monitor.metric": "os.mkdir"},
+    "a circle": {"optimizer.lr": "${optimizer.weight_decay}", "optimizer.weight_decay": "${optimizer.lr}"},
     "a trainer's place": {"trainer.default_root_dir": ABROAD},
     "a profiler's place": {
         "trainer.profiler": {"_target_": "lightning.pytorch.profilers.SimpleProfiler", "dirpath": ABROAD}
