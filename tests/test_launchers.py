@@ -224,7 +224,10 @@ def test_wrong_numbers_are_told_in_a_line(
     "settings",
     [
         ("seed=1,2", "hydra.launcher.n_jobs=2"),
-        ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2"),
+        pytest.param(
+            ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["grid", "search"],
 )

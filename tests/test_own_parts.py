@@ -29,7 +29,7 @@ BROUGHT = {
     "resnet": (("model=resnet", "data.batch_size=8"), "torchvision.models", "val/acc", "seed=1,2"),
 }
 
-QUICK = ("cnn", "regression")  # of these, the others are slow
+QUICK = ("cnn",)  # of these, the others are slow
 
 
 @pytest.fixture
@@ -214,7 +214,8 @@ def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run
 
 
 # Those that a sweep's parent can tell: what it imports, it does so elsewhere
-TOLD_BY_A_SWEEP = ["no such class", "misspelt", "which is better?"]
+TOLD_BY_A_SWEEP = [pytest.param("no such class", marks=pytest.mark.slow), "misspelt"]
+TOLD_BY_A_SWEEP += [pytest.param("which is better?", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("what", TOLD_BY_A_SWEEP)
@@ -248,6 +249,7 @@ def test_the_process_of_a_sweep_never_imports_torch(work: Path, environment: dic
     assert "torch not imported" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_search_follows_a_metric_of_ones_own(work: Path, command: Run) -> None:
     import optuna
 

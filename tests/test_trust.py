@@ -264,6 +264,7 @@ def test_an_honest_sweep_is_resumed(swept: Path, command: Run) -> None:
     assert (swept / "sweep" / "1" / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_ones_own_nets_is_resumed_once_they_are_trusted(
     tmp_path: Path, command: Run, python: Run
 ) -> None:
