@@ -50,7 +50,7 @@ def curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
         axes.set_title(f"{name} by epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if metric == "loss":
             axes.set_yscale("log")
         elif metric == "acc":
@@ -167,7 +167,7 @@ def learning_curves(metric: str, curves: Sequence[tuple[str, Sequence[int], Sequ
     )
     axes.set_xlabel("epoch")
     axes.set_ylabel(_label(metric))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
