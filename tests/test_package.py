@@ -1,6 +1,7 @@
 """What is shipped, and who imports whom."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -70,6 +71,34 @@ def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, environment:
     assert "test accuracy" in done.stdout
     saved = next(cwd.glob("logs/train/runs/*/.hydra/hydra.yaml")).read_text()
     assert str(installed / "mnist_lightning" / "conf") in saved
+
+
+@pytest.mark.slow
+def test_a_net_of_ones_own_runs_from_a_wheel(
+    wheel: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Trained, gone on with, evaluated and swept, with nothing but its module and its YAML files around."""
+    installed, cwd = tmp_path / "installed", tmp_path / "work"
+    zipfile.ZipFile(wheel).extractall(installed)
+    shutil.copytree(REPOSITORY / "tests" / "own", cwd)
+    chosen = ("--config-dir", "my_conf", "model=cnn", "loss=focal", "scheduler=none")
+    short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "test=false")
+    for command, *arguments in (
+        ("train", *chosen, *short, "hydra.run.dir=run"),
+        ("train", "resume=run", "trainer.max_epochs=2", "trust=my_parts"),
+        ("evaluate", "run=run", "split=val", "trust=my_parts"),
+        ("train", "-m", *chosen, *short, "model.channels=2,3", "hydra.sweep.dir=sweep"),
+        ("report", "run=sweep"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"mnist_lightning.{command}", *arguments],
+            cwd=cwd,
+            env=environment | {"PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert str(installed / "mnist_lightning" / "conf") in (cwd / "run" / ".hydra" / "hydra.yaml").read_text()
 
 
 def test_checkout_runs_without_being_installed(tmp_path: Path, environment: dict[str, str]) -> None:
