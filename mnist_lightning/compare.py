@@ -15,7 +15,7 @@ from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check, register
 from mnist_lightning.rundir.find import find_checkpoint
-from mnist_lightning.rundir.status import show_value
+from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.settings_help import flatten
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
     for name in dict.fromkeys(names):
         if name not in rows:
             key = name.removeprefix(f"{split}/")
-            rows[name] = [show_value(key, c.own[key]) if key in c.own else "–" for c in contestants]
+            rows[name] = [show_with_unit(key, c.own[key]) if key in c.own else "–" for c in contestants]
     reports = []
     for contestant in contestants:
         path = contestant.folder / "metrics.json" if contestant.folder else None

@@ -15,7 +15,7 @@ from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
 from mnist_lightning.rundir.find import find_checkpoint
-from mnist_lightning.rundir.status import show_value
+from mnist_lightning.rundir.status import show_with_unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,8 +137,7 @@ def evaluate(settings: Evaluate) -> None:
     else:
         print("this net gives a number for each image, no classes: its own loss and metrics")
     for key, value in own.items():
-        unit = " %" if key.endswith("acc") else ""
-        print(f"{key:13} {show_value(key, value)}{unit}" + (f"   {loss_name}" if key == "loss" else ""))
+        print(f"{key:13} {show_with_unit(key, value)}" + (f"   {loss_name}" if key == "loss" else ""))
     print(f"\nwritten to {folder}:")
     print("  " + "  ".join(written))
     if settings.show:

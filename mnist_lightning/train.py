@@ -25,7 +25,7 @@ from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check,
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.resume import resume_job
-from mnist_lightning.rundir.status import is_main_process, show_value, track
+from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
@@ -370,10 +370,10 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
     """What a person wants to know at the end of a run, and what to type next."""
     folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     name = settings.monitor.metric.removeprefix("val/")
-    words, unit = ("accuracy", " %") if name == "acc" else (name, "")
+    words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
     lines = [
-        f"{f'{split} {words}':20} {show_value(name, value)}{unit}"
+        f"{f'{split} {words}':20} {show_with_unit(name, value)}"
         for split, key in keys.items()
         if isinstance(value := metrics.get(key), float)
     ]

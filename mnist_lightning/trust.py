@@ -144,10 +144,8 @@ def check_targets(
     """
     strangers = {
         name: key
-        for key, name, kind, nested in find_targets(config)
-        if f"{key}.{TARGET}" not in typed
-        and not is_trusted(name, trust)
-        and not is_known(name, kind, nested=nested)
+        for key, name, known in find_targets(config)
+        if not (known or f"{key}.{TARGET}" in typed or is_trusted(name, trust))
     }
     if strangers:
         named = ", ".join(f"{name} ({key})" for name, key in strangers.items())
@@ -170,22 +168,18 @@ def write_trust(modules: Collection[str]) -> str:
 
 def strange_modules(config: Mapping[str, Any]) -> list[str]:
     """The modules that will have to be trusted where these settings are read again."""
-    names = [
-        name for _, name, kind, nested in find_targets(config) if not is_known(name, kind, nested=nested)
-    ]
+    names = [name for _, name, known in find_targets(config) if not known]
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
-def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Kind | None, bool]]:
-    """Each ``_target_``: the key of its settings, its name, the kind that belongs there, and whether it is
-    an argument of another."""
+def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Each ``_target_``: the key of its settings, its name, and whether it ``is_known`` there."""
 
-    def walk(
-        value: Any, key: str, kind: Kind | None, nested: bool
-    ) -> Iterator[tuple[str, str, Kind | None, bool]]:
+    def walk(value: Any, key: str, kind: Kind | None, nested: bool) -> Iterator[tuple[str, str, bool]]:
         if isinstance(value, Mapping):
             if TARGET in value:
-                yield key, str(value[TARGET]), kind, nested
+                name = str(value[TARGET])
+                yield key, name, is_known(name, kind, nested=nested)
                 nested = True
             for name, inner in value.items():
                 yield from walk(inner, f"{key}.{name}" if key else str(name), kind, nested)

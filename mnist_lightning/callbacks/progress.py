@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from mnist_lightning.rundir.status import show_value
+from mnist_lightning.rundir.status import show_with_unit
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,8 @@ def _tell_stage(trainer: L.Trainer, stage: str) -> str:
         for name, value in trainer.callback_metrics.items()
         if name.startswith(f"{stage}/")
     }
-    told = [
-        f"{name} {show_value(name, values[name])}{' %' if name.endswith('acc') else ''}"
-        for name in sorted(values, key=lambda name: name != "loss")
-    ]
+    names = sorted(values, key=lambda name: name != "loss")
+    told = [f"{name} {show_with_unit(name, values[name])}" for name in names]
     return f"   {stage} {' '.join(told)}" if told else ""
 
 

@@ -126,7 +126,7 @@ def find_gone(settings: dict[str, Any]) -> str | None:
     model = settings.get("model")
     if isinstance(model, dict) and TARGET not in model:
         return "model without a _target_"
-    names = [name for _, name, _, _ in trust.find_targets(settings) if name.startswith("mnist_lightning.")]
+    names = [name for _, name, _ in trust.find_targets(settings) if name.startswith("mnist_lightning.")]
     return next((name for name in names if not is_module(name.rpartition(".")[0])), None)
 
 

@@ -66,6 +66,11 @@ def show_value(metric: str, mean: float, std: float = math.nan) -> str:
     return f"{scale * mean:.{digits}f}{spread}"
 
 
+def show_with_unit(metric: str, value: float) -> str:
+    """A metric's value where no heading tells that accuracies are percentages."""
+    return show_value(metric, value) + (" %" if metric.endswith("acc") else "")
+
+
 def read(run_dir: Path) -> Status | None:
     """A run's status, or None where it left none that can be read.
 
