@@ -53,6 +53,8 @@ class DigitClassifier(L.LightningModule):
             argument that is the string "total_steps" is replaced by the run's number of optimizer
             steps, and the schedule is then stepped after each of them, else after each epoch.
         decay_biases: whether weight decay acts on biases and on norms' parameters too.
+        seed: of the deformations of the training images, where ``preprocess`` has some: they are a
+            function of (seed, step, rank), resumed or not.
 
     Attributes:
         num_outputs: of the net for each image; known once ``check`` has run.
@@ -70,6 +72,7 @@ class DigitClassifier(L.LightningModule):
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: "functools.partial[LRScheduler] | None" = None,
         decay_biases: bool = True,
+        seed: int = 1,
     ) -> None:
         super().__init__()
         self.net = net
@@ -99,6 +102,7 @@ class DigitClassifier(L.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.decay_biases = decay_biases
+        self.seed = seed
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection(
                 {LOSS: MeanMetric(), **metrics}, prefix=f"{stage}/", compute_groups=False
@@ -168,26 +172,30 @@ class DigitClassifier(L.LightningModule):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
         """The net's outputs for stored images.
 
         (B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, num_outputs) float
+
+        Args:
+            key: of the deformations that the net is to see; None: the images as they are.
         """
-        outputs: Tensor = self.net(self.preprocess(images))
+        outputs: Tensor = self.net(self.preprocess(images, key))
         return outputs
 
     def on_fit_start(self) -> None:
         self._interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images))
+        outputs = self.net(self.preprocess(images, key))
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._step(batch)
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1  # of this one, from 0
+        loss = self._step(batch, (self.seed, step, self.trainer.global_rank))
         if len(self._outputs) == self._interval:
             self._count("train")
         return loss

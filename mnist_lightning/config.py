@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.settings_help import describe_settings, without_hydra
+from mnist_lightning.targets import TargetError, choose_mode
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in it
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
 RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
-PREPROCESS = ("mean", "std", "deskew")
+PREPROCESS = ("mean", "std", "deskew", "augment")
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
@@ -115,14 +116,12 @@ class Data:
 
     def module_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``MNISTDataModule``, except ``seed``."""
-        arguments = asdict(self)
-        for name in PREPROCESS:
-            del arguments[name]
-        return arguments | {"augment": asdict(self.augment) if self.augment.deforms else None}
+        return {name: value for name, value in asdict(self).items() if name not in PREPROCESS}
 
     def preprocess_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``Preprocess``."""
-        return {name: getattr(self, name) for name in PREPROCESS}
+        arguments = {name: value for name, value in asdict(self).items() if name in PREPROCESS}
+        return arguments if self.augment.deforms else arguments | {"augment": None}
 
 
 @dataclass
@@ -260,14 +259,15 @@ class Train:
                 metric is None or (isinstance(metric, dict) and "_target_" in metric),
                 f"metrics.{name} names no _target_",
             )
-        one_of("monitor.metric", self.monitor.metric, tuple(names))
-        wanted = known_mode(self)
-        require(
-            None in (wanted, self.monitor.mode) or self.monitor.mode == wanted,
-            f"monitor.mode must be {wanted} with monitor.metric={self.monitor.metric},"
-            f" got {self.monitor.mode}",
-        )
-        self.monitor.mode = self.monitor.mode or wanted
+        metric = self.monitor.metric
+        one_of("monitor.metric", metric, tuple(names))
+        higher_is_better: bool | None = None  # where that can be told without importing the metric
+        if metric == "val/loss":
+            higher_is_better = False
+        elif self.metrics[metric.removeprefix("val/")]["_target_"] in ACCURACIES:
+            higher_is_better = True
+        if self.monitor.mode or higher_is_better is not None:
+            self.monitor.mode = choose_mode(metric, self.monitor.mode, higher_is_better)
 
     def _check_limits(self) -> None:
         for key, (holds, wanted) in OPTIMIZER_LIMITS.items():
@@ -302,15 +302,6 @@ class Train:
                 step_size,
                 max_epochs,
             )
-
-
-def known_mode(settings: Train) -> str | None:
-    """Whether the monitored metric is to become large or small, "max" or "min", where that can be told
-    without importing it."""
-    if settings.monitor.metric == "val/loss":
-        return "min"
-    target = settings.metrics[settings.monitor.metric.removeprefix("val/")]["_target_"]
-    return "max" if target in ACCURACIES else None
 
 
 SPLITS = ("test", "val", "train")
@@ -447,7 +438,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
     try:
         with open_dict(own):
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), own))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, TargetError, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(settings, schema)
     return settings

@@ -1,7 +1,7 @@
 """The digits: where they come from, the three splits, the loaders.
 
 All images stay as uint8 in the memory of the device that trains, and a batch is one indexing operation
-there; ``Preprocess`` normalises.  Decoding and transforming image by image is what makes a usual MNIST
+there; ``Preprocess`` does the rest.  Decoding and transforming image by image is what makes a usual MNIST
 project several times slower than its arithmetic.
 """
 
@@ -16,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mnist_lightning.images.deform import Deformation
 from mnist_lightning.images.sources import IMAGE_SHAPE, Stamp, class_names, make_whole, read_images, stamp
 
 EVAL_BATCH_SIZE = 2_000  # images at once where no gradient is needed: 6 MB as float
@@ -139,8 +138,7 @@ class MNISTDataModule(L.LightningDataModule):
         val_size: number of validation images; 0 trains on all 60,000.
         split_seed: chooses the validation images.
         num_workers: of each loader.
-        seed: of the order of the training images and of their deformations.
-        augment: how far training images are deformed, the arguments of ``Deformation``; None: not.
+        seed: of the order of the training images.
     """
 
     def __init__(
@@ -153,7 +151,6 @@ class MNISTDataModule(L.LightningDataModule):
         split_seed: int,
         num_workers: int,
         seed: int,
-        augment: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -164,8 +161,6 @@ class MNISTDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.seed = seed
-        self.augment = augment
-        self.deform: Deformation | None = None  # made where the first batch lies
         self.splits: dict[str, Digits] = {}
         self.resume_epoch = 0  # where the training order goes on, see load_state_dict
         self.resume_batch = 0
@@ -219,21 +214,6 @@ class MNISTDataModule(L.LightningDataModule):
         sampler.epoch = self.resume_epoch
         sampler.start = self.resume_batch * (self.batch_size // world_size)
         return loader
-
-    def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        """Deform the images of a training step: a function of (seed, step, rank), resumed or not.
-
-        Here, on the device, and not in the loader: one process then does a whole batch at once.
-        """
-        if self.augment is None or self.trainer is None or not self.trainer.training:
-            return batch
-        images, labels = batch
-        if self.deform is None:
-            self.deform = Deformation(**self.augment, device=images.device)
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of this step, from 0
-        return self.deform(images, self.seed, step, self.trainer.global_rank), labels
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         return self._loader("val", EVAL_BATCH_SIZE)

@@ -64,7 +64,6 @@ def evaluate(settings: Evaluate) -> None:
         load_classifier,
         load_split,
         log_probabilities,
-        make_deformation,
         measure,
     )
     from mnist_lightning.images.sources import class_names
@@ -76,6 +75,11 @@ def evaluate(settings: Evaluate) -> None:
     for path, (classifier, _) in zip(paths, loaded, strict=True):
         if averaged and not classifier.names_classes:
             raise OSError(f"{path}: runs and tta average probabilities, and this net gives none")
+        if settings.tta and classifier.preprocess.deform is None:
+            raise OSError(
+                f"{path} was trained without deformations (data.augment), and tta averages over those of the"
+                " training: use tta=0"
+            )
     splits = [
         load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
         for path, (_, checkpoint) in zip(paths, loaded, strict=True)
@@ -87,10 +91,9 @@ def evaluate(settings: Evaluate) -> None:
     with threads.use(choose_threads([net for net, _ in loaded], len(split), settings.threads)):
         if not averaged:
             outputs = compute_outputs(first, split.images)
-        for path, (classifier, checkpoint) in zip(paths, loaded, strict=True):
+        for path, (classifier, _) in zip(paths, loaded, strict=True):
             if averaged:
-                deform = make_deformation(path, checkpoint) if settings.tta else None
-                log_probs.append(log_probabilities(classifier, split.images, deform=deform, tta=settings.tta))
+                log_probs.append(log_probabilities(classifier, split.images, tta=settings.tta))
             seconds = time.perf_counter() - start
             if seconds > 2:
                 log.info("%s: %d of %d nets, %.1f s", path, len(log_probs), len(paths), seconds)

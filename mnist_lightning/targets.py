@@ -159,12 +159,17 @@ def check_kind(made: Any, key: str, name: str) -> None:
 
 def find_arguments(target: Callable[..., Any]) -> list[str]:
     """The names of what can be given by keyword."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):  # written in C
-        return []
+    signature = read_signature(target)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = signature.parameters.values() if signature else ()
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def read_signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # written in C
+        return None
 
 
 def is_partial(config: Mapping[str, Any], key: str, target: Callable[..., Any]) -> bool:
@@ -174,13 +179,13 @@ def is_partial(config: Mapping[str, Any], key: str, target: Callable[..., Any]) 
     """
     if config.get("_partial_") or key in ("optimizer", "scheduler"):
         return True
+    signature = read_signature(target)
     if key != "loss" or inspect.isclass(target):
         return False
     try:
-        inspect.signature(target).bind(*config.get("_args_", ()), **own(config))
-    except (TypeError, ValueError):
+        return signature is None or not signature.bind(*config.get("_args_", ()), **own(config))
+    except TypeError:
         return True
-    return False
 
 
 def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, partial: bool) -> None:
@@ -188,9 +193,8 @@ def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, 
     Raises:
         TargetError: the signature has no such arguments, or needs others.
     """
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
+    signature = read_signature(target)
+    if signature is None:
         return
     given, positional = own(arguments), arguments.get("_args_", ())
     try:
@@ -237,9 +241,9 @@ def choose_mode(name: str, mode: str | None, higher_is_better: bool | None) -> s
     Raises:
         TargetError: the settings say otherwise than the metric, or neither says anything.
     """
-    wanted = None if higher_is_better is None else "max" if higher_is_better else "min"
-    if wanted is None and mode is None:
+    wanted = {True: "max", False: "min", None: mode}[higher_is_better]
+    if wanted is None:
         raise TargetError(f"monitor.mode must be max or min: {name} does not say which is better")
-    if wanted is not None and mode not in (None, wanted):
+    if mode not in (None, wanted):
         raise TargetError(f"monitor.mode must be {wanted} with monitor.metric={name}, got {mode}")
-    return str(mode or wanted)
+    return wanted

@@ -210,6 +210,7 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
         optimizer=make(settings.optimizer, "optimizer"),
         scheduler=make(scheduler, "scheduler") if scheduler else None,
         decay_biases=settings.decay_biases,
+        seed=settings.seed,
         **sizes,
     )
     classifier.check()

@@ -1,7 +1,6 @@
 """What the data looks like:  python -m mnist_lightning.visualize [key=value …]"""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,6 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
 
     from mnist_lightning import figures
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.images.deform import Deformation
     from mnist_lightning.images.preprocess import Preprocess
 
     datamodule = MNISTDataModule(**data.module_arguments(), seed=0)
@@ -97,10 +95,9 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     }
     if data.augment.deforms:
         originals = train.images[:NUM_DEFORMED]
-        deform = Deformation(**asdict(data.augment))
-        variants = [originals, *(deform(originals, number) for number in range(NUM_VARIANTS))]
+        variants = [seen(originals), *(seen(originals, (number,)) for number in range(NUM_VARIANTS))]
         drawings["augmented"] = figures.digits(
-            torch.stack([seen(variant)[:, 0] for variant in variants], dim=1).flatten(0, 1).numpy(),
+            torch.cat(variants, dim=1).flatten(0, 1).numpy(),
             (["as it is"] + [""] * NUM_VARIANTS) * NUM_DEFORMED,
             title=f"{data.name}: {NUM_DEFORMED} {kind} images and {NUM_VARIANTS} deformations of each",
             columns=1 + NUM_VARIANTS,

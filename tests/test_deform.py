@@ -8,15 +8,15 @@ import torch
 from conftest import settle
 from torch import Tensor
 
-from mnist_lightning.data import MNISTDataModule, read_splits
+from mnist_lightning.data import read_splits
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
-from mnist_lightning.images.deform import CENTER, Deformation, upright
+from mnist_lightning.images.deform import Deformation, from_center, upright
 from mnist_lightning.images.sources import stamp, unpack
-from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
 NONE = {"rotation": 0, "scale": 0, "shear": 0, "shift": 0, "elastic": 0, "smoothness": 5.0}
 COUNT = 2000
+PLACE = from_center(28, torch.device("cpu"))
 
 
 def make(**amounts: float) -> Deformation:
@@ -26,13 +26,13 @@ def make(**amounts: float) -> Deformation:
 @pytest.fixture(scope="module")
 def images(data_dir: Path) -> Tensor:
     unpack(data_dir)
-    return read_splits("mnist", data_dir, 0, 0, stamp("mnist", data_dir))["train"].images[:COUNT]
+    stored = read_splits("mnist", data_dir, 0, 0, stamp("mnist", data_dir))["train"].images
+    return stored[:COUNT, None].float()
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Where the ink of each image lies and how it spreads, in pixels.  -> (B, 2) x and y, (B, 2, 2)"""
-    place = torch.arange(28) - CENTER
-    points = torch.stack([place.repeat(28), place.repeat_interleave(28)]).double()
+    points = torch.stack([PLACE.repeat(28), PLACE.repeat_interleave(28)]).double()
     ink = images.flatten(1).double()
     ink = ink / ink.sum(dim=1, keepdim=True)
     mean = ink @ points.T
@@ -42,15 +42,14 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def blots(x: float, y: float, *, wide: float = 1.5, tall: float = 1.5) -> Tensor:
     """The same smooth blot of ink in each of many images, its centre at (x, y) from the middle."""
-    place = torch.arange(28) - CENTER
-    blot = torch.exp(-0.5 * (((place - x) / wide) ** 2 + ((place[:, None] - y) / tall) ** 2))
-    return (255 * blot).expand(COUNT, 28, 28)
+    blot = torch.exp(-0.5 * (((PLACE - x) / wide) ** 2 + ((PLACE[:, None] - y) / tall) ** 2))
+    return (255 * blot).expand(COUNT, 1, 28, 28)
 
 
 def test_without_an_amount_the_images_stay(images: Tensor) -> None:
     same = make()(images, 1)
     assert same.dtype == torch.float32
-    torch.testing.assert_close(same, images.float(), rtol=0, atol=0.01)
+    torch.testing.assert_close(same, images, rtol=0, atol=0.01)
 
 
 def test_pixels_stay_in_their_range(images: Tensor) -> None:
@@ -115,8 +114,8 @@ def test_shear_leans_upright_lines_and_keeps_rows() -> None:
 def test_elastic_displaces_by_its_standard_deviation_and_smoothly() -> None:
     for smoothness in (4.0, 6.0):
         deformation = make(elastic=1.2, smoothness=smoothness)
-        deformation.generator.manual_seed(1)
-        moved = deformation._sources(4000).flatten(2) - deformation.places[:2]
+        places = torch.stack([PLACE.repeat(28), PLACE.repeat_interleave(28)])
+        moved = deformation.draw(torch.empty(4000, 1, 28, 28), 1).flatten(2) - places
         assert moved.std(dim=0).mean() == pytest.approx(1.2, rel=0.02)
         assert (moved.std(dim=0) - 1.2).abs().max() < 0.1, "everywhere alike"
         # white noise that a Gaussian has smoothed is correlated by exp(-d² / 4 s²) over a distance d
@@ -127,12 +126,22 @@ def test_elastic_displaces_by_its_standard_deviation_and_smoothly() -> None:
             assert pairs == pytest.approx(expected.item(), abs=0.04)
 
 
-def test_images_are_deformed_in_training_only_and_each_epoch_anew(data_dir: Path) -> None:
-    augment = {**NONE, "rotation": 10, "elastic": 1}
-    common = {"name": "mnist", "data_dir": str(data_dir), "batch_size": 50, "val_size": 5000}
-    datamodule = MNISTDataModule(**common, split_seed=0, num_workers=0, seed=1, augment=augment)  # type: ignore[arg-type]
-    batch = (torch.zeros(50, 28, 28, dtype=torch.uint8), torch.zeros(50, dtype=torch.long))
-    assert datamodule.on_after_batch_transfer(batch, 0) is batch, "no trainer trains"
+def test_any_size_and_colour(images: Tensor) -> None:
+    """What is drawn depends on the key alone; each colour is deformed alike."""
+    wide = torch.rand(16, 3, 20, 40) * 255
+    deformation = make(rotation=15, elastic=1)
+    deformed = deformation(wide, 1)
+    assert deformed.shape == wide.shape
+    assert torch.equal(deformed[:, 1:2], deformation(wide[:, 1:2], 1))
+    still = torch.zeros(COUNT, 1, 20, 40)
+    still[:, :, 8:12, 30:34] = 1  # a blot 12 pixels to the right of the centre
+    turned = make(rotation=30)(still, 1)
+    ink = turned / turned.sum(dim=(2, 3), keepdim=True)
+    x = (ink.sum(dim=2) * from_center(40, still.device)).sum(dim=(1, 2))
+    y = (ink.sum(dim=3) * from_center(20, still.device)).sum(dim=(1, 2))
+    inside = y.abs() < 5  # elsewhere a part of it lies outside
+    assert inside.sum() > 1000
+    assert ((x**2 + y**2).sqrt() - 12)[inside].abs().max() < 0.3, "pixels are square, whatever the shape"
 
 
 @pytest.mark.slow
@@ -142,13 +151,10 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
     metrics = fit(*arguments)
     assert metrics["val/acc"] > 0.96  # type: ignore[operator]
     path = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    checkpoint = load(path)
-    augment = checkpoint["datamodule_hyper_parameters"]["augment"]
-    assert augment["elastic"] == 1.2
-    classifier, _ = load_classifier(path)
+    classifier, checkpoint = load_classifier(path)
+    assert checkpoint["hyper_parameters"]["preprocess"]["augment"]["elastic"] == 1.2
     digits = load_split(path, checkpoint, "val", data_dir=None)
-    deformed = Deformation(**augment)(digits.images, 5)
-    right = log_probabilities(classifier, deformed).argmax(1) == digits.labels
+    right = log_probabilities(classifier, digits.images, tta=1).argmax(1) == digits.labels
     assert right.float().mean() > 0.85
     plain = fit(*arguments[1:], folder="plain")
     assert plain["last/train/acc"] > metrics["last/train/acc"] + 0.03, "validation is on whole digits"  # type: ignore[operator]
@@ -163,7 +169,7 @@ def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) ->
     digits = load_split(path, checkpoint, "val", data_dir=None)
     right = log_probabilities(classifier, digits.images).argmax(1) == digits.labels
     assert right.float().mean() == pytest.approx(metrics["val/acc"], abs=1e-3)
-    leaning = make(shear=30)(digits.images, 1)
+    leaning = make(shear=30)(digits.images[:, None].float(), 1)[:, 0]
     right = log_probabilities(classifier, leaning).argmax(1) == digits.labels
     assert right.float().mean() > 0.93
     fit(*arguments[1:], folder="plain")
@@ -173,12 +179,12 @@ def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) ->
 
 
 def test_amounts_of_zero_are_no_deformation(tmp_path: Path) -> None:
-    assert settle(tmp_path).data.module_arguments()["augment"] is None
-    assert settle(tmp_path, "data.augment.shift=1").data.module_arguments()["augment"]["shift"] == 1
+    assert settle(tmp_path).data.preprocess_arguments()["augment"] is None
+    assert settle(tmp_path, "data.augment.shift=1").data.preprocess_arguments()["augment"]["shift"] == 1
 
 
 def test_upright_ink_does_not_lean_and_is_in_the_middle(images: Tensor) -> None:
-    straight = upright(images.float())
+    straight = upright(images)
     assert straight.shape == images.shape
     assert 0 <= straight.min() <= straight.max() <= 255.001
     before, after = moments(images), moments(straight)
@@ -191,7 +197,7 @@ def test_upright_ink_does_not_lean_and_is_in_the_middle(images: Tensor) -> None:
 
 
 def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:
-    paper = torch.zeros(2, 28, 28)
+    paper = torch.zeros(2, 1, 28, 28)
     assert torch.equal(upright(paper), paper)
     blot = blots(0, 0, wide=1.5, tall=3)[:2]
     torch.testing.assert_close(upright(blot), blot, rtol=0, atol=0.01)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "targets": set(),
     "figures": set(),
     "threads": {"network"},
-    "config": {"settings_help"},
+    "config": {"settings_help", "targets"},
     "cli": {"rundir", "threads", "workarounds"},
     "trust": {"cli", "config", "targets"},
     "images": {"rundir"},

@@ -12,6 +12,8 @@ from mnist_lightning.evaluation.trained import log_probabilities
 from mnist_lightning.images.deform import Deformation, upright
 from mnist_lightning.images.preprocess import Preprocess
 
+STRONG = {"rotation": 30.0, "scale": 0.2, "shear": 30.0, "shift": 4.0, "elastic": 1.0, "smoothness": 5.0}
+
 
 @pytest.fixture
 def images() -> torch.Tensor:
@@ -28,14 +30,14 @@ def test_it_normalises(images: torch.Tensor) -> None:
 
 def test_channels_come_first(images: torch.Tensor) -> None:
     coloured = torch.stack([images, 255 - images, images // 2], dim=3)
-    seen = Preprocess(mean=0.0, std=1.0).to_pixels(coloured)
+    seen = Preprocess().to_pixels(coloured)
     assert seen.shape == (32, 3, 28, 28)
     assert torch.equal(seen[:, 1], 255 - images.float())
 
 
 def test_upright_in_training_as_in_evaluation(images: torch.Tensor) -> None:
     preprocess = Preprocess(deskew=True)
-    expected = Preprocess()(upright(images.float()))
+    expected = Preprocess()(upright(images[:, None].float())[:, 0])
     for training in (True, False):
         assert torch.equal(preprocess.train(training)(images), expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -56,15 +58,35 @@ class Seen(nn.Module):
 
 
 def test_training_and_averaging_over_deformations_see_the_same(images: torch.Tensor) -> None:
-    """First deformed, then set upright: what a training step shows to the net, averaging shows it too."""
+    """First set upright, then deformed: what a training step shows to the net, averaging shows it too."""
     net = Seen()
-    classifier = DigitClassifier(net, preprocess=Preprocess(deskew=True))
-    strong = Deformation(rotation=30, scale=0.2, shear=30, shift=4, elastic=1, smoothness=5)
-    classifier._step((strong(images, 0, 0), torch.zeros(32, dtype=torch.int64)))
-    log_probabilities(classifier.eval(), images, deform=strong, tta=1)
+    preprocess = Preprocess(deskew=True, augment=STRONG)
+    classifier = DigitClassifier(net, preprocess=preprocess)
+    classifier._step((images, torch.zeros(32, dtype=torch.int64)), (0, 0))
+    log_probabilities(classifier.eval(), images, tta=1)
     trained, averaged = net.seen
     assert torch.equal(trained, averaged)
-    assert torch.equal(trained, Preprocess()(upright(strong(images, 0, 0))))
+    assert torch.equal(trained, preprocess(images, (0, 0)))
+    assert not torch.equal(trained, preprocess(images))
+
+
+def test_upright_and_deformed_is_one_resampling() -> None:
+    """It is what the two after one another would give, but for the blur of the second."""
+    smooth = torch.zeros(32, 28, 28)
+    smooth[:, 10:18, 12:16] = 255
+    smooth = torch.nn.functional.avg_pool2d(smooth, 5, stride=1, padding=2)  # blurred, leaning blots
+    leaning = Deformation(rotation=0, scale=0, shear=25, shift=3, elastic=0, smoothness=5)(smooth[:, None], 1)
+    both = Preprocess(deskew=True, augment=STRONG).to_pixels(leaning[:, 0], (3,))
+    expected = Deformation(**STRONG)(upright(leaning), 3)
+    assert (both - expected).abs().mean() < 1
+    other = upright(Deformation(**STRONG)(leaning, 3))
+    assert (both - other).abs().mean() > 10, "the other order is another thing"
+
+
+@pytest.mark.parametrize("deskew", [False, True])
+def test_without_a_key_nothing_is_drawn(images: torch.Tensor, deskew: bool) -> None:
+    preprocess = Preprocess(deskew=deskew, augment=STRONG)
+    assert torch.equal(preprocess(images), Preprocess(deskew=deskew)(images))
 
 
 def test_its_defaults_are_those_of_the_yaml_file(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
-from mnist_lightning.images.deform import Deformation
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.images.sources import is_whole
 from mnist_lightning.rundir.checkpoint import find_newest, load
@@ -157,41 +156,36 @@ def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, want
     return threads.choose(max(flops), wanted=wanted)
 
 
-def compute_outputs(classifier: DigitClassifier, images: Tensor) -> Tensor:
+def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
     """What a net gives for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
+
+    Args:
+        variant: a number, of whose deformations each image gets one; None: the image itself.
     """
+    batches = enumerate(torch.split(images, EVAL_BATCH_SIZE))
     with torch.inference_mode():
-        return torch.cat([classifier(batch) for batch in torch.split(images, EVAL_BATCH_SIZE)])
+        return torch.cat(
+            [classifier(batch, None if variant is None else (number, variant)) for number, batch in batches]
+        )
 
 
-def log_probabilities(
-    classifier: DigitClassifier,
-    images: Tensor,
-    *,
-    deform: Deformation | None = None,
-    tta: int = 0,
-) -> Tensor:
+def log_probabilities(classifier: DigitClassifier, images: Tensor, *, tta: int = 0) -> Tensor:
     """Log-probabilities for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_classes) float
 
     Args:
         classifier: its outputs are logits (``names_classes``).
-        deform: of test-time averaging, see ``make_deformation``; needed where ``tta`` > 0.
         tta: deformations of each image whose probabilities are averaged; 0: the image itself.
     """
-    if deform is None or tta == 0:
-        return F.log_softmax(compute_outputs(classifier, images), dim=1)
-    averages = []
-    for number, batch in enumerate(torch.split(images, EVAL_BATCH_SIZE)):
-        variants = [
-            F.log_softmax(compute_outputs(classifier, deform(batch, number, variant)), dim=1)
-            for variant in range(tta)
+    return average(
+        [
+            F.log_softmax(compute_outputs(classifier, images, variant=variant), dim=1)
+            for variant in (range(tta) if tta else [None])
         ]
-        averages.append(average(variants))
-    return torch.cat(averages)
+    )
 
 
 def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -216,18 +210,3 @@ def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dic
 def average(log_probabilities: Sequence[Tensor]) -> Tensor:
     """The logarithm of the mean of the probabilities.  K times (N, C) -> (N, C)"""
     return torch.logsumexp(torch.stack(list(log_probabilities)), dim=0) - math.log(len(log_probabilities))
-
-
-def make_deformation(path: Path, checkpoint: dict[str, Any]) -> Deformation:
-    """The deformation that a checkpoint's net was trained with.
-
-    Raises:
-        OSError: it was trained with none.
-    """
-    augment = checkpoint["datamodule_hyper_parameters"].get("augment")
-    if augment is None:
-        raise OSError(
-            f"{path} was trained without deformations (data.augment), and tta averages over those of the"
-            " training: use tta=0"
-        )
-    return Deformation(**augment)

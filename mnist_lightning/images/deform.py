@@ -1,21 +1,29 @@
-"""Changes of a digit's shape that leave it what it is, a whole batch at once.
+"""Changes of an image's shape that leave it what it is, a whole batch at once.
 
-``Deformation`` draws one anew for each image, ``upright`` takes a writer's slant away.
+``Deformation`` draws one anew for each image, ``upright`` takes a writer's slant away.  Each says from where
+in an image a pixel's value comes, and both together are one resampling: two would blur twice.
 
 The deformations are those of Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural
 Networks Applied to Visual Document Analysis", section 2, and Ciresan et al. 2010, arXiv 1003.0358, section
-2.2, with all of them in one resampling: two would blur twice.
+2.2.
 """
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIZE = 28
-CENTER = (SIZE - 1) / 2  # in pixels, from the middle of the first one
+
+class Tables(NamedTuple):
+    """What depends on the size of the images and the device alone."""
+
+    limits: Tensor  # (6, 1)
+    places: Tensor  # (3, H * W): x, y and 1 of each pixel
+    smoothing_x: Tensor  # (W, knots)
+    smoothing_y: Tensor  # (H, knots)
 
 
 class Deformation:
@@ -33,56 +41,38 @@ class Deformation:
             axis.  Simard's alpha 34 with sigma 4 is 1.4 pixels here, Ciresan's 36 with 6 is 1.0.
         smoothness: pixels, the standard deviation of the Gaussian that smooths the field of random
             displacements; > 0.
-        device: where the images are.
     """
 
     def __init__(
-        self,
-        *,
-        rotation: float,
-        scale: float,
-        shear: float,
-        shift: float,
-        elastic: float,
-        smoothness: float,
-        device: torch.device | str = "cpu",
+        self, *, rotation: float, scale: float, shear: float, shift: float, elastic: float, smoothness: float
     ) -> None:
-        limits = [math.radians(rotation), math.radians(shear), scale, scale, shift, shift]
-        self.limits = torch.tensor(limits, device=device)[:, None]
+        self.limits = [math.radians(rotation), math.radians(shear), scale, scale, shift, shift]
         self.elastic = elastic
-        place = torch.arange(SIZE, device=device) - CENTER
-        self.places = torch.stack(  # x, y and 1 of each pixel
-            [place.repeat(SIZE), place.repeat_interleave(SIZE), torch.ones(SIZE**2, device=device)]
-        )
-        # The Gaussian hides what is finer than itself: noise on knots that are a standard deviation
-        # apart, one of them outside on each side, does for noise on every pixel.
-        num_knots = math.ceil((SIZE - 1) / smoothness) + 3
-        knots = (torch.arange(num_knots, device=device) - (num_knots - 1) / 2) * smoothness
-        smoothing = torch.exp(-0.5 * ((place[:, None] - knots) / smoothness) ** 2)
-        # rows of length 1: a smoothed displacement varies as much as one before it
-        self.smoothing = F.normalize(smoothing, dim=1)
-        self.generator = torch.Generator(device)
+        self.smoothness = smoothness
+        self._tables: dict[tuple[int, int, torch.device], Tables] = {}
 
     def __call__(self, images: Tensor, *key: int) -> Tensor:
-        """The images, deformed.  (B, 28, 28) uint8 or float, in [0, 255] -> (B, 28, 28) float, in [0, 255]
-
-        Bilinear, so that only rounding can leave that range.
+        """The images, deformed.  (B, C, H, W) float, >= 0 -> (B, C, H, W) float, in the range of the images
 
         Args:
             key: whole numbers, say seed, step and rank, that alone decide what is drawn.
         """
+        return resample(images, self.draw(images, *key))
+
+    def draw(self, images: Tensor, *key: int) -> Tensor:
+        """Where each pixel's value comes from, x and y in pixels from the centre.  -> (B, 2, H, W)
+
+        Args:
+            images: (B, C, H, W); their shape and device count.
+            key: see ``__call__``.
+        """
+        count, (height, width), device = len(images), images.shape[2:], images.device
+        limits, places, smoothing_x, smoothing_y = self._make_tables(height, width, device)
         # torch's generator on the CPU heeds 32 bits of a seed
         digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-        self.generator.manual_seed(int.from_bytes(digest))
-        pixels = images[:, None].float()
-        grid = self._sources(len(images)).div_(SIZE / 2).permute(0, 2, 3, 1)
-        return F.grid_sample(pixels, grid, align_corners=False)[:, 0]
-
-    def _sources(self, count: int) -> Tensor:
-        """Where each pixel's value comes from, x and y in pixels from the centre.  -> (count, 2, 28, 28)"""
-        device = self.limits.device
-        drawn = torch.rand(6, count, generator=self.generator, device=device)
-        angle, lean, wider, taller, right, down = (2 * drawn - 1) * self.limits
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
+        drawn = torch.rand(6, count, generator=generator, device=device)
+        angle, lean, wider, taller, right, down = (2 * drawn - 1) * limits
         cos, sin, slant = angle.cos(), angle.sin(), lean.tan()
         wider, taller = 1 / (1 + wider), 1 / (1 + taller)  # what is drawn larger is sampled more densely
         matrix = torch.stack(
@@ -93,15 +83,42 @@ class Deformation:
             dim=1,
         ).view(count, 2, 3)
         if self.elastic == 0:
-            return (matrix @ self.places).view(count, 2, SIZE, SIZE)
-        num_knots = self.smoothing.shape[1]
-        noise = torch.randn(count, 2, num_knots, num_knots, generator=self.generator, device=device)
-        bends = (self.elastic * self.smoothing) @ (noise @ self.smoothing.T)
-        places = self.places.expand(count, -1, -1)
-        return torch.baddbmm(bends.view(count, 2, -1), matrix, places).view(count, 2, SIZE, SIZE)
+            return (matrix @ places).view(count, 2, height, width)
+        knots = smoothing_y.shape[1], smoothing_x.shape[1]
+        noise = torch.randn(count, 2, *knots, generator=generator, device=device)
+        bends = (self.elastic * smoothing_y) @ (noise @ smoothing_x.T)
+        moved = torch.baddbmm(bends.view(count, 2, -1), matrix, places.expand(count, -1, -1))
+        return moved.view(count, 2, height, width)
+
+    def _make_tables(self, height: int, width: int, device: torch.device) -> Tables:
+        key = height, width, device
+        if key not in self._tables:
+            x, y = from_center(width, device), from_center(height, device)
+            self._tables[key] = Tables(
+                torch.tensor(self.limits, device=device)[:, None],
+                torch.stack(
+                    [x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)]
+                ),
+                self._smoothing(x),
+                self._smoothing(y),
+            )
+        return self._tables[key]
+
+    def _smoothing(self, place: Tensor) -> Tensor:
+        """From random numbers to smooth displacements along an axis.  (size,) -> (size, knots)
+
+        The Gaussian hides what is finer than itself: noise on knots that are a standard deviation apart,
+        one of them outside on each side, does for noise on every pixel.
+        """
+        num_knots = math.ceil((len(place) - 1) / self.smoothness) + 3
+        numbers = torch.arange(num_knots, device=place.device)
+        knots = (numbers - (num_knots - 1) / 2) * self.smoothness
+        smoothing = torch.exp(-0.5 * ((place[:, None] - knots) / self.smoothness) ** 2)
+        # rows of length 1: a smoothed displacement varies as much as one before it
+        return F.normalize(smoothing, dim=1)
 
 
-def upright(images: Tensor) -> Tensor:
+def upright(images: Tensor, sources: Tensor | None = None) -> Tensor:
     """Slants each image so that its ink stands upright, its centre of mass in the image's middle.
 
     The lines are shifted sideways in proportion to their height, until the ink's columns and rows are
@@ -109,18 +126,50 @@ def upright(images: Tensor) -> Tensor:
     Recognition", section III-A, where it is called deslanting.  Bilinear, so that only rounding can leave
     the range of the pixels; an image without ink stays as it is.
 
-    (B, 28, 28) float, ink high on 0 -> (B, 28, 28) float
+    (B, 1, H, W) float, ink high on 0 -> (B, 1, H, W) float
+
+    Args:
+        sources: from where in an upright image each pixel's value is then taken, see
+            ``Deformation.draw``; None: from its own place.  Written to.
     """
-    x = y = torch.arange(SIZE, device=images.device) - CENTER  # in pixels from the middle
-    rows, moments = images.sum(dim=2), (images * x).sum(dim=2)  # (B, 28): a row's ink, and that times x
+    height, width = images.shape[2:]
+    x, y = from_center(width, images.device), from_center(height, images.device)
+    rows, moments = (
+        images[:, 0].sum(dim=2),
+        (images[:, 0] * x).sum(dim=2),
+    )  # (B, H): a row's ink, that times x
     ink = rows.sum(dim=1).clamp(min=1e-6)
     right, down = moments.sum(dim=1) / ink, (rows * y).sum(dim=1) / ink  # the centre of mass
     covariance = (moments * y).sum(dim=1) / ink - right * down
     variance = (rows * y**2).sum(dim=1) / ink - down**2
     lean = covariance / variance.clamp(min=1e-6)
-    half = SIZE / 2  # grid_sample's unit
+    right, down, lean = right[:, None, None], down[:, None, None], lean[:, None, None]
     # no matrix product, which autocast would round to bfloat16
-    sources_x = ((lean[:, None] * y + right[:, None]) / half)[:, :, None] + x / half
-    sources_y = ((y + down[:, None]) / half)[:, :, None].expand_as(sources_x)
-    grid = torch.stack([sources_x, sources_y], dim=1).permute(0, 2, 3, 1)
-    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+    if sources is None:
+        y = y[:, None]
+        sources = torch.stack([lean * y + right + x, (y + down).expand(-1, -1, width)], dim=1)
+    else:
+        sources[:, 0] += lean * sources[:, 1] + right
+        sources[:, 1] += down
+    return resample(images, sources)
+
+
+def from_center(size: int, device: torch.device) -> Tensor:
+    """The places of an axis's pixels, in pixels from the middle.  -> (size,) float32"""
+    return torch.arange(size, device=device) - (size - 1) / 2
+
+
+def resample(images: Tensor, sources: Tensor) -> Tensor:
+    """Takes each pixel's value from elsewhere.  (B, C, H, W), (B, 2, H, W) -> (B, C, H, W)
+
+    Bilinear: between four pixels, 0 outside.
+
+    Args:
+        sources: x and y in pixels from the centre.
+    """
+    height, width = images.shape[2:]
+    if height == width:
+        grid = sources / (width / 2)  # grid_sample's unit
+    else:
+        grid = torch.stack([sources[:, 0] / (width / 2), sources[:, 1] / (height / 2)], dim=1)
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)

@@ -1,46 +1,65 @@
 """From images as they are stored to what a net sees."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from mnist_lightning.images.deform import upright
+from mnist_lightning.images.deform import Deformation, resample, upright
 
 
 class Preprocess(nn.Module):
-    """Sets images upright where that is asked for, and normalises them.
+    """Sets images upright where that is asked for, deforms them where a key is given, and normalises them.
 
-    It stands in front of the net and does the same to each image, in training, evaluation, prediction and
-    export.  Deformations come before it: a deformed image is an image like any other.
+    It stands in front of the net and does the same to each image, in training, evaluation, averaging over
+    deformations, prediction and export.  Upright comes before deformed: of deformed digits that are then
+    set upright, a net sees less of the deformation, and it makes more mistakes (docs/records.md).
 
     Args:
         mean: of the training pixels, scaled to [0, 1].
         std: of the training pixels, scaled to [0, 1]; > 0.
-        deskew: whether each image is set upright (``deform.upright``).
+        deskew: whether each image is set upright (``deform.upright``); for images of one channel.
+        augment: how far images are deformed, the arguments of ``Deformation``; None: not.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, *, mean: float = 0.1307, std: float = 0.3081, deskew: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        mean: float = 0.1307,
+        std: float = 0.3081,
+        deskew: bool = False,
+        augment: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.arguments = {"mean": mean, "std": std, "deskew": deskew}
+        self.arguments: dict[str, Any] = {
+            **{"mean": mean, "std": std, "deskew": deskew},
+            "augment": None if augment is None else dict(augment),
+        }
         self.register_buffer("mean", torch.tensor(255 * mean), persistent=False)
         self.register_buffer("std", torch.tensor(255 * std), persistent=False)
         self.deskew = deskew
+        self.deform = None if augment is None else Deformation(**augment)
 
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """Images before they are normalised.
-
-        (B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, in [0, 255]
-        """
+    def to_pixels(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
+        """Images before they are normalised; see ``forward``.  -> (B, C, H, W) float32, in [0, 255]"""
         pixels = images.float()
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        sources = None if key is None or self.deform is None else self.deform.draw(pixels, *key)
         if self.deskew:
-            pixels = upright(pixels)
-        return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+            return upright(pixels, sources)
+        return pixels if sources is None else resample(pixels, sources)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, normalised"""
-        normalised: Tensor = (self.to_pixels(images) - self.mean) / self.std
+    def forward(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
+        """(B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, normalised
+
+        Args:
+            key: of the deformations to draw, whole numbers that alone decide them; None: do not deform.
+        """
+        normalised: Tensor = (self.to_pixels(images, key) - self.mean) / self.std
         return normalised
 
     def extra_repr(self) -> str:

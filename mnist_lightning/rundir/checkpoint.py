@@ -81,6 +81,7 @@ def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the first edition, whose net normalised and set upright by itself, in today's form."""
     old, data = checkpoint["hyper_parameters"], dict(checkpoint.get("datamodule_hyper_parameters") or {})
     data.pop("deskew", None)
+    augment = data.pop("augment", None)
     names = ("hidden", "activation", "dropout", "norm", "input_noise", "noise")
     metric = {"num_classes": 10, "average": "micro", "validate_args": False}
     recipe = {
@@ -93,7 +94,10 @@ def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
             "label_smoothing": old["label_smoothing"],
         },
         "metrics": {"acc": {"_target_": "torchmetrics.classification.MulticlassAccuracy", **metric}},
-        "preprocess": {"mean": old["mean"], "std": old["std"], "deskew": old.get("deskew", False)},
+        "preprocess": {
+            **{"mean": old["mean"], "std": old["std"]},
+            **{"deskew": old.get("deskew", False), "augment": augment},
+        },
         "image_shape": [1, 28, 28],
         "num_classes": 10,
     }
