@@ -220,7 +220,7 @@ def draw(groups: dict[tuple[str, str], list[Result]], data_dir: str, output: Pat
         name = "".join(c if c.isalnum() else "_" for c in preset.removeprefix("experiment="))
         titles[preset] = f"{output.stem}_{name}"
         short = textwrap.shorten(preset, 50, placeholder=" …")
-        drawings[titles[preset]] = figures.digits(
+        drawings[titles[preset]] = figures.images(
             digits.images[wrong[:MOST_SHOWN]].numpy(),
             [f"{digits.labels[index]}   #{index}" for index in wrong[:MOST_SHOWN]],
             title=f"{short}: {len(wrong)} test images wrong in all {len(paths)} seeds; label and index",

@@ -179,7 +179,7 @@ def main() -> None:
             sheet += [*seen[:12].numpy()]
     if arguments.sheet:
         names = [name for kind in ("original", *KINDS) for name in [kind, *[""] * 11]]
-        drawing = figures.digits(np.stack(sheet), names, title="what the net sees", columns=12)
+        drawing = figures.images(np.stack(sheet), names, title="what the net sees", columns=12)
         figures.save({arguments.sheet.stem: drawing}, arguments.sheet.parent)
 
 

@@ -38,7 +38,7 @@ from mnist_lightning import threads
 from mnist_lightning.callbacks.progress import Progress
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.config import CONF_DIR, Train, check, register
-from mnist_lightning.data import Digits, EpochSampler, MNISTDataModule
+from mnist_lightning.data import EpochSampler, Images, MNISTDataModule
 from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.train import make_classifier, train
 from mnist_lightning.workarounds import quiet_lightning, skip_device_probe
@@ -148,7 +148,7 @@ class Start:
         return cls(settings, make_classifier(settings, datamodule), datamodule)
 
     @property
-    def digits(self) -> Digits:
+    def digits(self) -> Images:
         return self.datamodule.splits["train"]
 
     @property

@@ -40,7 +40,7 @@ def main() -> None:
         )
         evaluation = cwd / "logs/train/runs/default/evaluation/test"
         keep(cwd / "read/001_photo.png", "predict.png")
-        keep(cwd / "logs/visualize/mnist/digits.png", "digits.png")
+        keep(cwd / "logs/visualize/mnist/images.png", "digits.png")
         keep(evaluation / "mistakes.png", "mistakes.png")
         keep(evaluation / "confusion_matrix.png", "confusion_matrix.png")
         with tensorboard(cwd, "logs/train/runs") as url:

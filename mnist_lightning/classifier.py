@@ -47,7 +47,7 @@ class DigitClassifier(L.LightningModule):
         loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
         metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
         image_shape: (C, H, W).
-        num_classes: of the labels.
+        class_names: by label; None: the ten digits.
         optimizer: makes the optimizer from the parameters; not needed to evaluate.
         scheduler: makes the learning-rate schedule from the optimizer; None keeps it constant.  An
             argument that is the string "total_steps" is replaced by the run's number of optimizer
@@ -68,7 +68,7 @@ class DigitClassifier(L.LightningModule):
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         metrics: Mapping[str, Metric] | None = None,
         image_shape: Sequence[int] = (1, 28, 28),
-        num_classes: int = 10,
+        class_names: Sequence[str] | None = None,
         optimizer: Callable[..., Optimizer] | None = None,
         scheduler: "functools.partial[LRScheduler] | None" = None,
         decay_biases: bool = True,
@@ -78,6 +78,8 @@ class DigitClassifier(L.LightningModule):
         self.net = net
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.loss = CrossEntropy() if loss is None else loss
+        self.class_names = [str(digit) for digit in range(10)] if class_names is None else list(class_names)
+        self.num_classes = num_classes = len(self.class_names)
         if metrics is None:
             accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
             accuracy.recipe = {
@@ -93,11 +95,10 @@ class DigitClassifier(L.LightningModule):
                 "metrics": {name: getattr(metric, "recipe", None) for name, metric in metrics.items()},
                 "preprocess": self.preprocess.arguments,
                 "image_shape": list(image_shape),
-                "num_classes": num_classes,
+                "class_names": self.class_names,
             }
         )
         self.image_shape = tuple(image_shape)
-        self.num_classes = num_classes
         self.num_outputs = num_classes
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler

@@ -19,7 +19,7 @@ from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.settings_help import flatten
 
 if TYPE_CHECKING:
-    from mnist_lightning.data import Digits
+    from mnist_lightning.data import Images
     from mnist_lightning.evaluation.scores import Evaluation
     from mnist_lightning.figures import Curve
 
@@ -44,7 +44,7 @@ class Contestant:
     name: str
     folder: Path | None
     settings: dict[str, Any]
-    digits: "Digits"
+    images: "Images"
     evaluation: "Evaluation | None"
     own: dict[str, float]
     loss_name: str
@@ -77,8 +77,8 @@ def compare(settings: Compare) -> None:
     contestants = [
         _load(letter, path, settings) for letter, path in zip(_letters(len(paths)), paths, strict=True)
     ]
-    first = contestants[0].digits
-    check_same_images(paths, [contestant.digits for contestant in contestants], settings.split)
+    first = contestants[0].images
+    check_same_images(paths, [contestant.images for contestant in contestants], settings.split)
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     names = [contestant.name for contestant in contestants]
@@ -225,7 +225,7 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.targets import name_of
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
-    digits = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+    split = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     saved = folder / ".hydra" / "config.yaml" if folder else None
     if saved and saved.is_file():
@@ -234,12 +234,12 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
         parts = ("model", "loss", "metrics", "preprocess")
         values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
-    with threads.use(choose_threads([classifier], len(digits), settings.threads)):
-        outputs = compute_outputs(classifier, digits.images)
-        own = measure(classifier, outputs, digits.labels)
-    log_probs, labels = outputs.log_softmax(dim=1).numpy(), digits.labels.numpy()
+    with threads.use(choose_threads([classifier], len(split), settings.threads)):
+        outputs = compute_outputs(classifier, split.images)
+        own = measure(classifier, outputs, split.labels)
+    log_probs, labels = outputs.log_softmax(dim=1).numpy(), split.labels.numpy()
     evaluation = score(labels, log_probs) if classifier.names_classes else None
-    return Contestant(name, folder, values, digits, evaluation, own, name_of(classifier.loss))
+    return Contestant(name, folder, values, split, evaluation, own, name_of(classifier.loss))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import ast
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_lightning.images.known import KNOWN, OF_A_PATH, check_sizes
 from mnist_lightning.settings_help import describe_settings, without_hydra
 from mnist_lightning.targets import TargetError, choose_mode
 
@@ -32,10 +33,8 @@ CONF_DIR = next(
     if path.is_dir()
 )
 
-DATASETS = ("mnist", "fashion_mnist", "kmnist")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
 NORMS = ("none", "batch", "layer")
-NUM_TRAINING_IMAGES = 60_000
 RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in its place
 # Groups that build one thing -> whether there must be one
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
@@ -62,19 +61,21 @@ class Augment:
     smoothness: float
 
     def __post_init__(self) -> None:
-        for key, most, unit in (
-            ("rotation", 180, " degrees"),
-            ("scale", 0.9, ""),
-            ("shear", 60, " degrees"),
-            ("shift", 14, " pixels"),
-            ("elastic", 14, " pixels"),
-        ):
-            value = getattr(self, key)
-            require(0 <= value <= most, f"data.augment.{key} must be in [0, {most}]{unit}, got {value}")
-        require(
-            1 <= self.smoothness <= 28,
-            f"data.augment.smoothness must be in [1, 28] pixels, got {self.smoothness}",
-        )
+        for key, most, unit in (("rotation", 180, " degrees"), ("scale", 0.9, ""), ("shear", 60, " degrees")):
+            self._check(key, 0, most, unit)
+
+    def check_shape(self, height: int, width: int) -> None:
+        """
+        Raises:
+            ValueError: images of this size have no room for so many pixels.
+        """
+        for key in ("shift", "elastic"):
+            self._check(key, 0, min(height, width) // 2, " pixels")
+        self._check("smoothness", 1, max(height, width), " pixels")
+
+    def _check(self, key: str, least: int, most: float, unit: str) -> None:
+        value = getattr(self, key)
+        require(least <= value <= most, f"data.augment.{key} must be in [{least}, {most}]{unit}, got {value}")
 
     @property
     def deforms(self) -> bool:
@@ -83,36 +84,88 @@ class Augment:
 
 @dataclass
 class Data:
-    """Where the digits come from, how they are split and batched (``data=``)."""
+    """Where the images come from, how they are split and batched (``data=``)."""
 
     name: str
     data_dir: str
     batch_size: int
-    val_size: int
+    val_size: int | None
     split_seed: int
     num_workers: int
-    mean: float
-    std: float
+    mean: Any  # float, list of float, or None
+    std: Any
     deskew: bool
     augment: Augment
+    path: str | None = None
+    size: int | None = None
+    grey: bool = False
+    source: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        one_of("data.name", self.name, DATASETS)
+        self._check_source()
         at_least("data.batch_size", self.batch_size, 1)
-        require(
-            0 <= self.val_size < NUM_TRAINING_IMAGES,
-            f"data.val_size must be in [0, {NUM_TRAINING_IMAGES - 1}], got {self.val_size}",
-        )
         check_seed("data.split_seed", self.split_seed)
         at_least("data.num_workers", self.num_workers, 0)
-        require(0 <= self.mean <= 1, f"data.mean must be in [0, 1], got {self.mean}")
-        require(0 < self.std <= 1, f"data.std must be in (0, 1], got {self.std}")
-        num_train = NUM_TRAINING_IMAGES - self.val_size
+        for key, holds, wanted in (
+            ("mean", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("std", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ):
+            value = getattr(self, key)
+            for number in value if isinstance(value, list) else [] if value is None else [value]:
+                check_number(f"data.{key}", number, holds, wanted)
+        if self.source is None and self.name in KNOWN:
+            known = KNOWN[self.name]
+            self._check_shape(known.image_shape)
+            if known.num_train is not None:
+                check_sizes(known.num_train, batch_size=self.batch_size, val_size=self.val_size)
+        at_least("data.val_size", self.val_size or 0, 0)
+
+    def _check_source(self) -> None:
+        if self.source is not None:
+            require("_target_" in self.source, "data.source names no _target_")
+        else:
+            one_of("data.name", self.name, (*KNOWN, *OF_A_PATH))
+        of_a_path = self.source is None and self.name in OF_A_PATH
         require(
-            self.batch_size <= num_train,
-            f"data.batch_size must be at most the {num_train} training images that"
-            f" data.val_size={self.val_size} leaves, got {self.batch_size}",
+            of_a_path == (self.path is not None),
+            f"data={self.name} wants data.path=…"
+            if of_a_path
+            else f"data.path is for data={self.name}: data=folder and data=npz read it",
         )
+        for key, given in (("size", self.size is not None), ("grey", self.grey)):
+            require(self.name == "folder" or not given, f"data.{key} is for data=folder alone")
+        at_least("data.size", 1 if self.size is None else self.size, 1)
+
+    @property
+    def has_validation(self) -> bool:
+        return self.val_size != 0
+
+    def check_shape(self, image_shape: Sequence[int]) -> None:
+        """
+        Args:
+            image_shape: (C, H, W) of the images that were read.
+
+        Raises:
+            ConfigError: a setting does not fit them.
+        """
+        try:
+            self._check_shape(image_shape)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_shape(self, image_shape: Sequence[int]) -> None:
+        channels, height, width = image_shape
+        self.augment.check_shape(height, width)
+        require(
+            channels == 1 or not self.deskew,
+            f"data.deskew is for grey images, and those of {self.name} are in colour",
+        )
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            require(
+                not isinstance(value, list) or len(value) in (1, channels),
+                f"data.{key} must be one number, or one for each of {channels} channels, got {value}",
+            )
 
     def module_arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``MNISTDataModule``, except ``seed``."""
@@ -280,7 +333,7 @@ class Train:
     def _check_combinations(self) -> None:
         max_epochs = self.trainer.get("max_epochs")
         scheduler = str(self.scheduler.get("_target_", ""))
-        if self.data.val_size == 0:
+        if not self.data.has_validation:
             require(
                 "ReduceLROnPlateau" not in scheduler,
                 "scheduler=plateau watches val/loss, and data.val_size=0 leaves no validation split",

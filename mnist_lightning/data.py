@@ -1,4 +1,4 @@
-"""The digits: where they come from, the three splits, the loaders.
+"""A data set in memory: the three splits, the loaders.
 
 All images stay as uint8 in the memory of the device that trains, and a batch is one indexing operation
 there; ``Preprocess`` does the rest.  Decoding and transforming image by image is what makes a usual MNIST
@@ -6,7 +6,8 @@ project several times slower than its arithmetic.
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mnist_lightning.images.sources import IMAGE_SHAPE, Stamp, class_names, make_whole, read_images, stamp
+from mnist_lightning.images.arrays import DataError
+from mnist_lightning.images.known import KNOWN, check_sizes
+from mnist_lightning.images.sources import Source, find_source
 
-EVAL_BATCH_SIZE = 2_000  # images at once where no gradient is needed: 6 MB as float
+TEST_SHARE = 1 / 5  # of a data set that has no test images of its own
 
 
-class Digits(Dataset[tuple[Tensor, Tensor]]):
+def eval_batch_size(image_shape: Sequence[int]) -> int:
+    """How many images are shown to a net at once where no gradient is needed: 6 MB as float."""
+    return max(1, 2_000 * 28 * 28 // math.prod(image_shape))
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels in memory.
 
     Args:
-        images: (N, 28, 28) uint8.
+        images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
     """
 
@@ -40,11 +48,14 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole batch at once.  (B,) int64 on the images' device -> (B, 28, 28) uint8, (B,) int64"""
+        """A whole batch at once, its indices on the images' device.
+
+        (B,) int64 -> (B, H, W) or (B, H, W, 3) uint8, (B,) int64
+        """
         return self.images[indices], self.labels[indices]
 
-    def to(self, device: torch.device) -> "Digits":
-        return Digits(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.images.to(device), self.labels.to(device))
 
 
 class EpochSampler(Sampler[int]):
@@ -126,80 +137,162 @@ class BatchIndices(Sampler[Tensor]):
 
 
 class MNISTDataModule(L.LightningDataModule):
-    """Train, validation and test splits of MNIST or of a data set in its format.
+    """Train, validation and test splits of MNIST, or of another data set of images.
 
-    The validation images are ``val_size`` of the 60,000 training images, stratified by label and
-    chosen by ``split_seed`` alone; the test split is the official one.
+    The validation images are ``val_size`` of the training images, stratified by label and chosen by
+    ``split_seed`` alone.  The test split is the official one; where a source has none, it is a fifth of
+    the images, chosen likewise.
 
     Args:
-        name: a key of ``sources.FOLDERS``.
+        name: a key of ``known.KNOWN``, "folder" or "npz"; with ``source``, a name for the figures.
         data_dir: folder in torchvision's layout; made and filled where something is missing.
+        path: of "folder" and "npz".
+        size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
+        grey: whether coloured pictures of "folder" become grey.
+        source: ``_target_`` and arguments of a function that gives arrays, see ``arrays.check_arrays``.
         batch_size: of training, over all processes together; divisible by their number.
-        val_size: number of validation images; 0 trains on all 60,000.
+        val_size: number of validation images; 0 trains on all; None: a tenth of the training images.
         split_seed: chooses the validation images.
         num_workers: of each loader.
         seed: of the order of the training images.
+
+    Attributes:
+        splits: "train", "val" and "test", once ``setup`` has run.
+        image_shape: (C, H, W); of a data set that is not known by its name, once ``setup`` has run.
+        class_names: by label; the same.
+        fingerprint: tells whether two data sets are the same, once ``setup`` has run.
     """
+
+    image_shape: tuple[int, int, int]
+    class_names: list[str]
+    fingerprint: str
 
     def __init__(
         self,
         *,
-        name: str,
-        data_dir: str,
-        batch_size: int,
-        val_size: int,
-        split_seed: int,
-        num_workers: int,
-        seed: int,
+        name: str = "mnist",
+        data_dir: str | Path = "~/.pytorch/MNIST_data/",
+        path: str | Path | None = None,
+        size: int | None = None,
+        grey: bool = False,
+        source: Mapping[str, Any] | None = None,
+        batch_size: int = 256,
+        val_size: int | None = 5000,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        seed: int = 1,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.dataset = name
-        self.data_dir = Path(data_dir).expanduser()
+        # absolute, so that a checkpoint tells where it lies, wherever it is read
+        place = None if path is None else Path(path).expanduser().absolute()
+        self.save_hyperparameters(
+            {
+                **{"name": name, "data_dir": str(data_dir), "path": None if place is None else str(place)},
+                **{"size": size, "grey": grey, "source": None if source is None else dict(source)},
+                **{"batch_size": batch_size, "val_size": val_size, "split_seed": split_seed},
+                **{"num_workers": num_workers, "seed": seed},
+            }
+        )
+        self.name = name
+        self.source = find_source(
+            name,
+            Path(data_dir).expanduser(),
+            path=place,
+            size=size,
+            grey=grey,
+            source=source,
+        )
         self.batch_size = batch_size
         self.val_size = val_size
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.seed = seed
-        self.splits: dict[str, Digits] = {}
+        self.splits: dict[str, Images] = {}
+        self.is_known = name in KNOWN and source is None
+        if self.is_known:
+            self.image_shape, self.class_names = KNOWN[name].image_shape, list(KNOWN[name].class_names)
         self.resume_epoch = 0  # where the training order goes on, see load_state_dict
         self.resume_batch = 0
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of its images."""
-        return IMAGE_SHAPE
-
-    @property
-    def class_names(self) -> list[str]:
-        return class_names(self.dataset)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where in the order of the training images a checkpoint stands: epoch, and batch in it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the order of the training images a checkpoint stands: epoch, and batch in it; and which
+        images they are."""
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         batch = fit_loop.epoch_loop.batch_progress.current.ready
         return {
             "epoch": fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
             "batch": batch if batch < self.trainer.num_training_batches else 0,
+            "fingerprint": self.fingerprint,
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Raises:
+            DataError: the run was trained on other images.
+        """
+        self.check_fingerprint(state_dict)
         self.resume_epoch, self.resume_batch = state_dict["epoch"], state_dict["batch"]
 
+    def check_fingerprint(self, state_dict: Mapping[str, Any]) -> None:
+        """
+        Args:
+            state_dict: of a checkpoint, whose images are to be these.
+
+        Raises:
+            DataError: they are others.
+        """
+        before = state_dict.get("fingerprint", self.fingerprint)
+        if before != self.fingerprint:
+            raise DataError(
+                f"the images of {self.name} are not those that the run was trained on: their fingerprint is"
+                f" {self.fingerprint}, and was {before}"
+            )
+
     def prepare_data(self) -> None:
-        """Make ``data_dir`` whole.
+        """Make the data set whole where it will be read.
 
         Raises:
             OSError: the folder can't be made or written, or a download failed.
         """
-        make_whole(self.dataset, self.data_dir, stamp(self.dataset, self.data_dir))
+        self.source.make_whole()
 
     def setup(self, stage: str) -> None:
+        """
+        Raises:
+            OSError: the images can't be read.
+            DataError: they can't be used, or are too few for ``val_size`` and ``batch_size``.
+        """
         if self.splits:
             return
-        state = stamp(self.dataset, self.data_dir)
-        self.splits = read_splits(self.dataset, self.data_dir, self.val_size, self.split_seed, state)
+        state = self.source.stamp()
+        splits, names, self.fingerprint = read_splits(self.source, self.val_size, self.split_seed, state)
+        count_images(len(splits["train"]) + len(splits["val"]), self.val_size, self.batch_size)
+        self.splits, self.class_names = splits, list(names)
+        height, width, *channels = self.splits["train"].images.shape[1:]
+        self.image_shape = (channels[0] if channels else 1, height, width)
+
+    def measure_pixels(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the training images' pixels, scaled to [0, 1], of each channel.
+
+        Raises:
+            DataError: the pixels of a channel are all equal.
+        """
+        pixels = self.splits["train"].images.reshape(len(self.splits["train"]), -1, self.image_shape[0])
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        means, stds = [], []
+        for channel in range(self.image_shape[0]):
+            counts = torch.zeros(256, dtype=torch.float64)
+            for part in torch.split(pixels[:, :, channel], 1_000):
+                counts += torch.bincount(part.flatten(), minlength=256)
+            shares = counts / counts.sum()
+            mean = float(shares @ levels)
+            std = float(shares @ (levels - mean) ** 2) ** 0.5
+            if std == 0:
+                raise DataError(f"the training images of {self.name} are blank: all pixels are equal")
+            means.append(round(mean, 6))
+            stds.append(round(std, 6))
+        return means, stds
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -216,17 +309,17 @@ class MNISTDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader("val", EVAL_BATCH_SIZE)
+        return self._loader("val", eval_batch_size(self.image_shape))
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader("test", EVAL_BATCH_SIZE)
+        return self._loader("test", eval_batch_size(self.image_shape))
 
     def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        digits = self.splits[split]
+        images = self.splits[split]
         trainer = self.trainer
         overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
         sampler = EpochSampler(
-            len(digits),
+            len(images),
             shuffle=split == "train" and not overfit,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
@@ -236,7 +329,7 @@ class MNISTDataModule(L.LightningDataModule):
         if trainer is not None and self.num_workers == 0:  # worker processes hand over through the host
             device = trainer.strategy.root_device
         return DataLoader(
-            digits.to(device),
+            images.to(device),
             batch_sampler=BatchIndices(sampler, batch_size, device),  # type: ignore[arg-type]  # a tensor, no list
             num_workers=self.num_workers,
             collate_fn=_identity,
@@ -275,12 +368,46 @@ def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tenso
     return is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
 
 
+def count_images(num_images: int, val_size: int | None, batch_size: int = 1) -> int:
+    """How many of the training images are for validation.
+
+    Raises:
+        DataError: too few images are left for a batch.
+    """
+    try:
+        return check_sizes(num_images, batch_size=batch_size, val_size=val_size)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 @functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which nobody writes to
-def read_splits(name: str, data_dir: Path, val_size: int, split_seed: int, state: Stamp) -> dict[str, Digits]:
-    images, labels = read_images(name, data_dir, train=True)
-    val_indices, train_indices = split(labels, val_size, split_seed)
-    return {
-        "train": Digits(images[train_indices], labels[train_indices]),
-        "val": Digits(images[val_indices], labels[val_indices]),
-        "test": Digits(*read_images(name, data_dir, train=False)),
-    }
+def read_splits(
+    source: Source, val_size: int | None, split_seed: int, state: Hashable
+) -> tuple[dict[str, Images], tuple[str, ...], str]:
+    """The three splits, the classes' names and the fingerprint of a data set.
+
+    Args:
+        state: see ``Source.stamp``.
+    """
+    parts, names, fingerprint = source.read()
+    if "all" in parts:
+        images, labels = parts["all"]
+        test_indices, rest = split(labels, round(len(labels) * TEST_SHARE), split_seed)
+        test, parts = (
+            Images(images[test_indices], labels[test_indices]),
+            {"train": (images[rest], labels[rest])},
+        )
+    else:
+        test = Images(*parts["test"])
+    images, labels = parts["train"]
+    num_val = count_images(len(labels), val_size)
+    val_indices, train_indices = split(labels, num_val, split_seed)
+    train = Images(images[train_indices], labels[train_indices])
+    counts = torch.bincount(train.labels, minlength=len(names)).tolist()
+    if 0 in counts:
+        raise DataError(
+            f"no image of class {names[counts.index(0)]} is left to train on: data.val_size={num_val} and the"
+            " test images take all"
+        )
+    val = Images(images[val_indices], labels[val_indices])
+    return {"train": train, "val": val, "test": test}, tuple(names), fingerprint

@@ -66,7 +66,6 @@ def evaluate(settings: Evaluate) -> None:
         log_probabilities,
         measure,
     )
-    from mnist_lightning.images.sources import class_names
     from mnist_lightning.targets import name_of
 
     loaded = [load_classifier(path, trust=settings.trust) for path in paths]
@@ -81,7 +80,7 @@ def evaluate(settings: Evaluate) -> None:
                 " training: use tta=0"
             )
     splits = [
-        load_split(path, checkpoint, settings.split, data_dir=settings.data_dir)
+        load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
         for path, (_, checkpoint) in zip(paths, loaded, strict=True)
     ]
     check_same_images(paths, splits, settings.split)
@@ -105,7 +104,7 @@ def evaluate(settings: Evaluate) -> None:
     seconds = time.perf_counter() - start
 
     name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
-    names = class_names(name)
+    names = first.class_names
     own["loss"], loss_name = own.pop("loss"), name_of(first.loss)
     if evaluation and (averaged or loss_name == "mnist_lightning.losses.CrossEntropy"):
         del own["loss"]  # of several nets there is none; and this one is in the scores

@@ -58,7 +58,8 @@ def export(settings: Export) -> None:
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
-    images = load_split(path, checkpoint, "test", data_dir=settings.data_dir).images[:NUM_CHECKED]
+    split = load_split(path, checkpoint, "test", data_dir=settings.data_dir, trust=settings.trust)
+    images = split.images[:NUM_CHECKED]
     content = to_onnx(classifier, images)
     with threads.use(choose_threads([classifier], len(images), settings.threads)):
         difference = compare(content, classifier, images)
@@ -75,7 +76,7 @@ def export(settings: Export) -> None:
     print(f"checkpoint  {path}")
     print(f"written to  {target} ({len(content) / 1e6:.1f} MB)")
     sizes = ", ".join(map(str, images.shape[1:]))
-    print(f"input       images: uint8 (N, {sizes}), ink high on 0")
+    print(f"input       images: uint8 (N, {sizes}), in [0, 255], as the data set has them")
     print(f"output      {name_output(classifier)}: float32 (N, {classifier.num_outputs})")
     print(f"checked     {len(images):,} test images, largest difference to PyTorch {difference:.1e}")
 

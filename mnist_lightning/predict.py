@@ -1,4 +1,4 @@
-"""Which digit is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
+"""What is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
 
 import csv
 import glob
@@ -13,10 +13,16 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 register()
@@ -39,7 +45,7 @@ def run(cfg: DictConfig) -> None:
 def predict(settings: Predict) -> int:
     """Read each picture; print, write and draw what the net says of it.
 
-    A file that can't be read as a digit gets a line on stderr, and the others go on.
+    A file that can't be read gets a line on stderr, and the others go on.
 
     Returns:
         The number of such files.
@@ -47,7 +53,8 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.images.handwriting import SUFFIXES, NoDigit, read_image, to_mnist
+    from mnist_lightning.images.handwriting import NoDigit
+    from mnist_lightning.images.pictures import SUFFIXES
 
     path = find_checkpoint(settings.run, settings.checkpoint)
     files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
@@ -57,11 +64,12 @@ def predict(settings: Predict) -> int:
 
     from mnist_lightning import figures
     from mnist_lightning.evaluation.trained import choose_threads, compute_outputs, load_classifier
-    from mnist_lightning.images.sources import class_names
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
-    names = class_names(str(checkpoint["datamodule_hyper_parameters"]["name"]))
-    classes = classifier.names_classes
+    names, classes = classifier.class_names, classifier.names_classes
+    data = checkpoint["datamodule_hyper_parameters"]
+    known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
+    as_mnist = known is not None and known.handwriting
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"net: {path}")
@@ -75,8 +83,7 @@ def predict(settings: Predict) -> int:
         writer.writerow(header if classes else ["file", "output"])
         for number, file in enumerate(files, start=1):
             try:
-                picture = read_image(file)
-                seen = to_mnist(picture)
+                picture, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
             except (OSError, NoDigit, MemoryError) as error:
                 failures += 1
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -107,6 +114,33 @@ def predict(settings: Predict) -> int:
     if settings.show:
         figures.show(drawings.values())
     return failures
+
+
+def read_pixels(
+    file: Path, image_shape: "Sequence[int]", *, as_mnist: bool
+) -> "tuple[Image, NDArray[np.uint8]]":
+    """A picture, for people to look at, and the image that is made of it for a net.
+
+    Args:
+        image_shape: (C, H, W) of the net's images.
+        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
+            is resized, as ``data=folder`` does it.
+
+    Returns:
+        The picture, RGB, and (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    from mnist_lightning.images.handwriting import read_image, to_mnist
+    from mnist_lightning.images.pictures import read_picture
+
+    picture = read_image(file)
+    if as_mnist:
+        return picture, to_mnist(picture)
+    channels, height, width = image_shape
+    return picture, read_picture(file, size=(height, width), grey=channels == 1)
 
 
 def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -43,6 +43,7 @@ KINDS = {
         functions=r"torch\.nn\.functional\.(\w+_loss|(binary_)?cross_entropy(_with_logits)?|kl_div)",
     ),
     "metrics": Kind("torchmetrics.Metric", ("torchmetrics",), inner=("torchmetrics",)),
+    "data.source": Kind(None, ()),
     "optimizer": Kind("torch.optim.Optimizer", ("torch.optim",)),
     "scheduler": Kind("torch.optim.lr_scheduler.LRScheduler", ("torch.optim.lr_scheduler",)),
     "trainer": Kind(
@@ -61,6 +62,13 @@ KINDS = {
     ),
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
+SIZES = ("image_shape", "num_classes")  # what nets, losses and metrics are told, where they have it by name
+
+
+def kind_of(key: str) -> Kind | None:
+    """The kind of what a key of the settings, or the settings around it, builds."""
+    group, _, rest = key.partition(".")
+    return KINDS.get("data.source" if group == "data" and rest.partition(".")[0] == "source" else group)
 
 
 def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
@@ -102,6 +110,17 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     return made
 
 
+def check_arguments(config: Mapping[str, Any], key: str) -> None:
+    """Whether what settings name is there, and takes the arguments that it would be given.
+
+    Raises:
+        TargetError: see ``make``.
+    """
+    target = find(config, key)
+    offered = {name: None for name in SIZES if name in find_arguments(target)}
+    bind(target, offered | dict(config), key, partial=is_partial(config, key, target))
+
+
 def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
     """The class or function that settings name.
 
@@ -118,7 +137,7 @@ def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
         raise TargetError(f"{key}.{TARGET}={name} can't be imported: {cause}") from error
     if not callable(target):
         raise TargetError(f"{key}.{TARGET}={name} is neither a class nor a function")
-    base = KINDS[key.split(".")[0]].base
+    base = base_of(key)
     if inspect.isclass(target) and base is not None and not issubclass(target, get_object(base)):
         raise TargetError(f"{key}.{TARGET}={name} is no {base}")
     for inner in find_inner(list(config.values())):
@@ -151,8 +170,13 @@ def check_home(target: Any, name: str) -> None:
         raise TargetError(f"{name} is not defined in {top}: name {target.__module__} itself")
 
 
+def base_of(key: str) -> str | None:
+    kind = kind_of(key)
+    return kind.base if kind else None
+
+
 def check_kind(made: Any, key: str, name: str) -> None:
-    base = KINDS[key.split(".")[0]].base
+    base = base_of(key)
     if base is not None and not isinstance(made, get_object(base)):
         raise TargetError(f"{key}.{TARGET}={name} gives a {type(made).__name__}, and no {base}")
 

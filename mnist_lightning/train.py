@@ -29,7 +29,7 @@ from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import choose_mode, make
+from mnist_lightning.targets import check_arguments, choose_mode, make
 from mnist_lightning.trust import strange_modules, write_trust
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main() -> None:
     with compact_errors():
         tell_moved(sys.argv[1:])
         rewrite_arguments()
-    quote_paths(["data.data_dir", "hydra.run.dir"])
+    quote_paths(["data.data_dir", "data.path", "hydra.run.dir"])
     run()
 
 
@@ -120,7 +120,12 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     workarounds.quiet_tensorboard()
     L.seed_everything(settings.seed, workers=True, verbose=False)
     data = settings.data
+    check_parts(settings)
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
+    if not datamodule.is_known or None in (data.mean, data.std):  # else net and loss are tried first
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
     monitor = settings.monitor
     monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.higher_is_better(monitor.metric))
@@ -136,7 +141,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     callbacks = make_callbacks(settings, run_dir)
     trainer: L.Trainer = make(
         settings.trainer
-        | ({} if data.val_size else {"limit_val_batches": 0})
+        | ({} if data.has_validation else {"limit_val_batches": 0})
         | {
             "callbacks": callbacks,
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -158,14 +163,14 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         best = kept.folder / BEST if kept else None
         ckpt_path = best if best and best.exists() else None  # debug=fast_dev_run writes none
         metrics: Metrics = {}
-        evaluations = [trainer.validate] * bool(data.val_size) + [trainer.test] * test
+        evaluations = [trainer.validate] * data.has_validation + [trainer.test] * test
         for evaluate in evaluations:
             evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
             metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-        evaluated = ["val"] * bool(data.val_size) + ["test"] * test
+        evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
-            digits = datamodule.splits[split]
-            save_correct(classifier, digits.images, digits.labels, run_dir / f"{split}_correct.npy")
+            images = datamodule.splits[split]
+            save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
         metrics |= last
         metrics |= {
             "epochs": trainer.current_epoch,
@@ -183,6 +188,19 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     return metrics
 
 
+def check_parts(settings: Train) -> None:
+    """Whether what the settings name can be built, before any data is read.
+
+    Raises:
+        TargetError: a ``_target_`` can't be used, or takes other arguments.
+    """
+    parts = {key: getattr(settings, key) for key in ("model", "loss", "optimizer", "scheduler")}
+    parts |= {f"metrics.{name}": metric for name, metric in settings.metrics.items()}
+    for key, config in (parts | {"data.source": settings.data.source}).items():
+        if config:
+            check_arguments(config, key)
+
+
 def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitClassifier":
     """Net, loss, metrics and optimizer around them, tried on two blank images.
 
@@ -197,10 +215,13 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
         "image_shape": list(datamodule.image_shape),
         "num_classes": len(datamodule.class_names),
     }
-    scheduler = settings.scheduler
+    scheduler, pixels = settings.scheduler, settings.data.preprocess_arguments()
+    if None in (pixels["mean"], pixels["std"]):
+        measured = dict(zip(("mean", "std"), datamodule.measure_pixels(), strict=True))
+        pixels |= {name: value for name, value in measured.items() if pixels[name] is None}
     classifier = DigitClassifier(
         make(settings.model, "model", **sizes),
-        preprocess=Preprocess(**settings.data.preprocess_arguments()),
+        preprocess=Preprocess(**pixels),
         loss=make(settings.loss, "loss", **sizes),
         metrics={
             name: make(metric, f"metrics.{name}", **sizes)
@@ -211,7 +232,8 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
         scheduler=make(scheduler, "scheduler") if scheduler else None,
         decay_biases=settings.decay_biases,
         seed=settings.seed,
-        **sizes,
+        class_names=datamodule.class_names,
+        image_shape=datamodule.image_shape,
     )
     classifier.check()
     return classifier
@@ -251,7 +273,9 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
 
     facts = {
         "dirpath": str(run_dir / "checkpoints"),
-        "monitor": settings.monitor.metric if settings.data.val_size else None,  # None: the last is the best
+        "monitor": settings.monitor.metric
+        if settings.data.has_validation
+        else None,  # None: the last is the best
         "mode": settings.monitor.mode,
         **asdict(settings.checkpoint),
     }
@@ -301,15 +325,14 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
 
     Args:
-        images: (N, 28, 28) uint8.
+        images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
     """
     import numpy as np
-    import torch
 
-    classifier.eval()
-    with torch.inference_mode():
-        predictions = classifier(images.to(classifier.device)).argmax(1).cpu()
+    from mnist_lightning.evaluation.trained import compute_outputs
+
+    predictions = compute_outputs(classifier.eval(), images).argmax(1)
     np.save(path, np.packbits((predictions == labels).numpy()))
 
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.cli import retype
 from mnist_lightning.config import RUN_DIR
-from mnist_lightning.targets import KINDS, PARTS, TARGET, Kind
+from mnist_lightning.targets import KINDS, TARGET, Kind
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
 KEY = "trust="
@@ -67,17 +67,16 @@ def typed_trust(arguments: Sequence[str]) -> tuple[str, ...]:
 def check_recipe(recipe: Mapping[str, Any], source: Path, trust: Collection[str]) -> None:
     """
     Args:
-        recipe: of a checkpoint: "model", "loss", "metrics".
+        recipe: settings in a checkpoint, by group.
         source: the checkpoint.
 
     Raises:
         TrustError: it names what is not trusted, or holds an interpolation.
     """
-    parts = {group: recipe[group] for group in PARTS}
-    for key, text in find_texts(parts):
+    for key, text in find_texts(recipe):
         if "${" in text:
             raise TrustError(f"{source} is refused: its {key} is {text}, which only settings may hold")
-    check_targets(parts, source, trust)
+    check_targets(recipe, source, trust)
 
 
 def check_settings(

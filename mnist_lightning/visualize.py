@@ -23,7 +23,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 def main() -> None:
     begin()
-    quote_paths(["data.data_dir", "output"])
+    quote_paths(["data.data_dir", "data.path", "output"])
     run()
 
 
@@ -66,11 +66,19 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     datamodule = MNISTDataModule(**data.module_arguments(), seed=0)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    names = datamodule.class_names
+    data.check_shape(datamodule.image_shape)
+    names, in_colour = datamodule.class_names, datamodule.image_shape[0] > 1
     train = datamodule.splits["train"]
-    seen = Preprocess(**data.preprocess_arguments()).to_pixels  # as a net sees them, but not normalised
-    images = torch.cat([seen(batch)[:, 0].round().byte() for batch in torch.split(train.images, 1_000)])
-    pixels = torch.bincount(images.flatten(), minlength=256).double()
+    preprocess = Preprocess(deskew=data.deskew, augment=data.preprocess_arguments()["augment"])
+
+    def see(stored: torch.Tensor, key: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Images as a net sees them, but not normalised.  -> (N, H, W) or (N, H, W, 3) uint8"""
+        parts = [preprocess.to_pixels(batch, key).round().byte() for batch in torch.split(stored, 1_000)]
+        return torch.cat(parts).permute(0, 2, 3, 1) if in_colour else torch.cat(parts)[:, 0]
+
+    images = see(train.images)
+    channels = images.reshape(-1, 3).T if in_colour else images.reshape(1, -1)
+    pixels = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).double()
     levels = torch.arange(256) / 255
     mean = float((pixels * levels).sum() / pixels.sum())
     std = float((pixels * (levels - mean) ** 2).sum() / pixels.sum()) ** 0.5
@@ -82,10 +90,10 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     means = torch.stack([images[train.labels == label].float().mean(dim=0) for label in range(len(names))])
     kind = "upright training" if data.deskew else "training"
     drawings = {
-        "digits": figures.digits(
+        "images": figures.images(
             images[:NUM_IMAGES].numpy(),
             [names[label] for label in train.labels[:NUM_IMAGES].tolist()],
-            title=f"{data.name}: the first {NUM_IMAGES} {kind} images",
+            title=f"{data.name}: the first {min(NUM_IMAGES, len(train))} {kind} images",
         ),
         "class_counts": figures.class_counts({name: count.numpy() for name, count in counts.items()}, names),
         "mean_images": figures.mean_images(
@@ -95,11 +103,11 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     }
     if data.augment.deforms:
         originals = train.images[:NUM_DEFORMED]
-        variants = [seen(originals), *(seen(originals, (number,)) for number in range(NUM_VARIANTS))]
-        drawings["augmented"] = figures.digits(
-            torch.cat(variants, dim=1).flatten(0, 1).numpy(),
-            (["as it is"] + [""] * NUM_VARIANTS) * NUM_DEFORMED,
-            title=f"{data.name}: {NUM_DEFORMED} {kind} images and {NUM_VARIANTS} deformations of each",
+        variants = [see(originals), *(see(originals, (number,)) for number in range(NUM_VARIANTS))]
+        drawings["augmented"] = figures.images(
+            torch.stack(variants, dim=1).flatten(0, 1).numpy(),
+            (["as it is"] + [""] * NUM_VARIANTS) * len(originals),
+            title=f"{data.name}: {len(originals)} {kind} images and {NUM_VARIANTS} deformations of each",
             columns=1 + NUM_VARIANTS,
         )
     sizes = ", ".join(f"{int(count.sum()):,} {name}" for name, count in counts.items())

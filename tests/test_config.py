@@ -11,7 +11,6 @@ from processes import LIGHT, Fresh, Preloaded
 
 from mnist_lightning import config, network
 from mnist_lightning.config import read_signature as read
-from mnist_lightning.images import sources
 
 # arguments -> what the message says
 MISTAKES = {
@@ -33,8 +32,11 @@ MISTAKES = {
     ("optimizer.weight_decay=-1",): "optimizer.weight_decay must be a finite number >= 0, got -1",
     ("trainer.log_every_n_steps=0",): "trainer.log_every_n_steps must be a whole number >= 1, got 0",
     ("checkpoint.every_n_seconds=0",): "checkpoint.every_n_seconds must be a finite number > 0, got 0",
-    ("data.std=0",): "data.std must be in (0, 1], got 0",
-    ("data.name=cifar",): "data.name must be one of mnist, fashion_mnist, kmnist, got cifar",
+    ("data.std=0",): "data.std must be a finite number in (0, 1], got 0",
+    (
+        "data.name=cifar",
+    ): "data.name must be one of mnist, fashion_mnist, kmnist, emnist_letters, emnist_balanced, cifar10, folder,"
+    " npz, got cifar",
     ("data.augment.rotation=-1",): "data.augment.rotation must be in [0, 180] degrees, got -1",
     ("data.augment.elastic=nan",): "data.augment.elastic must be in [0, 14] pixels, got nan",
     ("data.augment.smoothness=0",): "data.augment.smoothness must be in [1, 28] pixels, got 0",
@@ -146,7 +148,6 @@ def test_hidden_may_be_a_number(tmp_path: Path) -> None:
 def test_choices_are_those_of_the_code() -> None:
     assert list(network.ACTIVATIONS) == list(config.ACTIVATIONS)
     assert list(network.NORMS) == list(config.NORMS)
-    assert list(sources.FOLDERS) == list(config.DATASETS)
 
 
 def test_schemas_are_those_of_the_code() -> None:

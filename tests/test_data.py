@@ -311,7 +311,7 @@ def test_broken_download_ends_clearly(
     monkeypatch.setattr(sources.find_class(name), "mirrors", [f"{faulty_server}/{fault}/"])
     monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", 1.0)
     with pytest.raises(OSError, match=f"data={name} could not be downloaded"):
-        sources.download(name, tmp_path)
+        sources.download(sources.Idx(name, tmp_path))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "no partial files"
 
 
@@ -327,11 +327,11 @@ def test_download_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for file in (f"{name}.gz" for name in RAW_FILES)
     ]
     monkeypatch.setattr(dataset, "resources", checksums)
-    sources.download("fashion_mnist", tmp_path)
+    sources.Idx("fashion_mnist", tmp_path).make_whole()
     server.shutdown()
     server.server_close()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(RAW_FILES)
-    sources.download("fashion_mnist", tmp_path)  # the server is gone: nothing is fetched again
+    sources.Idx("fashion_mnist", tmp_path).make_whole()  # the server is gone: nothing is fetched again
     datamodule = make(tmp_path, name="fashion_mnist")
     assert len(datamodule.splits["train"]) == 55_000
 
@@ -355,7 +355,7 @@ def test_idx_files_are_looked_into(
     content = (data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").read_bytes()
     path = tmp_path / "labels"
     path.write_bytes(change(content))
-    assert sources.is_idx(path, sources.LABELS_MAGIC, 10_000) is valid
+    assert sources.is_idx(path, sources.LABELS_MAGIC, 10_000, range(10)) is valid
 
 
 def test_unreadable_file_is_repaired(

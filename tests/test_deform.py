@@ -11,7 +11,7 @@ from torch import Tensor
 from mnist_lightning.data import read_splits
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 from mnist_lightning.images.deform import Deformation, from_center, upright
-from mnist_lightning.images.sources import stamp, unpack
+from mnist_lightning.images.sources import find_source, unpack
 
 Fit = Callable[..., dict[str, object]]
 NONE = {"rotation": 0, "scale": 0, "shear": 0, "shift": 0, "elastic": 0, "smoothness": 5.0}
@@ -26,7 +26,7 @@ def make(**amounts: float) -> Deformation:
 @pytest.fixture(scope="module")
 def images(data_dir: Path) -> Tensor:
     unpack(data_dir)
-    stored = read_splits("mnist", data_dir, 0, 0, stamp("mnist", data_dir))["train"].images
+    stored = read_splits(find_source("mnist", data_dir), 0, 0, None)[0]["train"].images
     return stored[:COUNT, None].float()
 
 

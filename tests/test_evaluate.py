@@ -169,7 +169,7 @@ def test_a_net_that_does_not_fit_its_settings_is_refused(trained_run: Path, tmp_
             rebuild(state, settings | {"model": model | change}, checkpoint, tmp_path)
     for change in (
         {"image_shape": [1, 9, 9]},
-        {"num_classes": 7},
+        {"class_names": list("abcdefg")},
         {"preprocess": {}, "metrics": 3},
         {"loss": 3},
     ):

@@ -26,7 +26,7 @@ def sheet(figure: Figure) -> np.ndarray:
 
 def test_digits_shows_every_image_with_its_label() -> None:
     labels = [str(index % 10) for index in range(60)]
-    figure = figures.digits(IMAGES, labels, title="sixty")
+    figure = figures.images(IMAGES, labels, title="sixty")
     assert [text.get_text() for text in figure.axes[0].texts] == labels
     pixels = sheet(figure)
     assert np.isfinite(pixels).sum() == 60 * 28 * 28
@@ -34,9 +34,11 @@ def test_digits_shows_every_image_with_its_label() -> None:
     assert figure.axes[0].images[0].get_cmap().name == "gray_r"
     # the 13th image is the third of the second row
     tiles = np.argwhere(np.isfinite(pixels))
-    height, width = 28 + 3 + 8, 28 + 3
-    assert tiles.min() == 0
-    assert np.array_equal(pixels[height + 8 : height + 36, 2 * width : 2 * width + 28], IMAGES[12])
+    height, width = pixels.shape[0] // 6, 28 + 3
+    assert pixels.shape == (6 * height, 10 * width)
+    top = tiles[:, 0].min()
+    assert top == height - 31, "captions have room above each image"
+    assert np.array_equal(pixels[height + top : height + top + 28, 2 * width : 2 * width + 28], IMAGES[12])
 
 
 def test_class_counts_draws_a_bar_for_each_class_and_split() -> None:
@@ -57,7 +59,7 @@ def test_mean_images_are_named() -> None:
 
 def test_pixel_histogram_has_a_bar_for_each_grey() -> None:
     counts = np.arange(1, 257)
-    figure = figures.pixel_histogram(counts, mean=0.13, std=0.31, title="mnist")
+    figure = figures.pixel_histogram(counts[None], mean=0.13, std=0.31, title="mnist")
     assert [bar.get_height() for bar in figure.axes[0].patches] == counts.tolist()
     assert figure.axes[0].get_yscale() == "log"
     assert "mean 0.1300, std 0.3100" in figure.axes[0].get_title(loc="left")
@@ -139,7 +141,7 @@ def test_prediction_shows_input_and_ten_bars() -> None:
 
 def test_saved_figures_are_readable_pngs(tmp_path: Path) -> None:
     before = dict(rcParams)
-    figure = figures.digits(IMAGES, NAMES * 6, title="sixty")
+    figure = figures.images(IMAGES, NAMES * 6, title="sixty")
     (path,) = figures.save({"digits": figure}, tmp_path / "new" / "folder")
     with Image.open(path) as picture:
         assert picture.size[0] == 960
@@ -152,6 +154,6 @@ def test_show_without_a_display_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    figure = figures.digits(IMAGES[:10], NAMES, title="ten")
+    figure = figures.images(IMAGES[:10], NAMES, title="ten")
     with pytest.raises(OSError, match="no display"):
         figures.show([figure])

@@ -14,6 +14,7 @@ HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "ten
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
+    "images.known",
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.resume", "rundir.signals", "rundir.status"),
     *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
@@ -27,10 +28,10 @@ MAY_IMPORT = {
     "targets": set(),
     "figures": set(),
     "threads": {"network"},
-    "config": {"settings_help", "targets"},
+    "config": {"images", "settings_help", "targets"},
     "cli": {"rundir", "threads", "workarounds"},
     "trust": {"cli", "config", "targets"},
-    "images": {"rundir"},
+    "images": {"rundir", "targets"},
     "data": {"images"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},

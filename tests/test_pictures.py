@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=20", "test=false", "model.hidden=[8]")
-IMAGES = {"data/digits", "net/first_layer", "val/confusion_matrix", "val/mistakes"}
+IMAGES = {"data/images", "net/first_layer", "val/confusion_matrix", "val/mistakes"}
 
 
 def events(run: Path) -> Any:

@@ -13,14 +13,13 @@ from processes import Preloaded
 from benchmarks.handwriting import KINDS, through_predict
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 from mnist_lightning.images.handwriting import (
-    MAX_PIXELS,
-    SUFFIXES,
     NoDigit,
     center,
     fit,
     read_image,
     to_mnist,
 )
+from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES
 
 NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py takes more, and the goal of 97 % for most kinds
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mnist_lightning.images.sources import PACKAGED, RAW_FILES
 
-FIGURES = ["class_counts.png", "digits.png", "mean_images.png", "pixels.png"]
+FIGURES = ["class_counts.png", "images.png", "mean_images.png", "pixels.png"]
 
 
 def test_visualize_draws_mnist(tmp_path: Path, command: Run) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
 from mnist_lightning.evaluation.scores import confusion_matrix
+from mnist_lightning.evaluation.trained import compute_outputs
 from mnist_lightning.rundir.loggers import writing
 
 log = logging.getLogger(__name__)
 
-NUM_DIGITS = 40
+NUM_IMAGES = 40
 NUM_MISTAKES = 24
 NUM_UNITS = 60  # of the first layer that are drawn
 
@@ -53,22 +55,23 @@ class TensorBoardPictures(Callback):
             images, labels = _split(trainer, "train")
             names = trainer.datamodule.class_names  # type: ignore[attr-defined]
             with _left_out_if_it_does_not_fit("training images"):
-                drawing = figures.digits(
-                    images[:NUM_DIGITS].numpy(),
-                    [names[label] for label in labels[:NUM_DIGITS].tolist()],
-                    title=f"the first {NUM_DIGITS} training images",
+                drawing = figures.images(
+                    images[:NUM_IMAGES].numpy(),
+                    [names[label] for label in labels[:NUM_IMAGES].tolist()],
+                    title=f"the first {min(NUM_IMAGES, len(images))} training images",
                 )
-                _add(writer, "data/digits", drawing, step=0)
+                _add(writer, "data/images", drawing, step=0)
             with _left_out_if_it_does_not_fit("graph of the net"):
                 seen = pl_module.preprocess(images[:1].to(pl_module.device))  # type: ignore[operator]
                 _add_graph(writer, pl_module.net, seen.cpu())  # type: ignore[arg-type]
             with _left_out_if_it_does_not_fit("first layer"):
                 weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
-                height, width = images.shape[1:3]
-                if weights.ndim == 2 and weights.shape[1] == height * width:  # a unit looks at whole images
+                shape: tuple[int, ...] = tuple(pl_module.image_shape)  # type: ignore[arg-type]
+                if weights.ndim == 2 and weights.shape[1] == math.prod(shape):  # a unit looks at whole images
+                    pictures = weights[:NUM_UNITS].reshape(-1, *shape)
                     count = f"{min(NUM_UNITS, len(weights))} of {len(weights)} units"
                     drawing = figures.first_layer(
-                        weights[:NUM_UNITS].reshape(-1, height, width).numpy(),
+                        (pictures[:, 0] if shape[0] == 1 else pictures.permute(0, 2, 3, 1)).numpy(),
                         title=f"first layer after training: {count}",
                     )
                     _add(writer, "net/first_layer", drawing, step=trainer.global_step)
@@ -81,8 +84,7 @@ class TensorBoardPictures(Callback):
                 return
             images, labels = _split(trainer, "val")
             with _left_out_if_it_does_not_fit("confusion matrix and mistakes"):
-                with torch.inference_mode():
-                    probabilities = torch.softmax(pl_module(images.to(pl_module.device)), dim=1).cpu()
+                probabilities = torch.softmax(compute_outputs(pl_module, images), dim=1)  # type: ignore[arg-type]
                 names = trainer.datamodule.class_names  # type: ignore[attr-defined]
                 for tag, drawing in _draw_validation(images, labels, probabilities, names).items():
                     _add(writer, tag, drawing, step=trainer.global_step)
@@ -123,7 +125,7 @@ def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
 def _draw_validation(
     images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> dict[str, Figure]:
-    """The confusion matrix and the most confident mistakes.  (N, H, W), (N,), (N, num_classes)"""
+    """The confusion matrix and the most confident mistakes.  (N, …), (N,), (N, num_classes)"""
     confidences, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero().squeeze(1)
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
@@ -142,9 +144,9 @@ def _draw_validation(
 
 
 def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> images (N, H, W) uint8, labels (N,) int64"""
-    digits = trainer.datamodule.splits[name]  # type: ignore[attr-defined]
-    return digits.images, digits.labels
+    """-> images (N, H, W) or (N, H, W, 3) uint8, labels (N,) int64"""
+    split = trainer.datamodule.splits[name]  # type: ignore[attr-defined]
+    return split.images, split.labels
 
 
 def _add(writer: SummaryWriter, tag: str, drawing: Figure, *, step: int) -> None:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier
-from mnist_lightning.data import EVAL_BATCH_SIZE, Digits, MNISTDataModule
+from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
+from mnist_lightning.images.arrays import DataError
+from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.images.preprocess import Preprocess
-from mnist_lightning.images.sources import is_whole
 from mnist_lightning.rundir.checkpoint import find_newest, load
-from mnist_lightning.targets import TargetError, make
+from mnist_lightning.targets import PARTS, TargetError, make
 from mnist_lightning.trust import check_recipe, read_trust, strange_modules
 
 
@@ -48,7 +49,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     recipe = checkpoint["hyper_parameters"]
     if recipe.get("model") is None:
         raise OSError(f"{path} does not tell how its net was made")
-    check_recipe(recipe, path, read_trust(trust))
+    check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     try:
         classifier = rebuild(recipe, checkpoint["state_dict"])
     except TargetError as error:
@@ -90,49 +91,61 @@ def rebuild(recipe: dict[str, Any], weights: Mapping[str, Tensor]) -> DigitClass
             name: make(metric, f"metrics.{name}") for name, metric in recipe["metrics"].items() if metric
         },
         image_shape=recipe["image_shape"],
-        num_classes=recipe["num_classes"],
+        class_names=recipe["class_names"],
     )
     classifier.check()
     return classifier
 
 
-def load_split(path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None) -> Digits:
+def load_split(
+    path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None, trust: Any = None
+) -> Images:
     """The images of a checkpoint's run, split as the run had them.
 
     Args:
         path: of the checkpoint, for the messages.
         checkpoint: what it holds.
         split: "train", "val" or "test".
-        data_dir: where the data lies, made and filled where something is missing; None: where the run
-            read it.  That path comes from a file that may be a stranger's: it is read, never written.
+        data_dir: where the data lies, the folder or the npz file of such data, made and filled where
+            something is missing; None: where the run read it.  That path comes from a file that may be a
+            stranger's: it is read, never written.
+        trust: see ``load_classifier``.
 
     Raises:
-        OSError: the checkpoint does not tell its data, the data can't be read or fetched, or the run
-            had no such split.
+        OSError: the checkpoint does not tell its data, the data can't be read or fetched, is not what the
+            run was trained on, or the run had no such split.
+        TrustError: the data is to be read by code that is not trusted.
     """
     try:
         settings = dict(checkpoint["datamodule_hyper_parameters"])
+        source = settings.get("source")
+        place = "path" if source is None and settings["name"] in OF_A_PATH else "data_dir"
+        if source is not None:
+            check_recipe({"data": {"source": source}}, path, read_trust(trust))
         if data_dir is not None:
-            settings["data_dir"] = data_dir
+            settings[place] = data_dir
         datamodule = MNISTDataModule(**settings)
-        known = datamodule.dataset
         if data_dir is not None:
             datamodule.prepare_data()
-        elif not is_whole(known, datamodule.data_dir):
+        elif not datamodule.source.is_whole():
             raise OSError(
-                f"{path} says that its data lies in {settings['data_dir']}, where it is not, or not whole:"
+                f"{path} says that its data lies in {settings[place]}, where it is not, or not whole:"
                 f" data_dir=… says where it lies, or is to be put"
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise OSError(f"{path} does not tell which data its net was trained on: {error}") from error
     datamodule.setup("fit")
-    digits = datamodule.splits[split]
-    if not len(digits):
-        raise OSError(f"split={split}: the run had no such images of {known} (data.val_size=0)")
-    return digits
+    try:
+        datamodule.check_fingerprint(checkpoint.get(type(datamodule).__qualname__) or {})
+    except DataError as error:
+        raise OSError(f"{path}: {error}") from error
+    images = datamodule.splits[split]
+    if not len(images):
+        raise OSError(f"split={split}: the run had no such images of {datamodule.name} (data.val_size=0)")
+    return images
 
 
-def check_same_images(paths: Sequence[Path], splits: Sequence[Digits], name: str) -> None:
+def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
     """That all these runs have the same images in the split of this name.
 
     Raises:
@@ -151,8 +164,10 @@ def check_same_images(paths: Sequence[Path], splits: Sequence[Digits], name: str
 
 def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, wanted: int | None) -> int:
     """The number of threads for ``compute_outputs`` of each of these nets."""
-    size = min(num_images, EVAL_BATCH_SIZE)
-    flops = [threads.count_flops(one.net, one.image_shape, size) for one in classifiers]
+    flops = [
+        threads.count_flops(one.net, one.image_shape, min(num_images, eval_batch_size(one.image_shape)))
+        for one in classifiers
+    ]
     return threads.choose(max(flops), wanted=wanted)
 
 
@@ -164,11 +179,12 @@ def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int
     Args:
         variant: a number, of whose deformations each image gets one; None: the image itself.
     """
-    batches = enumerate(torch.split(images, EVAL_BATCH_SIZE))
+    outputs = []
     with torch.inference_mode():
-        return torch.cat(
-            [classifier(batch, None if variant is None else (number, variant)) for number, batch in batches]
-        )
+        for number, batch in enumerate(torch.split(images, eval_batch_size(classifier.image_shape))):
+            key = None if variant is None else (number, variant)
+            outputs.append(classifier(batch.to(classifier.device), key).cpu())
+    return torch.cat(outputs)
 
 
 def log_probabilities(classifier: DigitClassifier, images: Tensor, *, tta: int = 0) -> Tensor:
@@ -199,7 +215,8 @@ def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dic
         By name, the loss as "loss".
     """
     with torch.inference_mode():
-        parts = torch.split(outputs, EVAL_BATCH_SIZE), torch.split(labels, EVAL_BATCH_SIZE)
+        size = eval_batch_size(classifier.image_shape)
+        parts = torch.split(outputs, size), torch.split(labels, size)
         classifier.test_metrics.reset()
         for batch, its_labels in zip(*parts, strict=True):
             classifier.measure("test", batch, its_labels)

@@ -10,7 +10,7 @@ from mnist_lightning.figures.counts import (
     pixel_histogram,
     reliability_diagram,
 )
-from mnist_lightning.figures.sheets import digits, first_layer, mean_images, mistakes, prediction
+from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction
 from mnist_lightning.figures.style import save, show, to_array
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "class_counts",
     "confusion_matrix",
     "curves",
-    "digits",
     "first_layer",
     "heat_map",
+    "images",
     "learning_curves",
     "mean_images",
     "mistakes",

@@ -6,7 +6,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from mnist_lightning.figures.style import BLUE, COLORS, GREY, SKY, WIDTH, Array, name_classes, styled
+from mnist_lightning.figures.style import (
+    BLUE,
+    COLORS,
+    GREEN,
+    GREY,
+    LONGEST,
+    SKY,
+    VERMILION,
+    WIDTH,
+    Array,
+    font_size,
+    name_classes,
+    shorten,
+    styled,
+)
+
+MOST_NUMBERED = 40  # classes up to which a confusion matrix shows its numbers
 
 
 @styled
@@ -16,36 +32,47 @@ def class_counts(counts: Mapping[str, Array], class_names: Sequence[str]) -> Fig
     Args:
         counts: name of a split -> (C,) int.
     """
-    figure = Figure(figsize=(WIDTH, 1.6 * len(counts) + 0.6))
+    width = max(WIDTH, min(16.0, 0.14 * len(class_names)))
+    longest = max(len(shorten(name, LONGEST)) for name in class_names)
+    figure = Figure(figsize=(width, 1.6 * len(counts) + 0.6 + (0.05 * longest if longest > 2 else 0)))
     panels = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (split, heights), color in zip(panels, counts.items(), COLORS, strict=False):
         bars = axes.bar(range(len(heights)), heights, color=color)
-        axes.bar_label(bars, labels=[f"{height:,}" for height in heights], fontsize=8, padding=1)
+        if len(heights) <= 26:
+            size = 8 if len(heights) <= 12 else 5.5
+            axes.bar_label(bars, labels=[f"{height:,}" for height in heights], fontsize=size, padding=1)
         axes.set_title(f"{split}: {int(np.sum(heights)):,} images")
         axes.set_ylabel("images")
         axes.margins(y=0.18)
         axes.grid(axis="x", visible=False)
-    name_classes(panels[-1], class_names)
+    name_classes(panels[-1], class_names, width=width)
     panels[-1].set_xlabel("class")
     return figure
 
 
 @styled
 def pixel_histogram(counts: Array, *, mean: float, std: float, title: str) -> Figure:
-    """How often each grey value stands in the images, on a logarithmic axis.
+    """How often each value stands in the images, on a logarithmic axis.
 
     Args:
-        counts: (256,) int.
+        counts: (1, 256) int, or (3, 256) of red, green and blue.
         mean, std: of the pixels, in [0, 1].
     """
     figure = Figure(figsize=(WIDTH, 3.2))
     axes = figure.subplots()
-    axes.bar(range(256), counts, width=1.0, color=BLUE)
+    if len(counts) == 1:
+        axes.bar(range(256), counts[0], width=1.0, color=BLUE)
+    else:
+        for values, name, color in zip(
+            counts, ("red", "green", "blue"), (VERMILION, GREEN, BLUE), strict=True
+        ):
+            axes.step(range(256), values, where="mid", color=color, label=name)
+        axes.legend()
     axes.set_yscale("log")
     axes.set_xlim(-2, 257)
-    axes.set_xlabel("pixel value: 0 is paper, 255 is ink")
+    axes.set_xlabel("pixel value")
     axes.set_ylabel("pixels")
-    share = 100 * float(counts[0]) / float(np.sum(counts))
+    share = 100 * float(np.sum(counts[:, 0])) / float(np.sum(counts))
     axes.set_title(
         f"{title}: {share:.1f} % of the pixels are 0; mean {mean:.4f}, std {std:.4f} of pixels in [0, 1]"
     )
@@ -59,7 +86,9 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
     Args:
         matrix: (C, C) int, rows are labels, columns are predictions.
     """
-    figure = Figure(figsize=(WIDTH, 6.4))
+    count = len(class_names)
+    side = WIDTH if count <= 12 else min(14.0, WIDTH + 0.12 * (count - 12))
+    figure = Figure(figsize=(side, 0.8 * side))
     axes = figure.subplots()
     mistakes = np.array(matrix, dtype=float)
     np.fill_diagonal(mistakes, np.nan)
@@ -67,13 +96,15 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
     picture = axes.imshow(mistakes, cmap="Blues", vmin=0, vmax=most)
     axes.set_facecolor("#ececec")
     axes.grid(False)
-    for (row, column), count in np.ndenumerate(matrix):
-        hit = row == column
-        color = "black" if hit or count < 0.6 * most else "white"
-        if count:
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=9)
-    name_classes(axes, class_names)
-    axes.set_yticks(range(len(class_names)), class_names)
+    size = font_size(count, 0.8 * side)
+    for (row, column), number in np.ndenumerate(matrix):
+        color = "black" if row == column or number < 0.6 * most else "white"
+        if number and count <= MOST_NUMBERED:
+            text = f"{number:,}"
+            fitting = min(9, 1.9 * size, 6.4 * size / len(text))
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=fitting)
+    name_classes(axes, class_names, width=0.8 * side)
+    axes.set_yticks(range(count), [shorten(name, LONGEST) for name in class_names], fontsize=size)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     axes.set_title(title)

@@ -9,20 +9,22 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
-from mnist_lightning.figures.style import BLUE, GREY, PAPER, VERMILION, WIDTH, Array, percent, styled
+from mnist_lightning.figures.style import BLUE, GREY, PAPER, VERMILION, WIDTH, Array, percent, shorten, styled
+
+LINE = "\n"
+LINE_HEIGHT, LETTER_WIDTH = 0.13, 0.068  # inches, of the captions' 8 points
+MOST_BARS = 10  # classes whose probabilities are drawn
 
 
 @styled
-def digits(images: Array, labels: Sequence[str], *, title: str, columns: int = 10) -> Figure:
-    """A grid of images in reversed grey, each with its label.
+def images(images: Array, labels: Sequence[str], *, title: str, columns: int = 10) -> Figure:
+    """A grid of images, grey ones as on paper, each with its label.
 
     Args:
-        images: (N, 28, 28) in [0, 255].
+        images: (N, H, W) or (N, H, W, 3) in [0, 255].
         labels: N texts.
     """
-    figure, axes = sheet_figure(len(images), columns, tile=0.8, lines=1, title=title)
-    draw_sheet(axes, images, labels, columns=columns, limits=(0, 255))
-    return figure
+    return draw_sheet(images, labels, title=title, columns=columns, limits=(0, 255))[0]
 
 
 @styled
@@ -30,12 +32,10 @@ def mean_images(means: Array, class_names: Sequence[str], *, title: str) -> Figu
     """The mean image of each class.
 
     Args:
-        means: (C, 28, 28) in [0, 255].
+        means: (C, H, W) or (C, H, W, 3) in [0, 255].
     """
-    columns = math.ceil(len(means) / 2)
-    figure, axes = sheet_figure(len(means), columns, tile=1.5, lines=1, title=title)
-    draw_sheet(axes, means, class_names, columns=columns, limits=(0, 255))
-    return figure
+    columns = min(10, max(5, math.ceil(len(means) / 2)))
+    return draw_sheet(means, class_names, title=title, columns=columns, limits=(0, 255))[0]
 
 
 @styled
@@ -51,32 +51,39 @@ def mistakes(
     """A sheet of misread images, each with its label, the prediction and its probability.
 
     Args:
-        images: (N, 28, 28) in [0, 255]; N may be 0.
+        images: (N, H, W) or (N, H, W, 3) in [0, 255]; N may be 0.
         probabilities: (N,) of the predictions, in [0, 1].
     """
+    if len(images) == 0:
+        figure = Figure(figsize=(WIDTH, 1.4))
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_title(title)
+        axes.text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=axes.transAxes)
+        return figure
+    short = all(len(one) <= 3 for one in (*labels, *predictions))
     captions = [
-        f"{label} read as {prediction}\n{percent(probability)}"
+        f"{label}{' ' if short else LINE}read as {prediction}\n{percent(probability)}"
         for label, prediction, probability in zip(labels, predictions, probabilities, strict=True)
     ]
-    figure, axes = sheet_figure(len(images), columns, tile=1.0, lines=2, title=title)
-    if len(images):
-        draw_sheet(axes, images, captions, columns=columns, limits=(0, 255))
-    else:
-        axes.text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=axes.transAxes)
-    return figure
+    return draw_sheet(images, captions, title=title, columns=columns, limits=(0, 255))[0]
 
 
 @styled
 def first_layer(weights: Array, *, title: str, columns: int = 10) -> Figure:
     """What each unit of the first layer looks for: its weights as an image, blue +, red -.
 
+    In colour, grey is 0, and a colour's weight is more or less of it.
+
     Args:
-        weights: (units, 28, 28).
+        weights: (units, H, W) or (units, H, W, 3).
     """
     limit = float(np.quantile(np.abs(weights), 0.999)) or 1.0
-    figure, axes = sheet_figure(len(weights), columns, tile=0.8, lines=0, title=title)
-    picture = draw_sheet(axes, weights, None, columns=columns, limits=(-limit, limit), cmap="RdBu")
-    figure.colorbar(picture, ax=axes, label="weight", shrink=0.5, aspect=30)
+    figure, axes, picture = draw_sheet(
+        weights, None, title=title, columns=columns, limits=(-limit, limit), cmap="RdBu"
+    )
+    if weights.ndim == 3:
+        figure.colorbar(picture, ax=axes, label="weight", shrink=0.5, aspect=30)
     return figure
 
 
@@ -84,11 +91,11 @@ def first_layer(weights: Array, *, title: str, columns: int = 10) -> Figure:
 def prediction(
     given: Array, seen: Array, probabilities: Array, class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """What was given, the 28x28 that the net saw, and its ten probabilities.
+    """What was given, the image that the net saw, and the probabilities of at most ten classes.
 
     Args:
         given: (H, W, 3) uint8.
-        seen: (28, 28) in [0, 255], ink is high.
+        seen: (H, W) or (H, W, 3) in [0, 255].
         probabilities: (C,) in [0, 1].
     """
     figure = Figure(figsize=(WIDTH, 3.1))
@@ -96,16 +103,20 @@ def prediction(
     left.imshow(given)
     left.set_title("given")
     middle.imshow(seen, cmap=PAPER, vmin=0, vmax=255)
-    middle.set_title("what the net sees, 28×28")
+    middle.set_title(f"what the net sees, {seen.shape[1]}×{seen.shape[0]}")
     for axes in (left, middle):
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set(visible=True, color=GREY)
+    chosen = np.arange(len(probabilities))
+    if len(chosen) > MOST_BARS:
+        chosen = np.argsort(-probabilities, kind="stable")[:MOST_BARS]
+        right.set_title(f"the most probable of {len(probabilities)}", fontsize=9)
     best = int(np.argmax(probabilities))
-    colors = [VERMILION if index == best else BLUE for index in range(len(probabilities))]
-    bars = right.barh(range(len(probabilities)), probabilities, color=colors)
-    right.bar_label(bars, labels=[percent(p) for p in probabilities], fontsize=8, padding=2)
-    right.set_yticks(range(len(class_names)), class_names)
+    colors = [VERMILION if index == best else BLUE for index in chosen]
+    bars = right.barh(range(len(chosen)), probabilities[chosen], color=colors)
+    right.bar_label(bars, labels=[percent(p) for p in probabilities[chosen]], fontsize=8, padding=2)
+    right.set_yticks(range(len(chosen)), [shorten(class_names[int(index)], 20) for index in chosen])
     right.invert_yaxis()
     right.set_xlim(0, 1.25)
     right.set_xticks([0, 0.5, 1])
@@ -116,45 +127,49 @@ def prediction(
     return figure
 
 
-def sheet_figure(
-    num_images: int, columns: int, *, tile: float, lines: int, title: str
-) -> tuple[Figure, Axes]:
-    """An empty figure with room for a sheet whose tiles have captions of so many lines."""
-    rows = max(1, math.ceil(num_images / columns))
-    height = rows * (WIDTH / columns * (1 + 0.24 * lines * 0.8 / tile)) + 0.4
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.subplots()
-    axes.set_axis_off()
-    axes.set_title(title)
-    return figure, axes
-
-
 def draw_sheet(
-    axes: Axes,
     images: Array,
     captions: Sequence[str] | None,
     *,
+    title: str,
     columns: int,
     limits: tuple[float, float],
     cmap: str = PAPER,
-) -> AxesImage:
-    """Images side by side in one array: a hundred axes would take seconds to draw."""
-    lines = max((caption.count("\n") + 1 for caption in captions), default=0) if captions else 0
-    gap, band = 3, 8 * lines
-    rows = math.ceil(len(images) / columns)
-    height, width = images.shape[1] + gap + band, images.shape[2] + gap
-    sheet = np.full((rows * height, columns * width), np.nan)
-    for index, image in enumerate(images):
-        top, left = index // columns * height + band, index % columns * width
-        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
-        if captions:
-            axes.text(
-                left + image.shape[1] / 2,
-                top - 1.5,
-                captions[index],
-                ha="center",
-                va="bottom",
-                fontsize=8,
-                linespacing=1.0,
-            )
-    return axes.imshow(sheet, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+) -> tuple[Figure, Axes, AxesImage]:
+    """Images side by side in one array: a hundred axes would take seconds to draw.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 3), N > 0.
+        captions: N texts, of one line or more.
+        limits: the values that are shown darkest and brightest.
+    """
+    height, width = images.shape[1:3]
+    rows, gap = math.ceil(len(images) / columns), max(1, round(0.1 * width))
+    pixels_per_inch = columns * (width + gap) / WIDTH
+    lines = max(caption.count("\n") + 1 for caption in captions) if captions else 0
+    band = math.ceil(lines * LINE_HEIGHT * pixels_per_inch)
+    sheet = np.full((rows * (height + gap + band), columns * (width + gap), *images.shape[3:]), np.nan)
+    places = [
+        (number // columns * (height + gap + band) + band, number % columns * (width + gap))
+        for number in range(len(images))
+    ]
+    for image, (top, left) in zip(images, places, strict=True):
+        sheet[top : top + height, left : left + width] = image
+    figure = Figure(figsize=(WIDTH, sheet.shape[0] / pixels_per_inch + 0.4))
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_title(title)
+    for caption, (top, left) in zip(captions or [], places, strict=False):
+        most = int(WIDTH / columns / LETTER_WIDTH)
+        text = "\n".join(shorten(line, most) for line in caption.split("\n"))
+        axes.text(
+            *(left + width / 2, top - 0.5 - 0.03 * pixels_per_inch, text),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            linespacing=1.0,
+        )
+    if images.ndim == 4:
+        sheet = np.nan_to_num((sheet - limits[0]) / (limits[1] - limits[0]), nan=1.0).clip(0, 1)
+    picture = axes.imshow(sheet, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    return figure, axes, picture

@@ -23,6 +23,7 @@ COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 GREY = "#767676"
 PAPER = "gray_r"  # as on paper: ink is dark
 WIDTH = 8.0  # inches of every figure: 960 pixels
+LONGEST = 24  # letters of a class's name on an axis
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -43,12 +44,12 @@ Arguments = ParamSpec("Arguments")
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Draws in this style, whatever the style around it."""
+    """Draws in this style, whatever the style around it, and texts as they are: a $ opens no formula."""
 
     @functools.wraps(draw)
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with rc_context(STYLE):
-            figure = draw(*args, **kwargs)
+            figure = draw(*escape(args), **escape(kwargs))
             # The style must still hold while the layout is worked out, and once is enough: it takes
             # longer than the drawing.
             if (engine := figure.get_layout_engine()) is not None:
@@ -57,6 +58,17 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
         return figure
 
     return wrapper
+
+
+def escape(value: Any) -> Any:
+    """The same, each $ in its texts escaped."""
+    if isinstance(value, str):
+        return value.replace("$", r"\$")
+    if isinstance(value, Mapping):
+        return {escape(key): escape(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(escape(inner) for inner in value)
+    return value
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
@@ -102,11 +114,33 @@ def show(figures: Iterable[Figure]) -> None:
     pyplot.show()
 
 
-def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    long = max(map(len, class_names)) > 2
-    axes.set_xticks(
-        range(len(class_names)), class_names, rotation=30 if long else 0, ha="right" if long else "center"
-    )
+def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH) -> None:
+    """
+    Args:
+        width: of the figure, in inches.
+    """
+    names = [shorten(name, LONGEST) for name in class_names]
+    longest, count = max(map(len, names)), len(names)
+    size = font_size(count, width)
+    if count > 30 or longest > 14:
+        axes.set_xticks(range(count), names, rotation=90, fontsize=size)
+    elif longest > 2:
+        axes.set_xticks(range(count), names, rotation=30, ha="right", fontsize=size)
+    else:
+        axes.set_xticks(range(count), names, fontsize=size)
+
+
+def font_size(count: int, inches: float) -> float:
+    """Points of texts that stand side by side, so many along a figure."""
+    return max(3.5, min(10.0, 0.55 * 72 * inches / count))
+
+
+def shorten(text: str, most: int) -> str:
+    """A text with no more than so many letters, "…" in its middle where some are left out."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: max(1, most - 1 - tail)]}…{text[len(text) - tail :]}"
 
 
 def percent(probability: float) -> str:

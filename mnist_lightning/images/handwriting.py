@@ -7,19 +7,17 @@ http://yann.lecun.com/exdb/mnist/).  They are ink (high) on paper (0).  A net th
 misreads others, however clear they are.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter
+
+from mnist_lightning.images.pictures import open_picture
 
 SIDE = 28
 BOX = 20
 CENTER = 14.0  # pixel index where MNIST's centres of mass lie, to half a pixel
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-MAX_PIXELS = 50_000_000  # a large camera's photo; decoded as RGB it takes 150 MB
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
 MIN_CONTRAST = 12.0  # grey levels between ink and paper, of 255
 
@@ -36,28 +34,9 @@ def read_image(path: Path) -> Image.Image:
     Transparent pictures are laid on white, or on black where the ink itself is light.
 
     Raises:
-        OSError: the file can't be read, is no picture of ``FORMATS``, or has more than ``MAX_PIXELS``.
+        OSError: see ``pictures.open_picture``.
     """
-    if path.stat().st_size == 0:
-        raise OSError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata; sizes are judged here
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise OSError(
-                        f"{width}×{height} pixels are too many (at most {MAX_PIXELS:,}): make it smaller"
-                    )
-                return _to_rgb(ImageOps.exif_transpose(picture))
-        except Image.DecompressionBombError as error:
-            raise OSError(f"too many pixels (at most {MAX_PIXELS:,}): make it smaller") from error
-        except UnidentifiedImageError as error:
-            raise OSError(f"no picture that can be read ({', '.join(FORMATS)})") from error
-        except OSError:
-            raise
-        except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-            raise OSError(f"the picture is damaged: {error}") from error
+    return _to_rgb(open_picture(path))
 
 
 def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:

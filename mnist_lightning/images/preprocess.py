@@ -1,6 +1,6 @@
 """From images as they are stored to what a net sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ class Preprocess(nn.Module):
     set upright, a net sees less of the deformation, and it makes more mistakes (docs/records.md).
 
     Args:
-        mean: of the training pixels, scaled to [0, 1].
-        std: of the training pixels, scaled to [0, 1]; > 0.
+        mean: of the training pixels, scaled to [0, 1]; one number, or one for each channel.
+        std: of the same; > 0.
         deskew: whether each image is set upright (``deform.upright``); for images of one channel.
         augment: how far images are deformed, the arguments of ``Deformation``; None: not.
     """
@@ -29,8 +29,8 @@ class Preprocess(nn.Module):
     def __init__(
         self,
         *,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        mean: float | Sequence[float] = 0.1307,
+        std: float | Sequence[float] = 0.3081,
         deskew: bool = False,
         augment: Mapping[str, float] | None = None,
     ) -> None:
@@ -39,8 +39,10 @@ class Preprocess(nn.Module):
             **{"mean": mean, "std": std, "deskew": deskew},
             "augment": None if augment is None else dict(augment),
         }
-        self.register_buffer("mean", torch.tensor(255 * mean), persistent=False)
-        self.register_buffer("std", torch.tensor(255 * std), persistent=False)
+        for name, value in (("mean", mean), ("std", std)):
+            each = [value] if isinstance(value, float | int) else value
+            scaled = torch.tensor([255 * number for number in each])
+            self.register_buffer(name, scaled.view(-1, 1, 1), persistent=False)
         self.deskew = deskew
         self.deform = None if augment is None else Deformation(**augment)
 

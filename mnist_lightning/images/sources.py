@@ -1,4 +1,4 @@
-"""Where images come from: MNIST out of this package, Fashion-MNIST and KMNIST by torchvision's download.
+"""Where images come from: what a data set's settings name, made whole, and read.
 
 What can be asked without reading the images needs no torch.
 """
@@ -6,24 +6,29 @@ What can be asked without reading the images needs no torch.
 import functools
 import gzip
 import hashlib
+import json
 import logging
 import math
 import os
 import socket
 import tempfile
+import time
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import VisionDataset
+
+    from mnist_lightning.images.arrays import ImageSet
 
 log = logging.getLogger(__name__)
 
-FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes
-IMAGE_SHAPE = (1, 28, 28)  # of all of them
 PACKAGED = Path(__file__).parent.parent / "datasets" / "mnist"
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of bytes, 3-d and 1-d
 # IDX file -> magic number, number of items, MD5 of MNIST's own file
@@ -34,38 +39,75 @@ RAW_FILES = {
     "t10k-labels-idx1-ubyte": (LABELS_MAGIC, 10_000, "27ae3e4e09519cfbb04c329615203637"),
 }
 DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download is given up
+DOWNLOADS = {  # of some size, told before they are fetched
+    "emnist_letters": "some 560 MB, with all of EMNIST",
+    "emnist_balanced": "some 560 MB, with all of EMNIST",
+    "cifar10": "some 170 MB",
+}
 
 
-def find_class(name: str) -> "type[MNIST]":
-    """torchvision's class of a data set."""
-    from torchvision import datasets
+class Source(Protocol):
+    """Where a data set lies."""
 
-    dataset: type[MNIST] = getattr(datasets, FOLDERS[name])
-    return dataset
+    def __hash__(self) -> int: ...
+
+    def make_whole(self) -> None:
+        """Put what is missing where ``read`` will look for it.
+
+        Raises:
+            OSError: it can't be fetched, or the place can't be written.
+        """
+
+    def is_whole(self) -> bool:
+        """Whether ``read`` can do with what is there; nothing is written."""
+
+    def stamp(self) -> Hashable:
+        """Changes when what ``read`` gives may have changed."""
+
+    def read(self) -> "ImageSet":
+        """The images, labels and classes.
+
+        Raises:
+            OSError: they can't be read, or can't be used.
+        """
 
 
-def class_names(name: str) -> list[str]:
-    """The ten classes of a data set, for tables and figures: "0" … "9" for digits."""
-    if name == "mnist":
-        return [str(digit) for digit in range(10)]
-    return [str(label) for label in find_class(name).classes]
+def find_source(
+    name: str,
+    data_dir: Path,
+    *,
+    path: Path | None = None,
+    size: int | None = None,
+    grey: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> Source:
+    """What the settings of ``data=`` name.
+
+    Args:
+        name: a key of ``KNOWN``, "folder" or "npz"; with ``source``, any.
+        data_dir: of what is downloaded, unpacked or decoded.
+        path: of "folder" and "npz".
+        size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
+        grey: whether coloured pictures of "folder" become grey.
+        source: ``_target_`` and arguments of a function of one's own.
+    """
+    if source is not None:
+        return Own(json.dumps(dict(source)))
+    if name == "folder":
+        assert path is not None
+        return Folder(path.absolute(), size, grey, data_dir)
+    if name == "npz":
+        assert path is not None
+        return Npz(path)
+    return Cifar10(data_dir) if name == "cifar10" else Idx(name, data_dir)
 
 
-def read_images(name: str, data_dir: Path, *, train: bool) -> "tuple[Tensor, Tensor]":
-    """A part of a data set that is whole.  -> images (N, 28, 28) uint8, labels (N,) int64"""
-    dataset = find_class(name)(str(data_dir), train=train)
-    return dataset.data, dataset.targets
-
-
-Stamp = tuple[tuple[int, int, int] | None, ...]
-
-
-def stamp(name: str, data_dir: Path) -> Stamp:
-    """Changes when a raw file is written, replaced or removed: inode, time and size of each."""
+def stamp(*paths: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """Changes when a file is written, replaced or removed: inode, time and size of each."""
     stats: list[tuple[int, int, int] | None] = []
-    for file in RAW_FILES:
+    for path in paths:
         try:
-            stat = (data_dir / FOLDERS[name] / "raw" / file).stat()
+            stat = path.stat()
         except OSError:
             stats.append(None)
         else:
@@ -73,12 +115,223 @@ def stamp(name: str, data_dir: Path) -> Stamp:
     return tuple(stats)
 
 
+@dataclass(frozen=True)
+class Idx:
+    """MNIST and what comes in its format: four IDX files in torchvision's layout."""
+
+    name: str
+    data_dir: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.data_dir / KNOWN[self.name].folder / "raw"
+
+    @property
+    def files(self) -> tuple[Path, Path, Path, Path]:
+        """Images and labels of training, and of the test."""
+        family, _, split = self.name.partition("_")
+        names = list(RAW_FILES)
+        if family == "emnist":
+            names = [f"emnist-{split}-{name.replace('t10k', 'test')}" for name in names]
+        first, second, third, fourth = (self.raw / name for name in names)
+        return first, second, third, fourth
+
+    def make_whole(self) -> None:
+        _make_whole(self, self.stamp())
+
+    def is_whole(self) -> bool:
+        try:
+            if self.name == "mnist":
+                return all(find_fault(self.raw / file, md5) is None for file, (*_, md5) in RAW_FILES.items())
+            return self.has_right_files(self.raw)
+        except OSError:
+            return False
+
+    def has_right_files(self, folder: Path) -> bool:
+        """Whether a folder holds images of 28x28 and as many labels, for training and test."""
+        known, first = KNOWN[self.name], int(self.starts_at_one)
+        allowed = range(first, first + len(known.class_names))
+        train, train_labels, test, test_labels = (folder / path.name for path in self.files)
+        num_test = 10_000 if known.num_train else None
+        for images, labels, count in (
+            (train, train_labels, known.num_train),
+            (test, test_labels, num_test),
+        ):
+            count = read_count(images) if count is None else count
+            if not (is_idx(images, IMAGES_MAGIC, count) and is_idx(labels, LABELS_MAGIC, count, allowed)):
+                return False
+        return True
+
+    @property
+    def starts_at_one(self) -> bool:
+        """Whether the first class has the label 1 in the files: EMNIST's letters."""
+        return self.name == "emnist_letters"
+
+    def stamp(self) -> Hashable:
+        return stamp(*self.files)
+
+    def read(self) -> "ImageSet":
+        from torchvision.datasets.mnist import read_image_file, read_label_file
+
+        from mnist_lightning.images.arrays import ImageSet, take_fingerprint
+
+        def get(images: Path, labels: Path) -> "tuple[Tensor, Tensor]":
+            pixels = read_image_file(str(images))
+            if self.name.startswith("emnist"):
+                pixels = pixels.transpose(1, 2).contiguous()  # its files hold them transposed
+            return pixels, read_label_file(str(labels)) - int(self.starts_at_one)
+
+        parts = {"train": get(*self.files[:2]), "test": get(*self.files[2:])}
+        names = list(KNOWN[self.name].class_names)
+        return ImageSet(parts, names, take_fingerprint(parts, names))
+
+
 @functools.lru_cache(maxsize=1)  # the next job of a sweep need not check the same files again
-def make_whole(name: str, data_dir: Path, state: Stamp) -> None:
-    if name == "mnist":
-        unpack(data_dir)
-    else:
-        download(name, data_dir)
+def _make_whole(source: Idx, state: Hashable) -> None:
+    if source.name == "mnist":
+        unpack(source.data_dir)
+    elif not source.has_right_files(source.raw):
+        download(source)
+
+
+@dataclass(frozen=True)
+class Cifar10:
+    """CIFAR-10 in torchvision's layout: pickles, which are opened only where their checksums are right."""
+
+    data_dir: Path
+
+    @property
+    def files(self) -> list[Path]:
+        dataset: Any = find_class("cifar10")
+        names = [file for file, _ in (*dataset.train_list, *dataset.test_list)]
+        return [self.data_dir / dataset.base_folder / name for name in (*names, dataset.meta["filename"])]
+
+    def make_whole(self) -> None:
+        if not self.is_whole():
+            download(self)
+
+    def is_whole(self) -> bool:
+        return self.has_right_files(self.data_dir / KNOWN["cifar10"].folder)
+
+    def has_right_files(self, folder: Path) -> bool:
+        dataset: Any = find_class("cifar10")
+        checksums = dict((*dataset.train_list, *dataset.test_list))
+        checksums[dataset.meta["filename"]] = dataset.meta["md5"]
+        try:
+            return all(find_fault(folder / file, md5) is None for file, md5 in checksums.items())
+        except OSError:
+            return False
+
+    def stamp(self) -> Hashable:
+        return stamp(*self.files)
+
+    def read(self) -> "ImageSet":
+        import torch
+
+        from mnist_lightning.images.arrays import ImageSet, take_fingerprint
+
+        parts = {}
+        for part in ("train", "test"):
+            dataset: Any = find_class("cifar10")(str(self.data_dir), train=part == "train")
+            parts[part] = (torch.from_numpy(dataset.data).contiguous(), torch.tensor(dataset.targets))
+        names = list(KNOWN["cifar10"].class_names)
+        return ImageSet(parts, names, take_fingerprint(parts, names))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Pictures in folders, one for each class (``folder.list_pictures``)."""
+
+    path: Path
+    size: int | None
+    grey: bool
+    data_dir: Path
+
+    @property
+    def cache(self) -> Path:
+        key = hashlib.sha256(f"{self.path} {self.size} {self.grey}".encode(errors="surrogateescape"))
+        return self.data_dir / "folders" / f"{key.hexdigest()[:16]}.npz"
+
+    def make_whole(self) -> None:
+        from mnist_lightning.images.folder import read_folder
+
+        read_folder(self.path, size=self.size, grey=self.grey, cache=self.cache, keep=True)
+
+    def is_whole(self) -> bool:
+        return self.path.is_dir()
+
+    def stamp(self) -> Hashable:
+        from mnist_lightning.images.folder import list_pictures, take_state
+
+        return take_state(list_pictures(self.path)[0])
+
+    def read(self) -> "ImageSet":
+        from mnist_lightning.images.folder import read_folder
+
+        return read_folder(self.path, size=self.size, grey=self.grey, cache=self.cache, keep=False)
+
+
+@dataclass(frozen=True)
+class Npz:
+    """Arrays in an npz file (``arrays.check_arrays``)."""
+
+    path: Path
+
+    def make_whole(self) -> None:
+        pass  # it is the user's: there or not
+
+    def is_whole(self) -> bool:
+        return self.path.is_file()
+
+    def stamp(self) -> Hashable:
+        return stamp(self.path)
+
+    def read(self) -> "ImageSet":
+        from mnist_lightning.images.arrays import read_npz
+
+        return read_npz(self.path)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A function of somebody's own that gives arrays, as ``arrays.check_arrays`` takes them.
+
+    Args:
+        recipe: ``_target_`` and arguments, as JSON.
+    """
+
+    recipe: str
+
+    def make_whole(self) -> None:
+        pass  # whatever is to be made, the function makes
+
+    def is_whole(self) -> bool:
+        return True
+
+    def stamp(self) -> Hashable:
+        return time.monotonic_ns()  # what it reads is not known: it is asked each time
+
+    def read(self) -> "ImageSet":
+        from mnist_lightning.images.arrays import DataError, check_arrays
+        from mnist_lightning.targets import TARGET, make
+
+        recipe = json.loads(self.recipe)
+        content = make(recipe, "data.source")
+        if not isinstance(content, Mapping):
+            raise DataError(
+                f"data.source: {recipe[TARGET]} must give a dict of arrays, got {type(content).__name__}"
+            )
+        return check_arrays(content, f"data.source: {recipe[TARGET]}")
+
+
+def find_class(name: str) -> "type[VisionDataset]":
+    """torchvision's class of a data set."""
+    from torchvision import datasets
+
+    classes = {"EMNIST": "EMNIST", "cifar-10-batches-py": "CIFAR10"}
+    folder = KNOWN[name].folder
+    dataset: type[VisionDataset] = getattr(datasets, classes.get(folder, folder))
+    return dataset
 
 
 def unpack(data_dir: Path) -> None:
@@ -90,7 +343,8 @@ def unpack(data_dir: Path) -> None:
     Raises:
         OSError: the folder or a file can't be made, read or replaced.
     """
-    raw = make_raw_folder(data_dir, FOLDERS["mnist"])
+    raw = data_dir / KNOWN["mnist"].folder / "raw"
+    make_raw_folder(raw)
     remove_leftovers(raw, age=LONG_LEFT)
     for file, (_, _, md5) in RAW_FILES.items():
         path = raw / file
@@ -103,57 +357,47 @@ def unpack(data_dir: Path) -> None:
             write_atomic(path, packed.read())
 
 
-def download(name: str, data_dir: Path) -> None:
-    """Fetch what is missing of a data set with torchvision's own download.
+def download(source: Idx | Cifar10) -> None:
+    """Fetch a data set with torchvision's own download.
 
     It goes into a temporary folder first: a broken or interrupted download leaves nothing behind.
 
     Raises:
         OSError: no network, or the server did not give the files; or ``data_dir`` can't be written.
     """
-    dataset = find_class(name)
-    raw = make_raw_folder(data_dir, FOLDERS[name])
-    if all(is_idx(raw / file, magic, count) for file, (magic, count, _) in RAW_FILES.items()):
-        return
+    name = source.name if isinstance(source, Idx) else "cifar10"
+    dataset: Any = find_class(name)
+    files = source.files
+    make_raw_folder(files[0].parent)
+    if name in DOWNLOADS:
+        log.info("fetching %s, once: %s", name, DOWNLOADS[name])
     timeout = socket.getdefaulttimeout()
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as temporary:
+    more = {"split": name.partition("_")[2]} if name.startswith("emnist") else {}
+    with tempfile.TemporaryDirectory(dir=source.data_dir, prefix=f".{name}-") as temporary:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
-            dataset(temporary, train=True, download=True)
+            dataset(temporary, train=True, download=True, **more)
         except Exception as error:  # urllib, zlib and torchvision raise many kinds
             raise OSError(
                 f"data={name} could not be downloaded ({type(error).__name__}: {error});"
-                f" put its four IDX files into {raw} by hand, or use data=mnist, which needs no network"
+                f" put its {len(files)} files into {files[0].parent} by hand, or use data=mnist, which needs"
+                " no network"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
-        fetched = Path(temporary) / FOLDERS[name] / "raw"
-        for file, (magic, count, _) in RAW_FILES.items():
-            if not is_idx(fetched / file, magic, count):
-                raise OSError(f"data={name}: the server gave a {file} that is no IDX file of {count}")
-            os.replace(fetched / file, raw / file)
+        fetched = Path(temporary) / files[0].parent.relative_to(source.data_dir)
+        if not source.has_right_files(fetched):
+            raise OSError(f"data={name}: the server gave files that are not {name}'s")
+        for file in files:
+            os.replace(fetched / file.name, file)
 
 
-def make_raw_folder(data_dir: Path, dataset: str) -> Path:
-    """torchvision's folder for a data set's IDX files, made where it is missing."""
-    raw = data_dir / dataset / "raw"
+def make_raw_folder(raw: Path) -> None:
+    """torchvision's folder for a data set's files, made where it is missing."""
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"data.data_dir: can't make the folder {raw}: {error.strerror}") from error
-    return raw
-
-
-def is_whole(name: str, data_dir: Path) -> bool:
-    """Whether all four files of a data set are there and right; nothing is written."""
-    raw = data_dir / FOLDERS[name] / "raw"
-    try:
-        return all(
-            find_fault(raw / file, md5) is None if name == "mnist" else is_idx(raw / file, magic, count)
-            for file, (magic, count, md5) in RAW_FILES.items()
-        )
-    except OSError:
-        return False
 
 
 def find_fault(path: Path, md5: str) -> str | None:
@@ -171,8 +415,8 @@ def find_fault(path: Path, md5: str) -> str | None:
     return f"is not MNIST's file ({len(content):,} bytes, another checksum)"
 
 
-def is_idx(path: Path, magic: int, count: int) -> bool:
-    """Whether a file is an IDX file of bytes with this many 28x28 images, or labels below 10.
+def is_idx(path: Path, magic: int, count: int, allowed: range = range(256)) -> bool:
+    """Whether a file is an IDX file of bytes with this many 28x28 images, or labels of these.
 
     The format: http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
     """
@@ -185,4 +429,13 @@ def is_idx(path: Path, magic: int, count: int) -> bool:
     body = content[len(header) :]
     if not content.startswith(header) or len(body) != math.prod(shape):
         return False
-    return magic == IMAGES_MAGIC or max(body) < 10
+    return magic == IMAGES_MAGIC or (count > 0 and min(body) in allowed and max(body) in allowed)
+
+
+def read_count(path: Path) -> int:
+    """The number of items that an IDX file's header tells; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            return int.from_bytes(file.read(8)[4:], "big")
+    except OSError:
+        return 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir.atomic import write_atomic
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
             **{"deskew": old.get("deskew", False), "augment": augment},
         },
         "image_shape": [1, 28, 28],
-        "num_classes": 10,
+        "class_names": list(KNOWN[data["name"]].class_names),
     }
     weights = {
         name: value for name, value in checkpoint["state_dict"].items() if name not in ("net.mean", "net.std")

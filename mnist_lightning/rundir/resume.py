@@ -26,7 +26,7 @@ from yaml import YAMLError
 from mnist_lightning import trust
 from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
-from mnist_lightning.images.sources import is_whole
+from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.status import read
 from mnist_lightning.settings_help import flatten
@@ -47,8 +47,7 @@ FIXED = (
     "optimizer",
     "scheduler",
 )
-DATA_DIR = "data.data_dir="
-FREE = ("data.data_dir", "data.num_workers")
+FREE = ("data.data_dir", "data.path", "data.num_workers")
 
 
 def resume_run(name: str, arguments: list[str]) -> list[str]:
@@ -178,12 +177,21 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     ]
     if changed:
         raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
-    data_dir = Path(settings.data.data_dir).expanduser()
-    told = any(override.startswith(DATA_DIR) for override in overrides)
-    if not (told or is_default(settings.data.data_dir) or is_whole(settings.data.name, data_dir)):
+    data = settings.data
+    key, place = ("data_dir", data.data_dir) if data.path is None else ("path", data.path)
+    told = any(override.startswith(f"data.{key}=") for override in overrides)
+    source = find_source(
+        data.name,
+        Path(data.data_dir).expanduser(),
+        path=None if data.path is None else Path(data.path).expanduser(),
+        size=data.size,
+        grey=data.grey,
+        source=data.source,
+    )
+    if not (told or (key == "data_dir" and is_default(place)) or source.is_whole()):
         # a folder's word that may be a stranger's: what it names is read, never written
         raise ConfigError(
-            f"{folder} says that its data lies in {data_dir}, where it is not, or not whole: {DATA_DIR}… says"
+            f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
             " where it lies, or is to be put"
         )
     old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")

@@ -241,7 +241,7 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> T
             "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
             " start such runs one by one"
         )
-    if settings.data.val_size == 0 and compared:
+    if compared and not settings.data.has_validation:
         raise ConfigError(
             f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
             " validation split: set data.val_size=5000, or let nothing but the seed vary"

@@ -22,8 +22,7 @@ from mnist_lightning.config import CONF_DIR, ConfigError, Train
 
 log = logging.getLogger(__name__)
 
-# "settings": key -> settings with a _target_; "monitor": of the job, where the metric is to be asked;
-# "data": its name
+# "settings": key -> settings with a _target_; "monitor": of the job, where the metric is to be asked
 Parts = dict[str, Any]
 
 
@@ -31,6 +30,7 @@ def find_parts(settings: Train) -> Parts:
     """What of a job's settings has to be imported to be checked."""
     everything = asdict(settings)
     named = {group: everything[group] for group in ("model", "loss", "optimizer", "scheduler")}
+    named["data.source"] = everything["data"]["source"]
     for group in ("metrics", "callbacks", "logger"):
         named |= {f"{group}.{name}": value for name, value in everything[group].items()}
     strange = {key: value for key, value in named.items() if value and not is_ours(value)}
@@ -46,7 +46,6 @@ def find_parts(settings: Train) -> Parts:
             for key, value in strange.items()
         },  # names alone: jobs that differ in a number need not be checked one by one
         "monitor": asdict(settings.monitor) if asked else None,
-        "data": settings.data.name,
     }
 
 
@@ -101,22 +100,17 @@ def main() -> None:
     """Read parts as JSON, print the mode as JSON; an error goes to stderr in a line."""
     from hydra.errors import CompactHydraException
 
-    from mnist_lightning.images.sources import IMAGE_SHAPE, class_names
-    from mnist_lightning.targets import bind, choose_mode, find, find_arguments, is_partial, make, own
+    from mnist_lightning.targets import check_arguments, choose_mode, make
 
     parts = json.load(sys.stdin)
-    sizes = {"image_shape": list(IMAGE_SHAPE), "num_classes": len(class_names(parts["data"]))}
     mode: str | None = None
     try:
         for key, settings in parts["settings"].items():
-            target = find(settings, key)
-            given = own(settings)
-            given |= {name: value for name, value in sizes.items() if name in find_arguments(target)}
-            bind(target, given, key, partial=is_partial(settings, key, target))
+            check_arguments(settings, key)
         if parts["monitor"]:
             monitor = parts["monitor"]
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
-            metric = make(parts["settings"][key], key, **sizes)
+            metric = make(parts["settings"][key], key, num_classes=2)  # of any number: it is only asked
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
     except CompactHydraException as error:
         sys.exit(" ".join(str(error).split()))

@@ -1,0 +1,78 @@
+"""What is known of the data sets that have a name, before they are read."""
+
+from dataclasses import dataclass
+from string import ascii_letters, ascii_lowercase, digits
+
+
+@dataclass(frozen=True)
+class Known:
+    """A published data set.
+
+    Attributes:
+        folder: torchvision's, within ``data_dir``.
+        class_names: by label.
+        image_shape: (C, H, W).
+        num_train: number of its training images; None: its releases differ.
+        handwriting: whether its images were made as MNIST's, so that strangers' pictures must be, too.
+    """
+
+    folder: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int] = (1, 28, 28)
+    num_train: int | None = None
+    handwriting: bool = False
+
+
+MERGED = "cijklmopsuvwxyz"  # letters whose small form EMNIST's balanced classes do not tell from the large
+KNOWN = {
+    "mnist": Known("MNIST", tuple(digits), num_train=60_000, handwriting=True),
+    "fashion_mnist": Known(
+        "FashionMNIST",
+        (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"),
+            "Ankle boot",
+        ),
+        num_train=60_000,
+    ),
+    "kmnist": Known(
+        "KMNIST",
+        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        num_train=60_000,
+        handwriting=True,
+    ),
+    "emnist_letters": Known("EMNIST", tuple(ascii_lowercase), handwriting=True),
+    "emnist_balanced": Known(
+        "EMNIST", tuple(sorted({*digits, *ascii_letters} - {*MERGED})), handwriting=True
+    ),
+    "cifar10": Known(
+        "cifar-10-batches-py",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        image_shape=(3, 32, 32),
+        num_train=50_000,
+    ),
+}
+OF_A_PATH = ("folder", "npz")  # data sets that lie where ``data.path`` says
+
+
+def check_sizes(num_images: int, *, batch_size: int, val_size: int | None) -> int:
+    """Whether a training split of this size is left for batches of this size.
+
+    Args:
+        num_images: of training, the validation images among them.
+        val_size: None: a tenth of them.
+
+    Returns:
+        The number of validation images.
+
+    Raises:
+        ValueError: too many are asked for.
+    """
+    chosen = num_images // 10 if val_size is None else val_size
+    if not 0 <= chosen < num_images:
+        raise ValueError(f"data.val_size must be in [0, {num_images - 1}], got {chosen}")
+    if batch_size > num_images - chosen:
+        raise ValueError(
+            f"data.batch_size must be at most the {num_images - chosen} training images that"
+            f" data.val_size={chosen} leaves, got {batch_size}"
+        )
+    return chosen
