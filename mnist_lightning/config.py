@@ -121,8 +121,9 @@ class Data:
         at_least("data.val_size", self.val_size or 0, 0)
 
     def _check_source(self) -> None:
-        if self.source is not None:
-            require("_target_" in self.source, "data.source names no _target_")
+        self.source = self.source or None
+        if self.source is not None or self.name == "own":
+            require("_target_" in (self.source or {}), "data.source names no _target_")
         else:
             one_of("data.name", self.name, (*KNOWN, *OF_A_PATH))
         of_a_path = self.source is None and self.name in OF_A_PATH

@@ -128,9 +128,10 @@ def read_npz(path: Path) -> ImageSet:
         OSError: it can't be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"data.path={path} is a single array: it must be an npz file of {KEYS}")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"data.path={path} is a single array: it must be an npz file of {KEYS}")
+        with file:
             content = {name: file[name] for name in file.files}
     except DataError:
         raise
