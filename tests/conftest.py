@@ -27,6 +27,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
 
+NO_PICTURES = "callbacks.pictures.enabled=false"  # they take longer than a short training
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -201,13 +203,14 @@ def settle(run_dir: Path, *overrides: str) -> Train:
 
 @pytest.fixture
 def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
-    """``fit("model.hidden=64", folder="a")``: a run in this process; what its metrics.json holds."""
+    """``fit("model.hidden=64", folder="a")``: a run in this process, without pictures; what its
+    metrics.json holds."""
     from mnist_lightning.train import train
 
     def run(*overrides: str, folder: str = "run", test: bool = False) -> dict[str, object]:
         run_dir = tmp_path / folder
         run_dir.mkdir(exist_ok=True)
-        settings = settle(run_dir, f"data.data_dir='{data_dir}'", *overrides)
+        settings = settle(run_dir, f"data.data_dir='{data_dir}'", NO_PICTURES, *overrides)
         return dict(train(settings, run_dir, test=test))
 
     return run

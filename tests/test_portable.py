@@ -43,10 +43,13 @@ builtins.__import__ = importing
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "model.hidden=8")
 
 
-TRAIN = SITE + """
+TRAIN = (
+    SITE
+    + """
 import runpy
 runpy.run_module("mnist_lightning.train", run_name="__main__", alter_sys=True)
 """
+)
 
 
 def test_the_simulation_simulates(python: Run, tmp_path: Path) -> None:
