@@ -21,6 +21,7 @@ import socket
 import sys
 import tempfile
 import types
+import weakref
 from typing import Any
 
 
@@ -147,8 +148,10 @@ if __name__ == "__main__":
         importlib.import_module(module)
     ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
     assert not ours, ours
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # the children need not take torch's operators apart at their end
     gc.collect()
-    gc.freeze()  # the children need not look through what was imported
+    gc.freeze()  # nor look through what was imported
     request, output = wait(socket.socket(fileno=int(sys.argv[1])))
     prepare(request, output)
     try:
