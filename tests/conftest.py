@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cor
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps memory and reuses it: a short training
 os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # spent a fifth of its time on getting it anew
 
+import gc
 import json
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from omegaconf import OmegaConf, open_dict, read_write
 from processes import HEAVY, LIGHT, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
+
+gc.set_threshold(20_000, 50, 100)  # looking for cycles as often as usual takes a sixth of a short training
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -75,7 +75,7 @@ def test_auto_keeps_to_its_choice() -> None:
 
 
 def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
-    monkeypatch: pytest.MonkeyPatch, gpus: None
+    monkeypatch: pytest.MonkeyPatch, gpus: None, python: Run
 ) -> None:
     assert isinstance(make("auto").choose(9), ProcessesLauncher), "three GPUs"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -88,10 +88,8 @@ def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import test_launchers\n"
         "print(type(test_launchers.make().choose(9)).__name__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "BasicLauncher\n", "one core"
+    done = python("-c", code, cwd=Path(__file__).parent)
+    assert done.stdout == "BasicLauncher\n", f"one core: {done.stderr}"
 
 
 def test_auto_heeds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

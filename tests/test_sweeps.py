@@ -354,8 +354,7 @@ def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     open_storage(storage)  # both making its tables at once is a race that Optuna loses
     arguments = (
-        "search=mlp",
-        "model.hidden=16",
+        *("search=mlp", "hydra.sweeper.params=null", "optimizer.lr=interval(1e-3,1e-2)", "model.hidden=16"),
         f"hydra.sweeper.storage={storage}",
         "hydra.sweeper.n_trials=4",
         *TINY,
