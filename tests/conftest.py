@@ -213,7 +213,9 @@ def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
     def run(*overrides: str, folder: str = "run", test: bool = False) -> dict[str, object]:
         run_dir = tmp_path / folder
         run_dir.mkdir(exist_ok=True)
-        settings = settle(run_dir, f"data.data_dir='{data_dir}'", NO_PICTURES, *overrides)
+        settings = settle(run_dir, f"data.data_dir='{data_dir}'", *overrides)
+        if pictures := settings.callbacks.get("pictures"):
+            pictures["enabled"] = False
         return dict(train(settings, run_dir, test=test))
 
     return run
