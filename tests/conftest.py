@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cor
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps memory and reuses it: a short training
 os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # spent a fifth of its time on getting it anew
 
+import gc
 import json
 import shutil
 import subprocess
@@ -23,9 +24,13 @@ from processes import HEAVY, LIGHT, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
+gc.set_threshold(20_000, 50, 100)  # looking for cycles as often as usual takes a sixth of a short training
+
 REPOSITORY = Path(__file__).parent.parent
 
 LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
+
+NO_PICTURES = "callbacks.pictures.enabled=false"  # they take longer than a short training
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
@@ -201,13 +206,16 @@ def settle(run_dir: Path, *overrides: str) -> Train:
 
 @pytest.fixture
 def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
-    """``fit("model.hidden=64", folder="a")``: a run in this process; what its metrics.json holds."""
+    """``fit("model.hidden=64", folder="a")``: a run in this process, without pictures; what its
+    metrics.json holds."""
     from mnist_lightning.train import train
 
     def run(*overrides: str, folder: str = "run", test: bool = False) -> dict[str, object]:
         run_dir = tmp_path / folder
         run_dir.mkdir(exist_ok=True)
         settings = settle(run_dir, f"data.data_dir='{data_dir}'", *overrides)
+        if pictures := settings.callbacks.get("pictures"):
+            pictures["enabled"] = False
         return dict(train(settings, run_dir, test=test))
 
     return run

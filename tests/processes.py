@@ -167,12 +167,15 @@ class Fork(Process):
 
 LIGHT = (
     *("hydra", "hydra._internal.hydra", "hydra._internal.utils", "zipfile", "xml.dom.minidom"),
-    "hydra.core.override_parser.overrides_parser",
+    *("hydra.core.override_parser.overrides_parser", "hydra.experimental.callback", "antlr4.LL1Analyzer"),
+    *("hydra._internal.core_plugins.bash_completion", "filelock", "importlib.readers", "logging.config"),
 )
 HEAVY = (
     *("torch", "torchvision.datasets", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"),
     *("torchmetrics.classification", "torch.utils.tensorboard", "torch.onnx", "onnxscript", "optuna"),
     *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg", "PIL.Image"),
+    *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
+    *("tensorboard.plugins.hparams.metadata", "torch.utils.serialization.config"),
     *(*LIGHT, "tqdm", "sqlalchemy", "submitit"),
 )
 

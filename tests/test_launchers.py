@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Once, Run
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
@@ -75,7 +75,7 @@ def test_auto_keeps_to_its_choice() -> None:
 
 
 def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
-    monkeypatch: pytest.MonkeyPatch, gpus: None
+    monkeypatch: pytest.MonkeyPatch, gpus: None, python: Run
 ) -> None:
     assert isinstance(make("auto").choose(9), ProcessesLauncher), "three GPUs"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
@@ -88,10 +88,8 @@ def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import test_launchers\n"
         "print(type(test_launchers.make().choose(9)).__name__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "BasicLauncher\n", "one core"
+    done = python("-c", code, cwd=Path(__file__).parent)
+    assert done.stdout == "BasicLauncher\n", f"one core: {done.stderr}"
 
 
 def test_auto_heeds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -220,44 +218,18 @@ def test_wrong_numbers_are_told_in_a_line(
     assert not list(tmp_path.glob("logs/train/multiruns/*"))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("seed=1,2", "hydra.launcher.n_jobs=2"),
-        pytest.param(
-            ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2"),
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["grid", "search"],
-)
-def test_the_parent_of_a_sweep_never_imports_torch(
-    settings: tuple[str, ...], environment: dict[str, str], tmp_path: Path
-) -> None:
-    """Its workers are forked from it, and a process with threads or a GPU must not be."""
+def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) -> tuple[int, str]:
+    """In a fresh interpreter, whose workers import torch each; its code, and what it has shown: in its last
+    line, which of the heavy packages it has imported itself."""
     code = (
         "import sys; from mnist_lightning import train; train.main()\n"
         "print('imported', sorted({'torch', 'lightning', 'torchvision'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", *settings, *TINY],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "imported []"
-
-
-def test_on_a_terminal_a_bar_tells_how_many_jobs_are_done(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     sweeping = subprocess.Popen(
-        [sys.executable, "-m", "mnist_lightning.train", "-m", "seed=1,2", "hydra.launcher.n_jobs=2", *TINY],
-        cwd=tmp_path,
+        [sys.executable, "-c", code, "-m", *settings, *TINY],
+        cwd=cwd,
         env=environment,
         stdout=theirs,
         stderr=theirs,
@@ -273,8 +245,37 @@ def test_on_a_terminal_a_bar_tells_how_many_jobs_are_done(
             break
         shown += piece
     os.close(ours)
-    assert sweeping.wait() == 0
-    text = shown.decode()
+    return sweeping.wait(), shown.decode()
+
+
+@pytest.fixture
+def grid_on_a_terminal(once: Once, environment: dict[str, str]) -> tuple[int, str]:
+    def make(cwd: Path) -> None:
+        told = sweep_on_a_terminal(cwd, environment, "seed=1,2", "hydra.launcher.n_jobs=2")
+        (cwd / "told.json").write_text(json.dumps(told))
+
+    code, shown = json.loads((once("terminal", make) / "told.json").read_text())
+    return code, shown
+
+
+def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int, str]) -> None:
+    """Its workers are forked from it, and a process with threads or a GPU must not be."""
+    code, shown = grid_on_a_terminal
+    assert code == 0, shown
+    assert shown.splitlines()[-1] == "imported []"
+
+
+@pytest.mark.slow
+def test_the_parent_of_a_search_never_imports_torch(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2")
+    code, shown = sweep_on_a_terminal(tmp_path, environment, *settings)
+    assert code == 0, shown
+    assert shown.splitlines()[-1] == "imported []"
+
+
+def test_on_a_terminal_a_bar_tells_how_many_jobs_are_done(grid_on_a_terminal: tuple[int, str]) -> None:
+    code, text = grid_on_a_terminal
+    assert code == 0, text
     assert "jobs:" in text
     assert "1/2" in text
     assert [line.count("completed") for line in text.splitlines() if "job   0" in line] == [1], "a line a job"

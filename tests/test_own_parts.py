@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Run, Start
+from conftest import NO_PICTURES, REPOSITORY, Run, Start
 from PIL import Image, ImageDraw
 from processes import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,9 +53,10 @@ def retyped(stderr: str) -> list[str]:
 def test_from_training_to_report(name: str, work: Path, python: Run, command: Run, start: Start) -> None:
     chosen, module, metric, swept = BROUGHT[name]
     settings = [*CONF, *chosen, *TINY, "checkpoint.every_n_steps=2"]
+    settings += ["data.val_size=500", "+trainer.limit_test_batches=4"]
     if name == "resnet":
         settings += ["+trainer.limit_val_batches=1", "data.val_size=8", "test=false"]
-        settings = [one.replace("batches=12", "batches=4") for one in settings]
+        settings = [one.replace("train_batches=12", "train_batches=4") for one in settings]
     done = command("train", *settings, "hydra.run.dir=twin", cwd=work)
     assert done.returncode == 0, done.stderr
     assert f"resume=twin trust={module}" in done.stdout
@@ -83,7 +84,11 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     assert "can't be written" not in (work / "run" / "train.log").read_text()
 
     split = "split=val"
-    for words in (["evaluate", "run=run", split], ["compare", "runs=[run,twin]"], ["export", "run=run"]):
+    for words in (
+        ["evaluate", "run=run", split],
+        ["compare", "runs=[run,twin]", split],
+        ["export", "run=run"],
+    ):
         if name == "resnet" and words[0] == "compare":
             continue  # on all validation images: minutes
         arguments = ["-m", f"mnist_lightning.{words[0]}", *words[1:], f"trust={module}"]
@@ -283,8 +288,8 @@ def test_torchs_own_losses_and_metrics_need_no_module(work: Path, command: Run) 
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(work: Path, command: Run) -> None:
-    arguments = ("model=cnn", "optimizer=sgd", "optimizer.weight_decay=1", "decay_biases=false", *TINY)
-    done = command("train", *CONF, *arguments, "hydra.run.dir=run", cwd=work)
+    arguments = ("model=cnn", "optimizer=sgd", "optimizer.weight_decay=1", "decay_biases=false")
+    done = command("train", *CONF, *arguments, *TINY, NO_PICTURES, "hydra.run.dir=run", cwd=work)
     assert done.returncode == 0, done.stderr
     checkpoint = load(work / "run" / "checkpoints" / "last.ckpt")
     groups = checkpoint["optimizer_states"][0]["param_groups"]

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Run
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,13 @@ def test_wheel_carries_configs_data_and_plugins(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "logs/", "benchmarks/"))]
 
 
-def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, command: Run) -> None:
     """Unpacked and put first on the path, so that the checkout is not what runs."""
     installed, cwd = tmp_path / "installed", tmp_path / "empty"
     zipfile.ZipFile(wheel).extractall(installed)
     cwd.mkdir()
     arguments = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "model.hidden=8")
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_lightning.train", *arguments],
-        cwd=cwd,
-        env=environment | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
+    done = command("train", *arguments, cwd=cwd, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     saved = next(cwd.glob("logs/train/runs/*/.hydra/hydra.yaml")).read_text()
@@ -74,29 +68,21 @@ def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, environment:
 
 
 @pytest.mark.slow
-def test_a_net_of_ones_own_runs_from_a_wheel(
-    wheel: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_a_net_of_ones_own_runs_from_a_wheel(wheel: Path, tmp_path: Path, command: Run) -> None:
     """Trained, gone on with, evaluated and swept, with nothing but its module and its YAML files around."""
     installed, cwd = tmp_path / "installed", tmp_path / "work"
     zipfile.ZipFile(wheel).extractall(installed)
     shutil.copytree(REPOSITORY / "tests" / "own", cwd)
     chosen = ("--config-dir", "my_conf", "model=cnn", "loss=focal", "scheduler=none")
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "test=false")
-    for command, *arguments in (
+    for name, *arguments in (
         ("train", *chosen, *short, "hydra.run.dir=run"),
         ("train", "resume=run", "trainer.max_epochs=2", "trust=my_parts"),
         ("evaluate", "run=run", "split=val", "trust=my_parts"),
         ("train", "-m", *chosen, *short, "model.channels=2,3", "hydra.sweep.dir=sweep"),
         ("report", "run=sweep"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", f"mnist_lightning.{command}", *arguments],
-            cwd=cwd,
-            env=environment | {"PYTHONPATH": str(installed)},
-            capture_output=True,
-            text=True,
-        )
+        done = command(name, *arguments, cwd=cwd, PYTHONPATH=str(installed))
         assert done.returncode == 0, done.stderr
     assert str(installed / "mnist_lightning" / "conf") in (cwd / "run" / ".hydra" / "hydra.yaml").read_text()
 

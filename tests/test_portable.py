@@ -1,13 +1,12 @@
 """Nothing of this project needs what only POSIX systems have: a simulation, on a system that has it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
-# Python runs it before anything else.  The modules of this project, and they alone, see a system without these.
+# Run before anything of this project, whose modules, and they alone, see a system without these.
 SITE = """
 import builtins, os, signal, sys, types
 ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
@@ -44,16 +43,19 @@ builtins.__import__ = importing
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "model.hidden=8")
 
 
-@pytest.fixture
-def elsewhere(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    return environment | {"PYTHONPATH": str(tmp_path / "site")}
+TRAIN = (
+    SITE
+    + """
+import runpy
+runpy.run_module("mnist_lightning.train", run_name="__main__", alter_sys=True)
+"""
+)
 
 
-def test_the_simulation_simulates(elsewhere: dict[str, str]) -> None:
+def test_the_simulation_simulates(python: Run, tmp_path: Path) -> None:
     code = "import mnist_lightning.threads as t; print(hasattr(t.os, 'fork')); import os; print(hasattr(os, 'fork'))"
-    assert subprocess.check_output([sys.executable, "-c", code], env=elsewhere, text=True) == "False\nTrue\n"
+    done = python("-c", f"{SITE}\n{code}", cwd=tmp_path)
+    assert done.stdout == "False\nTrue\n", done.stderr
 
 
 RUN = ((*SHORT, "hydra.run.dir=run", "scheduler=none"), ("resume=run", "trainer.max_epochs=2"))
@@ -62,16 +64,10 @@ SWEEP = (("-m", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep"), ("-m", "resume=swe
 
 @pytest.mark.parametrize("commands", [RUN, pytest.param(SWEEP, marks=pytest.mark.slow)], ids=["run", "sweep"])
 def test_a_run_a_sweep_and_their_resumption_need_no_posix(
-    commands: tuple[tuple[str, ...], ...], elsewhere: dict[str, str], tmp_path: Path
+    commands: tuple[tuple[str, ...], ...], python: Run, tmp_path: Path
 ) -> None:
     for arguments in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "mnist_lightning.train", *arguments],
-            cwd=tmp_path,
-            env=elsewhere,
-            capture_output=True,
-            text=True,
-        )
+        done = python("-c", TRAIN, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "plugin" not in done.stderr, "Hydra tells of plugins that can't be imported"
     if commands == RUN:

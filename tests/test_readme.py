@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Once, Run, settle
+from conftest import NO_PICTURES, REPOSITORY, Once, Run, settle
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 
@@ -43,7 +43,10 @@ ONLY_COMPOSED = re.compile(r"data=(fashion_mnist|kmnist)|trainer=(gpu|ddp)|accel
 PLAIN = re.compile(
     r"(model|data|optimizer|scheduler|experiment|callbacks)[=.]|(seed|logger|trainer\.max_epochs)="
 )
-SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=2")
+SHORT = (
+    *("trainer.max_epochs=1", "+trainer.limit_train_batches=2"),
+    *("++trainer.limit_val_batches=2", "++trainer.limit_test_batches=2"),
+)
 
 
 class Fence(NamedTuple):
@@ -103,9 +106,9 @@ def shorten(command: str) -> list[str]:
     if re.search(r"experiment=(permutation|record|strong)", command):  # test_train runs their whole nets
         short.append("model.hidden=[64,64]")
     if "pictures" not in command and len(arguments) > 2:  # the plain command draws them
-        short.append("callbacks.pictures.enabled=false")
+        short.append(NO_PICTURES)
     if "experiment=fast" in command:
-        short.remove("callbacks.pictures.enabled=false")
+        short.remove(NO_PICTURES)
     if "search=mlp" in command:
         short.append("hydra.sweeper.n_trials=2")
     elif "-m" in arguments[2:]:
@@ -172,7 +175,7 @@ def test_commands_run(command: str, python: Run, workplace: Path) -> None:
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert output
-    if command.startswith(TRAIN) and shorten(command)[-1] in SHORT:
+    if command.startswith(TRAIN) and SHORT[0] in shorten(command):
         assert "everything is in" in output or "the report is in" in output
 
 

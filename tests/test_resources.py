@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Run, Start
+from conftest import NO_PICTURES, Run, Start
 from processes import Process, wait_for
 
 from mnist_lightning.images.sources import unpack
@@ -15,7 +15,7 @@ from mnist_lightning.rundir.loggers import CSVLogger
 
 SETTINGS = (
     *("trainer.max_epochs=2", "+trainer.limit_train_batches=20", "model.hidden=64", "test=false"),
-    *("hydra.run.dir=run", "scheduler=none"),
+    *("hydra.run.dir=run", "scheduler=none", "data.val_size=500", NO_PICTURES),
 )
 ROOM = 200_000  # bytes: enough for curves and configs, too little for a checkpoint of this net
 
@@ -45,6 +45,7 @@ def test_no_room_for_a_checkpoint(command: Run, start: Start, tmp_path: Path) ->
 def test_no_room_for_tensorboard_does_not_stop_training(start: Start, tmp_path: Path) -> None:
     unpack(tmp_path / "data")  # or the limit would hit the data
     arguments = (*SETTINGS, "callbacks.checkpoint=null", "data.data_dir=data", "trainer.log_every_n_steps=1")
+    arguments += ("callbacks.pictures.enabled=true",)
     code, errors = train_with_little_room(start, tmp_path, 30_000, *arguments)
     assert code == 0, errors
     told = (tmp_path / "run" / "train.log").read_text()
@@ -105,7 +106,7 @@ def test_read_only_folder_at_the_start(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "epochs", "file"),
-    [("run/checkpoints", 1000, "run/checkpoints/"), ("run", 40, "run/")],
+    [("run/checkpoints", 1000, "run/checkpoints/"), ("run", 20, "run/")],
     ids=["checkpoints", "metrics and status"],
 )
 def test_folder_turned_read_only(folder: str, epochs: int, file: str, start: Start, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, DefaultRun, Run, settle
+from conftest import NO_PICTURES, REPOSITORY, DefaultRun, Run, settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Fit = Callable[..., dict[str, object]]
-QUICK = ("trainer.max_epochs=1", "+trainer.limit_train_batches=10", "model.hidden=16")
+QUICK = ("trainer.max_epochs=1", "+trainer.limit_train_batches=10", "model.hidden=16", NO_PICTURES)
 
 
 def read_json(path: Path) -> dict[str, float]:

@@ -96,8 +96,9 @@ class OptunaSweeper(GridSweeper):
         """Jobs with each value of each choice and both ends of each interval."""
         values = {key: ends(override) for key, override in self.space.items()}
         first = {key: texts[0] for key, texts in values.items()}
+        yield self.make_job(first)
         for key, texts in values.items():
-            for text in texts:
+            for text in texts[1:]:
                 yield self.make_job(first | {key: text})
 
     def make_job(self, values: Mapping[str, str]) -> Job:
