@@ -28,6 +28,7 @@ def begin() -> None:
     """What every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     workarounds.share_config_store()
+    workarounds.read_yaml_by_libyaml()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):

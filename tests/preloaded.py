@@ -148,8 +148,6 @@ if __name__ == "__main__":
         importlib.import_module(module)
     ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
     assert not ours, ours
-    if hasattr(yaml := sys.modules.get("yaml"), "CSafeLoader"):
-        yaml.SafeLoader = yaml.CSafeLoader  # libyaml's: a fifth of composing settings was reading YAML
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False  # the children need not take torch's operators apart at their end
     gc.collect()

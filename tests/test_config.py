@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Run, settle
 from processes import LIGHT, Fresh, Preloaded
 
@@ -168,3 +169,12 @@ def test_what_is_not_given_is_the_nets_default(tmp_path: Path) -> None:
 def test_step_schedule_that_never_acts_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settle(tmp_path, "scheduler=step", "trainer.max_epochs=3")
     assert "scheduler.step_size=3 has no effect" in caplog.text
+
+
+def test_libyaml_reads_the_configs_as_pyyaml_does() -> None:
+    assert yaml.SafeLoader is not yaml.CSafeLoader, "importing the package changes nothing"
+    paths = list(Path(config.CONF_DIR).rglob("*.yaml"))
+    assert len(paths) > 20
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert yaml.load(text, yaml.CSafeLoader) == yaml.load(text, yaml.SafeLoader)
