@@ -38,12 +38,12 @@ def measure(hidden: int, batch: int, seconds: float) -> tuple[int, float]:
     import torch
     from torch.nn import functional as F
 
-    from mnist_lightning.images.sources import IMAGE_SHAPE
+    from mnist_lightning.images.known import KNOWN
     from mnist_lightning.network import FeedForward
 
     net = FeedForward(hidden)
-    flops = (1 + threads.BACKWARD) * threads.count_flops(net, IMAGE_SHAPE, batch)
-    images = torch.randn(batch, *IMAGE_SHAPE)
+    flops = (1 + threads.BACKWARD) * threads.count_flops(net, KNOWN["mnist"].image_shape, batch)
+    images = torch.randn(batch, *KNOWN["mnist"].image_shape)
     labels = torch.randint(0, 10, (batch,))
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     steps: list[float] = []

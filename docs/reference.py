@@ -51,7 +51,6 @@ def generate() -> str:
     commands = ["train", *(name for name in commands if name != "train")]
     lines = [HEADER]
     for command in commands:
-        importlib.import_module(f"mnist_lightning.{command}")  # it makes its schema known to Hydra
         lines += [f"## `{command}`\n", *table_of_command(command)]
         if command == "train":
             for group in find_groups():
@@ -133,6 +132,7 @@ def table_of_presets(choices: list[Path]) -> list[str]:
 
 
 def schema_of(command: str) -> Any:
+    importlib.import_module(f"mnist_lightning.{command}")  # it makes its schema known to Hydra
     node = ConfigStore.instance().load(f"{command}_schema.yaml").node
     return OmegaConf.get_type(node)
 

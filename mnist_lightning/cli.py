@@ -20,6 +20,9 @@ class CommandError(CompactHydraException):
     """A command that could not go on; Hydra prints it without a traceback."""
 
 
+PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # a text of which Hydra's grammar makes itself, but for these:
+WORDS = ("null", "true", "false", "nan", "inf")
+
 typed: list[str] = []
 """The command as its user typed it."""
 
@@ -35,15 +38,19 @@ def begin() -> None:
         sys.path.insert(0, folder)
 
 
-def retype(argument: str) -> str:
-    """The command that was typed with another argument, to be typed again."""
+def retype(argument: str, *, without: str = "") -> str:
+    """The command that was typed with another argument, to be typed again.
+
+    Args:
+        without: a key that is left out.
+    """
     if not typed:
         return argument
     script = Path(typed[0])
     by_module = script.suffix == ".py"
     command = ["python", "-m", f"mnist_lightning.{script.stem}"] if by_module else [script.name]
     key = argument.partition("=")[0]
-    kept = [one for one in typed[1:] if one.lstrip("+").partition("=")[0] != key]
+    kept = [one for one in typed[1:] if one.lstrip("+").partition("=")[0] not in (key, without)]
     return shlex.join([*command, *kept, argument])
 
 
@@ -65,7 +72,7 @@ def _quote_value(value: str) -> str:
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
         return value
-    return quote(value)
+    return value if PLAIN.fullmatch(value) and value.lower() not in WORDS else quote(value)
 
 
 def _split_list(text: str) -> list[str]:

@@ -93,13 +93,13 @@ class Data:
     split_seed: int
     num_workers: int
     mean: Any  # float, list of float, or None
-    std: Any
+    std: Any  # float, list of float, or None
     deskew: bool
     augment: Augment
     path: str | None = None
     size: int | None = None
     grey: bool = False
-    source: dict[str, Any] | None = None
+    source: Any = None  # dict
 
     def __post_init__(self) -> None:
         self._check_source()

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
-from mnist_lightning.cli import begin, compact_errors, quote_paths
+from mnist_lightning.cli import begin, compact_errors, quote_paths, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
@@ -402,6 +402,7 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
         if isinstance(value := metrics.get(key), float)
     ]
     foreign = strange_modules(asdict(settings))
+    changeable = settings.resume is None and "hidden" in settings.model
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     if "train_seconds" in metrics:
         lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
@@ -413,7 +414,7 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
             "",
             "next:",
             "  tensorboard --logdir logs",
-            *(["  python -m mnist_lightning.train model.hidden=512"] * ("hidden" in settings.model)),
+            *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
             *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
             f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}{trust}   # if interrupted",
         ]

@@ -15,7 +15,7 @@ from conftest import Run
 from torch import nn
 
 from mnist_lightning import threads
-from mnist_lightning.images.sources import IMAGE_SHAPE
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import load
 
@@ -27,8 +27,10 @@ def make_net(*hidden: int, **more: object) -> FeedForward:
 
 
 def test_the_operations_of_a_net_are_those_of_its_matrix_products() -> None:
-    assert threads.count_flops(make_net(256), IMAGE_SHAPE, 256) == 2 * 256 * (784 * 256 + 256 * 10)
-    assert threads.count_flops(make_net(), IMAGE_SHAPE, 1) == 2 * 784 * 10
+    assert threads.count_flops(make_net(256), KNOWN["mnist"].image_shape, 256) == 2 * 256 * (
+        784 * 256 + 256 * 10
+    )
+    assert threads.count_flops(make_net(), KNOWN["mnist"].image_shape, 1) == 2 * 784 * 10
 
 
 class Convolutions(nn.Module):
@@ -46,7 +48,7 @@ class Convolutions(nn.Module):
 
 def test_any_net_is_counted() -> None:
     of_an_image = 2 * (8 * 24 * 24 * 25 + 8 * 24 * 24 * 10)
-    assert threads.count_flops(Convolutions(), IMAGE_SHAPE, 7) == 7 * of_an_image
+    assert threads.count_flops(Convolutions(), KNOWN["mnist"].image_shape, 7) == 7 * of_an_image
 
 
 def test_counting_changes_neither_the_net_nor_the_random_state() -> None:
@@ -56,7 +58,7 @@ def test_counting_changes_neither_the_net_nor_the_random_state() -> None:
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     for one in (net, Convolutions()):
         state = torch.get_rng_state()
-        threads.count_flops(one, IMAGE_SHAPE, 4)
+        threads.count_flops(one, KNOWN["mnist"].image_shape, 4)
         assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
@@ -66,7 +68,8 @@ def test_the_step_decides_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = threads.usable_cores()
     default, strong = (
-        3 * threads.count_flops(net, IMAGE_SHAPE, 256) for net in (make_net(256), make_net(1024, 1024))
+        3 * threads.count_flops(net, KNOWN["mnist"].image_shape, 256)
+        for net in (make_net(256), make_net(1024, 1024))
     )
     assert threads.choose(default) == 1
     assert threads.choose(strong) == cores

@@ -112,7 +112,9 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
     assert "val/acc" not in metrics, "all 60,000 images train"
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 938, "60,000 images in batches of 64"
-    assert checkpoint["hyper_parameters"]["preprocess"] == {"mean": 0.5, "std": 0.5, "deskew": False}
+    assert checkpoint["hyper_parameters"]["preprocess"] == {
+        **{"mean": 0.5, "std": 0.5, "deskew": False, "augment": None}
+    }
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.003
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.9
 
