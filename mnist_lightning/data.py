@@ -276,11 +276,11 @@ class MNISTDataModule(L.LightningDataModule):
         """Mean and standard deviation of the training images' pixels, scaled to [0, 1], of each channel.
 
         Raises:
-            DataError: the pixels of a channel are all equal.
+            DataError: all pixels are equal.
         """
         pixels = self.splits["train"].images.reshape(len(self.splits["train"]), -1, self.image_shape[0])
         levels = torch.arange(256, dtype=torch.float64) / 255
-        means, stds = [], []
+        means, stds, blank = [], [], True
         for channel in range(self.image_shape[0]):
             counts = torch.zeros(256, dtype=torch.float64)
             for part in torch.split(pixels[:, :, channel], 1_000):
@@ -288,10 +288,11 @@ class MNISTDataModule(L.LightningDataModule):
             shares = counts / counts.sum()
             mean = float(shares @ levels)
             std = float(shares @ (levels - mean) ** 2) ** 0.5
-            if std == 0:
-                raise DataError(f"the training images of {self.name} are blank: all pixels are equal")
             means.append(round(mean, 6))
-            stds.append(round(std, 6))
+            stds.append(round(std, 6) or 1.0)  # of a channel that is always the same nothing can be learned
+            blank = blank and std == 0
+        if blank:
+            raise DataError(f"the training images of {self.name} are blank: all pixels are equal")
         return means, stds
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

@@ -1,9 +1,11 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from mnist_lightning import figures
@@ -157,3 +159,84 @@ def test_show_without_a_display_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     figure = figures.images(IMAGES[:10], NAMES, title="ten")
     with pytest.raises(OSError, match="no display"):
         figures.show([figure])
+
+
+CLASSES = {
+    2: ["a cat", "no cat"],
+    26: [f"letter {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"],
+    100: [f"{'a name of thirty letters, nr. ':.<27}{number:03}" for number in range(100)],
+}
+
+
+def overlaps(texts: list[Text]) -> list[tuple[str, str]]:
+    """Pairs of neighbouring texts that cover each other by more than the width of a letter's edge."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [
+        (one, other)
+        for (one, first), (other, second) in itertools.pairwise(boxes)
+        if min(first.x1, second.x1) - max(first.x0, second.x0) > 1
+        and min(first.y1, second.y1) - max(first.y0, second.y0) > 1
+    ]
+
+
+@pytest.mark.parametrize("count", CLASSES)
+@pytest.mark.parametrize("shape", [(12, 12), (20, 40), (16, 16, 3)], ids=str)
+def test_any_number_of_classes_of_any_shape_stays_legible(count: int, shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(1)
+    names = CLASSES[count]
+    images = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+    probabilities = generator.dirichlet(np.ones(count))
+    given = generator.integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    drawings = {
+        "images": figures.images(images, names, title="images"),
+        "mean images": figures.mean_images(images.astype(float), names, title="means"),
+        "mistakes": figures.mistakes(images, names, names[::-1], probabilities, title="mistakes"),
+        "counts": figures.class_counts({"train": np.full(count, 1_000), "val": np.full(count, 99)}, names),
+        "confusion": figures.confusion_matrix(
+            generator.integers(0, 400, (count, count)), names, title="confusion"
+        ),
+        "prediction": figures.prediction(given, images[0], probabilities, names, title="one picture"),
+    }
+    for name, figure in drawings.items():
+        pixels = figures.to_array(figure)
+        assert pixels.shape[1] <= 16 * 120
+        for axes in figure.axes:
+            assert not overlaps(list(axes.texts)), name
+            for axis in (axes.xaxis, axes.yaxis):
+                assert not overlaps(axis.get_ticklabels()), name
+    bars = drawings["prediction"].axes[2]
+    assert len(bars.patches) == min(count, 10)
+    best = names[int(probabilities.argmax())]
+    labels = [label.get_text() for label in bars.get_yticklabels()]
+    assert any(label[:5] == best[:5] and label[-3:] == best[-3:] for label in labels)
+    (sheet_image,) = drawings["images"].axes[0].images
+    if len(shape) == 3:
+        shown = np.asarray(sheet_image.get_array())
+        assert shown.shape[2] == 3, "colour pictures in colour"
+        assert shown.max() <= 1
+
+
+def test_colour_weights_and_colour_pixels_are_drawn_in_colour() -> None:
+    weights = np.zeros((4, 5, 6, 3))
+    weights[0, 2, 3, 0] = 1.0
+    figure = figures.first_layer(weights, title="red")
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert shown.shape[2] == 3
+    assert (shown[..., 0] > 0.99).any()
+    counts = np.arange(1, 769).reshape(3, 256)
+    figure = figures.pixel_histogram(counts, mean=0.13, std=0.31, title="cifar10")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["red", "green", "blue"]
+    for line, values in zip(figure.axes[0].lines, counts, strict=True):
+        assert list(line.get_ydata()) == values.tolist()
+
+
+def test_a_dollar_is_a_dollar() -> None:
+    """Names and titles open no formula; the axes' own powers of ten still are some."""
+    names = ["$x", "$y$", r"\$z", "100 %"]
+    figure = figures.confusion_matrix(np.eye(4, dtype=int), names, title="from $a$ to $b")
+    figures.to_array(figure)  # a broken formula would stop it
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [name.replace("$", r"\$") for name in names]
+    figure = figures.pixel_histogram(np.arange(1, 257)[None], mean=0.1, std=0.3, title="$")
+    figures.to_array(figure)
+    assert any("mathdefault" in label.get_text() for label in figure.axes[0].get_yticklabels())

@@ -28,7 +28,7 @@ from test_resume import differences
 from torchvision.datasets import CIFAR10, EMNIST
 
 from mnist_lightning.config import ConfigError, Data
-from mnist_lightning.data import MNISTDataModule, read_splits
+from mnist_lightning.data import Images, MNISTDataModule, read_splits
 from mnist_lightning.images.arrays import DataError, check_arrays, read_npz
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.pictures import read_picture
@@ -608,6 +608,22 @@ def test_mean_and_std_are_those_of_the_training_images(tmp_path: Path) -> None:
     means, stds = datamodule.measure_pixels()
     assert means == pytest.approx(train.mean(dim=(0, 1, 2)).tolist(), abs=1e-6)
     assert stds == pytest.approx(train.std(dim=(0, 1, 2), correction=0).tolist(), abs=1e-6)
+
+
+def test_a_colour_that_does_not_vary_is_let_through_and_blank_images_are_not() -> None:
+    content = make_arrays(3, (9, 7, 3), 30)
+    content["train_images"][..., 2] = 7
+    assert measure(content)[1][2] == 1.0
+    content["train_images"][:] = 7
+    with pytest.raises(DataError, match="are blank: all pixels are equal"):
+        measure(content)
+
+
+def measure(content: Arrays) -> tuple[list[float], list[float]]:
+    datamodule = MNISTDataModule(name="own", source={"_target_": "unused"})
+    datamodule.splits = {"train": Images(torch.tensor(content["train_images"]), torch.zeros(90))}
+    datamodule.image_shape = (3, 9, 7)
+    return datamodule.measure_pixels()
 
 
 def test_other_images_are_refused(tmp_path: Path, command: Run) -> None:

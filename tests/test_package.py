@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Run
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,15 @@ def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, command: Run
 
 
 @pytest.mark.slow
-def test_a_net_of_ones_own_runs_from_a_wheel(wheel: Path, tmp_path: Path, command: Run) -> None:
+def test_a_net_and_data_of_ones_own_run_from_a_wheel(wheel: Path, tmp_path: Path, command: Run) -> None:
     """Trained, gone on with, evaluated and swept, with nothing but its module and its YAML files around."""
     installed, cwd = tmp_path / "installed", tmp_path / "work"
     zipfile.ZipFile(wheel).extractall(installed)
     shutil.copytree(REPOSITORY / "tests" / "own", cwd)
+    for name, grey in (("dark", 60), ("light", 180)):
+        (cwd / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (6, 5), (grey + number, grey, 0)).save(cwd / "pictures" / name / f"{number}.png")
     chosen = ("--config-dir", "my_conf", "model=cnn", "loss=focal", "scheduler=none")
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "test=false")
     for name, *arguments in (
@@ -81,6 +86,11 @@ def test_a_net_of_ones_own_runs_from_a_wheel(wheel: Path, tmp_path: Path, comman
         ("evaluate", "run=run", "split=val", "trust=my_parts"),
         ("train", "-m", *chosen, *short, "model.channels=2,3", "hydra.sweep.dir=sweep"),
         ("report", "run=sweep"),
+        ("train", "--config-dir", "my_conf", "data=columns", "trainer.max_epochs=1", "hydra.run.dir=columns"),
+        ("evaluate", "run=columns", "trust=my_data"),
+        ("train", "data=folder", "data.path=pictures", "data.batch_size=4", "hydra.run.dir=pictured"),
+        ("predict", "run=pictured", "images=pictures/dark", "output=predicted"),
+        ("visualize", "data=folder", "data.path=pictures", "data.batch_size=4"),
     ):
         done = command(name, *arguments, cwd=cwd, PYTHONPATH=str(installed))
         assert done.returncode == 0, done.stderr

@@ -122,7 +122,7 @@ def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH
     names = [shorten(name, LONGEST) for name in class_names]
     longest, count = max(map(len, names)), len(names)
     size = font_size(count, width)
-    if count > 30 or longest > 14:
+    if longest > 2 and (count > 12 or longest > 14):
         axes.set_xticks(range(count), names, rotation=90, fontsize=size)
     elif longest > 2:
         axes.set_xticks(range(count), names, rotation=30, ha="right", fontsize=size)
