@@ -1,3 +1,30 @@
 """Feed-forward neural networks on MNIST, with PyTorch Lightning, Hydra and TensorBoard."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.data import MNISTDataModule, load_mnist
+    from mnist_lightning.network import FeedForward
+
 __version__ = "0.1.0"
+__all__ = ["DigitClassifier", "FeedForward", "MNISTDataModule", "load_mnist"]
+
+HOMES = {
+    "DigitClassifier": "classifier",
+    "FeedForward": "network",
+    "MNISTDataModule": "data",
+    "load_mnist": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first asked for: torch takes seconds."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -4,7 +4,8 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,20 +15,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.losses import CrossEntropy
 from mnist_lightning.network import on_trial
-from mnist_lightning.targets import name_of
+from mnist_lightning.targets import make, name_of, strange_modules
 from mnist_lightning.workarounds import SET_EACH_STEP
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images (B, H, W) or (B, H, W, C) uint8, labels (B,) int64
 TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in a scheduler's arguments
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.004, weight_decay=0.01, fused=True)
+COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=TOTAL_STEPS)  # type: ignore[arg-type]
 LOSS = "loss"  # the name of the loss among the metrics
 
 
@@ -48,7 +51,7 @@ class DigitClassifier(L.LightningModule):
         metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
         image_shape: (C, H, W).
         class_names: by label; None: the ten digits.
-        optimizer: makes the optimizer from the parameters; not needed to evaluate.
+        optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate schedule from the optimizer; None keeps it constant.  An
             argument that is the string "total_steps" is replaced by the run's number of optimizer
             steps, and the schedule is then stepped after each of them, else after each epoch.
@@ -58,6 +61,8 @@ class DigitClassifier(L.LightningModule):
 
     Attributes:
         num_outputs: of the net for each image; known once ``check`` has run.
+        logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
+            Lightning does, and return them.  A run of ``train`` writes the test's itself.
     """
 
     def __init__(
@@ -69,8 +74,8 @@ class DigitClassifier(L.LightningModule):
         metrics: Mapping[str, Metric] | None = None,
         image_shape: Sequence[int] = (1, 28, 28),
         class_names: Sequence[str] | None = None,
-        optimizer: Callable[..., Optimizer] | None = None,
-        scheduler: "functools.partial[LRScheduler] | None" = None,
+        optimizer: Callable[..., Optimizer] = ADAMW,
+        scheduler: "functools.partial[Any] | None" = COSINE,
         decay_biases: bool = True,
         seed: int = 1,
     ) -> None:
@@ -100,6 +105,8 @@ class DigitClassifier(L.LightningModule):
         )
         self.image_shape = tuple(image_shape)
         self.num_outputs = num_classes
+        self.logs_evaluations = True
+        self._is_checked = False
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.decay_biases = decay_biases
@@ -130,8 +137,8 @@ class DigitClassifier(L.LightningModule):
         Raises:
             MisconfigurationException: one of them does not fit the images, the labels or the others.
         """
-        images = torch.zeros(2, *self.image_shape)
-        labels = torch.arange(2) % self.num_classes
+        images = torch.zeros(2, *self.image_shape, device=self.device)
+        labels = torch.arange(2, device=self.device) % self.num_classes
         name = f"model: {name_of(self.net)}"
         with on_trial(self), _one_line(f"{name} can't take images {tuple(images.shape)}"):
             outputs = self.net.forward(images)  # not net(images), which may be compiled
@@ -165,6 +172,42 @@ class DigitClassifier(L.LightningModule):
             if not isinstance(value, Tensor) or value.numel() != 1:
                 what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise MisconfigurationException(f"{name} gives {what}, and must give one number")
+        self._is_checked = True
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = "cpu",
+        *,
+        net: nn.Module | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> "DigitClassifier":
+        """A trained net from a checkpoint of a run, or of Lightning's ModelCheckpoint.
+
+        Nets, losses and metrics of this project, torch and TorchMetrics are built as the checkpoint tells.
+        Others are never imported by a name in a file: pass them.
+
+        Args:
+            net: built as for the training; its weights are replaced.
+            loss, metrics: as they were for the training.
+
+        Raises:
+            ValueError: the checkpoint names, or needs, what must be passed.
+            OSError: the file can't be read.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        recipe = dict(checkpoint["hyper_parameters"])
+        for part, given in (("model", net), ("loss", loss), ("metrics", metrics)):
+            strange = [] if given is not None else strange_modules({part: recipe.get(part) or {}})
+            if strange or (part == "model" and given is None and not recipe["model"]):
+                argument = "net" if part == "model" else part
+                what = f"names {', '.join(strange)}" if strange else "does not tell how its net was made"
+                raise ValueError(
+                    f"{checkpoint_path} {what}: pass it, as in load_from_checkpoint(path, {argument}=…)"
+                )
+        return rebuild(recipe, checkpoint["state_dict"], net=net, loss=loss, metrics=metrics)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module's setter would look for parameters, buffers and modules each time
@@ -183,6 +226,10 @@ class DigitClassifier(L.LightningModule):
         """
         outputs: Tensor = self.net(self.preprocess(images, key))
         return outputs
+
+    def setup(self, stage: str) -> None:
+        if not self._is_checked:
+            self.check()
 
     def on_fit_start(self) -> None:
         self._interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -207,6 +254,11 @@ class DigitClassifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch)
 
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """(B, num_classes) probabilities, or (B, 1) numbers of a regression, for stored images or a batch."""
+        outputs: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
+        return outputs.softmax(dim=1) if self.names_classes else outputs
+
     def on_train_epoch_start(self) -> None:
         self.train_metrics.reset()  # not called where an epoch is resumed within
 
@@ -218,10 +270,13 @@ class DigitClassifier(L.LightningModule):
         self._count("train")  # validation may come in the middle of an epoch
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            self._outputs.clear()  # of an untrained net: no epoch's values
+            return
         self._count("val")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         # what trainer.validate measures after training is no point of the learning curve
-        self._report("val", to_loggers=fitting)
+        self._report("val", write=fitting)
         if fitting and self.trainer.lr_scheduler_configs:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -229,7 +284,7 @@ class DigitClassifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._count("test")
-        self._report("test")
+        self._report("test", write=not self.logs_evaluations)
 
     def on_train_start(self) -> None:
         if self._resumed is None:
@@ -317,15 +372,16 @@ class DigitClassifier(L.LightningModule):
             )
         return losses
 
-    def _report(self, stage: str, *, to_loggers: bool = True) -> None:
+    def _report(self, stage: str, *, write: bool = True) -> None:
         """Give an epoch's metrics to Lightning (for callbacks) and, at once, to the loggers.
 
         Lightning would write them after the epoch's checkpoint, and a run killed between the two
         would resume without them.
         """
         metrics = getattr(self, f"{stage}_metrics")
-        self.log_dict(metrics, logger=False)
-        if to_loggers:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(metrics, logger=self.logs_evaluations and not fitting)
+        if write:
             self._write({name: value.item() for name, value in metrics.compute().items()})
 
     def _write(self, values: dict[str, float]) -> None:
@@ -338,7 +394,6 @@ class DigitClassifier(L.LightningModule):
         return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        assert self.make_optimizer is not None, "DigitClassifier was made without an optimizer"
         optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
         if self.make_scheduler is None:
             return optimizer
@@ -363,6 +418,47 @@ class DigitClassifier(L.LightningModule):
             }
         interval = "step" if per_step else "epoch"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+
+def rebuild(
+    recipe: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    net: nn.Module | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> DigitClassifier:
+    """A trained classifier from what a checkpoint holds.
+
+    Args:
+        recipe: the hyper-parameters of a ``DigitClassifier``.
+        weights: its ``state_dict``.
+        net, loss, metrics: instead of those that the recipe tells.
+    """
+    own = {name.removeprefix("net."): tensor for name, tensor in weights.items() if name.startswith("net.")}
+    # of what can be known, no memory is taken for weights that the file does not hold
+    ours = net is None and not strange_modules({"model": recipe["model"]})
+    with torch.device("meta") if ours else nullcontext():
+        net = make(recipe["model"], "model") if net is None else net
+    net.load_state_dict(own, strict=True, assign=ours)
+    if loss is None and recipe.get("loss"):
+        loss = make(recipe["loss"], "loss")
+    if isinstance(loss, nn.Module):
+        its = {name.removeprefix("loss."): one for name, one in weights.items() if name.startswith("loss.")}
+        loss.load_state_dict(its)
+    if metrics is None:
+        settings = recipe["metrics"]
+        metrics = {name: make(one, f"metrics.{name}") for name, one in settings.items() if one}
+    classifier = DigitClassifier(
+        net,
+        preprocess=Preprocess(**recipe["preprocess"]),
+        loss=loss,
+        metrics=metrics,
+        image_shape=recipe["image_shape"],
+        class_names=recipe["class_names"],
+    )
+    classifier.check()
+    return classifier
 
 
 def environment() -> dict[str, str | int]:

@@ -106,9 +106,11 @@ class EpochSampler(Sampler[int]):
         return len(range(self.rank, self.num_samples, self.world_size))
 
     def take(self) -> Tensor:
-        """What ``iter`` gives, as a tensor."""
+        """What ``iter`` gives, as a tensor; where nobody calls ``set_epoch``, the next epoch comes next."""
         start, self.start = self.start, 0
-        return self.order()[start:]
+        order = self.order()[start:]
+        self.epoch += 1
+        return order
 
     def __iter__(self) -> Iterator[int]:
         yield from self.take().tolist()
@@ -309,13 +311,19 @@ class MNISTDataModule(L.LightningDataModule):
         sampler.start = self.resume_batch * (self.batch_size // world_size)
         return loader
 
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return self.test_dataloader()
+
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader("val", eval_batch_size(self.image_shape))
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return self._loader("test", eval_batch_size(self.image_shape))
+        return self._loader("test")
 
-    def _loader(self, split: str, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _loader(self, split: str, batch_size: int | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
+        if not self.splits:  # in a plain loop nobody has called them
+            self.prepare_data()
+            self.setup("fit")
         images = self.splits[split]
         trainer = self.trainer
         overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
@@ -331,7 +339,7 @@ class MNISTDataModule(L.LightningDataModule):
             device = trainer.strategy.root_device
         return DataLoader(
             images.to(device),
-            batch_sampler=BatchIndices(sampler, batch_size, device),  # type: ignore[arg-type]  # a tensor, no list
+            batch_sampler=BatchIndices(sampler, batch_size or eval_batch_size(self.image_shape), device),  # type: ignore[arg-type]  # a tensor, no list
             num_workers=self.num_workers,
             collate_fn=_identity,
             persistent_workers=self.num_workers > 0,
@@ -341,6 +349,45 @@ class MNISTDataModule(L.LightningDataModule):
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def load_mnist(
+    data_dir: str | Path = "~/.pytorch/MNIST_data/", batch_size: int = 64
+) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
+    """The tutorial's loaders, for a plain training loop.
+
+    The second one has the official test images: who compares settings by them has no images left to say how
+    good the best one is.  ``MNISTDataModule`` has three splits.
+
+    Args:
+        data_dir: folder in torchvision's layout; MNIST is put there where it is missing.
+        batch_size: of all batches but the last, which may be smaller.
+
+    Returns:
+        Loaders of the 60,000 training and of the 10,000 test images, each shuffled anew at every pass:
+        (B, 1, 28, 28) float32 in [-1, 1], and labels (B,) int64.
+
+    Raises:
+        OSError: the folder can't be made or written.
+    """
+    source = find_source("mnist", Path(data_dir).expanduser())
+    source.make_whole()
+    parts = source.read().parts
+    seed = int(torch.randint(2**32, (), dtype=torch.int64))  # torch.manual_seed decides the order
+    loaders = []
+    for part in ("train", "test"):
+        images = Images(*parts[part])
+        sampler = EpochSampler(len(images), shuffle=True, seed=seed, rank=0, world_size=1)
+        batches: Any = BatchIndices(sampler, batch_size, torch.device("cpu"))
+        unit: Any = _to_unit
+        loaders.append(DataLoader(images, batch_sampler=batches, collate_fn=unit))
+    return loaders[0], loaders[1]
+
+
+def _to_unit(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """From 0 … 255 to -1 … 1: mean 0.5 and standard deviation 0.5 of pixels in [0, 1]."""
+    images, labels = batch
+    return (images.unsqueeze(1).float() / 255 - 0.5) / 0.5, labels
 
 
 def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ KINDS = {
     ),
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
+SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
 SIZES = ("image_shape", "num_classes")  # what nets, losses and metrics are told, where they have it by name
 
 
@@ -271,3 +273,54 @@ def choose_mode(name: str, mode: str | None, higher_is_better: bool | None) -> s
     if mode not in (None, wanted):
         raise TargetError(f"monitor.mode must be {wanted} with monitor.metric={name}, got {mode}")
     return wanted
+
+
+def strange_modules(config: Mapping[str, Any]) -> list[str]:
+    """The modules that will have to be trusted where these settings are read again."""
+    names = [name for _, name, known in find_targets(config) if not known]
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
+def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Each ``_target_``: the key of its settings, its name, and whether it ``is_known`` there."""
+
+    def walk(value: Any, key: str, kind: Kind | None, nested: bool) -> Iterator[tuple[str, str, bool]]:
+        if isinstance(value, Mapping):
+            if TARGET in value:
+                name = str(value[TARGET])
+                yield key, name, is_known(name, kind, nested=nested)
+                nested = True
+            for name, inner in value.items():
+                yield from walk(inner, f"{key}.{name}" if key else str(name), kind, nested)
+        elif isinstance(value, list):
+            for position, inner in enumerate(value):
+                yield from walk(inner, f"{key}[{position}]", kind, nested)
+
+    for group, value in config.items():
+        kind = KINDS.get(group)
+        if group in SEVERAL and isinstance(value, Mapping) and TARGET not in value:
+            for name, inner in value.items():
+                # an entry is of its group's kind, what lies below it is not
+                direct = not isinstance(inner, Mapping) or TARGET in inner
+                yield from walk(inner, f"{group}.{name}", kind, not direct)
+        else:
+            direct = not isinstance(value, Mapping) or TARGET in value
+            yield from walk(value, str(group), None if group in SEVERAL else kind, not direct)
+
+
+def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:
+    """Whether a name is, by its look, that of a class where this kind is at home.
+
+    ``targets.make`` looks at the class itself.
+
+    Args:
+        kind: None: nothing is to be built there.
+    """
+    if kind is None:
+        return False
+    for home in kind.inner if nested else kind.homes:
+        if name == home and home.rpartition(".")[2][0].isupper():
+            return True
+        if re.fullmatch(rf"{re.escape(home)}(\.[a-z_]\w*)*\.[A-Z]\w*", name):
+            return True
+    return not nested and bool(kind.functions) and re.fullmatch(kind.functions, name) is not None

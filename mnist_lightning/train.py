@@ -29,8 +29,8 @@ from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import check_arguments, choose_mode, make
-from mnist_lightning.trust import strange_modules, write_trust
+from mnist_lightning.targets import check_arguments, choose_mode, make, strange_modules
+from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
@@ -127,6 +127,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         datamodule.setup("fit")
         data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
+    classifier.logs_evaluations = False
     monitor = settings.monitor
     monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.higher_is_better(monitor.metric))
     with signals.deferred():  # torch calls the counter from C++, where an exception would abort the process

@@ -17,11 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.cli import retype
 from mnist_lightning.config import RUN_DIR
-from mnist_lightning.targets import KINDS, TARGET, Kind
+from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
 KEY = "trust="
-SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
 # Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers
 PLACES = (
     "dirpath",
@@ -163,57 +162,6 @@ def write_trust(modules: Collection[str]) -> str:
     """``trust=…`` as it is typed."""
     names = list(dict.fromkeys(modules))
     return KEY + (names[0] if len(names) == 1 else f"[{','.join(names)}]")
-
-
-def strange_modules(config: Mapping[str, Any]) -> list[str]:
-    """The modules that will have to be trusted where these settings are read again."""
-    names = [name for _, name, known in find_targets(config) if not known]
-    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
-
-
-def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Each ``_target_``: the key of its settings, its name, and whether it ``is_known`` there."""
-
-    def walk(value: Any, key: str, kind: Kind | None, nested: bool) -> Iterator[tuple[str, str, bool]]:
-        if isinstance(value, Mapping):
-            if TARGET in value:
-                name = str(value[TARGET])
-                yield key, name, is_known(name, kind, nested=nested)
-                nested = True
-            for name, inner in value.items():
-                yield from walk(inner, f"{key}.{name}" if key else str(name), kind, nested)
-        elif isinstance(value, list):
-            for position, inner in enumerate(value):
-                yield from walk(inner, f"{key}[{position}]", kind, nested)
-
-    for group, value in config.items():
-        kind = KINDS.get(group)
-        if group in SEVERAL and isinstance(value, Mapping) and TARGET not in value:
-            for name, inner in value.items():
-                # an entry is of its group's kind, what lies below it is not
-                direct = not isinstance(inner, Mapping) or TARGET in inner
-                yield from walk(inner, f"{group}.{name}", kind, not direct)
-        else:
-            direct = not isinstance(value, Mapping) or TARGET in value
-            yield from walk(value, str(group), None if group in SEVERAL else kind, not direct)
-
-
-def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:
-    """Whether a name is, by its look, that of a class where this kind is at home.
-
-    ``targets.make`` looks at the class itself.
-
-    Args:
-        kind: None: nothing is to be built there.
-    """
-    if kind is None:
-        return False
-    for home in kind.inner if nested else kind.homes:
-        if name == home and home.rpartition(".")[2][0].isupper():
-            return True
-        if re.fullmatch(rf"{re.escape(home)}(\.[a-z_]\w*)*\.[A-Z]\w*", name):
-            return True
-    return not nested and bool(kind.functions) and re.fullmatch(kind.functions, name) is not None
 
 
 def find_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -217,6 +217,7 @@ class Preloaded:
 
     def close(self) -> str:
         """End it and all that it still runs; what it printed itself."""
+        self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy of it
         self._socket.close()
         return self._process.communicate()[0].decode()
 

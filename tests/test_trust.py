@@ -15,7 +15,7 @@ from test_own_parts import CONF, OWN, TINY, retyped
 from mnist_lightning import trust
 from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.rundir.checkpoint import serialize
-from mnist_lightning.targets import KINDS, make
+from mnist_lightning.targets import KINDS, make, strange_modules
 
 SECRET = "a-secret-of-the-environment"
 MKDIR = {"_target_": "os.mkdir", "_args_": ["canary"]}  # what must not be done
@@ -341,12 +341,10 @@ def test_what_libraries_define_needs_no_trust(key: str, name: str) -> None:
     config: dict[str, Any] = {}
     group, _, entry = key.partition(".")
     config[group] = {entry: {"_target_": name}} if entry else {"_target_": name}
-    assert trust.strange_modules(config) == []
+    assert strange_modules(config) == []
     wrong = {other: config[group] for other in KINDS if other not in (group, "model", "loss", "optimizer")}
     if group not in ("model", "loss"):
-        assert all(trust.strange_modules({other: value}) for other, value in wrong.items()), (
-            "each where it belongs"
-        )
+        assert all(strange_modules({other: value}) for other, value in wrong.items()), "each where it belongs"
 
 
 def test_a_builder_sees_through_a_detour() -> None:

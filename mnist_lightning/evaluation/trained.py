@@ -2,25 +2,23 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_lightning import threads
-from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
-from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.rundir.checkpoint import find_newest, load
-from mnist_lightning.targets import PARTS, TargetError, make
-from mnist_lightning.trust import check_recipe, read_trust, strange_modules
+from mnist_lightning.targets import PARTS, TargetError
+from mnist_lightning.trust import check_recipe, read_trust
 
 
 def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -65,36 +63,6 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
         cause = " ".join(str(error).split())
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
     return classifier.eval(), checkpoint
-
-
-def rebuild(recipe: dict[str, Any], weights: Mapping[str, Tensor]) -> DigitClassifier:
-    """
-    Args:
-        recipe: what ``DigitClassifier`` has put into its checkpoint.
-        weights: its ``state_dict``.
-    """
-    own = {name.removeprefix("net."): tensor for name, tensor in weights.items() if name.startswith("net.")}
-    ours = not strange_modules({"model": recipe["model"]})
-    # of what can be known, no memory is taken for weights that the file does not hold
-    with torch.device("meta") if ours else nullcontext():
-        net = make(recipe["model"], "model")
-    net.load_state_dict(own, strict=True, assign=ours)
-    loss = make(recipe["loss"], "loss") if recipe.get("loss") else None
-    if isinstance(loss, nn.Module):
-        its = {name.removeprefix("loss."): one for name, one in weights.items() if name.startswith("loss.")}
-        loss.load_state_dict(its)
-    classifier = DigitClassifier(
-        net,
-        preprocess=Preprocess(**recipe["preprocess"]),
-        loss=loss,
-        metrics={
-            name: make(metric, f"metrics.{name}") for name, metric in recipe["metrics"].items() if metric
-        },
-        image_shape=recipe["image_shape"],
-        class_names=recipe["class_names"],
-    )
-    classifier.check()
-    return classifier
 
 
 def load_split(

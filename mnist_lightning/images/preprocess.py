@@ -48,6 +48,11 @@ class Preprocess(nn.Module):
 
     def to_pixels(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
         """Images before they are normalised; see ``forward``.  -> (B, C, H, W) float32, in [0, 255]"""
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+            raise ValueError(
+                f"images must be (B, H, W), or (B, H, W, 3) in colour, got {tuple(images.shape)}: those of"
+                " MNISTDataModule are, those of load_mnist are normalised already"
+            )
         pixels = images.float()
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         sources = None if key is None or self.deform is None else self.deform.draw(pixels, *key)
@@ -60,6 +65,9 @@ class Preprocess(nn.Module):
 
         Args:
             key: of the deformations to draw, whole numbers that alone decide them; None: do not deform.
+
+        Raises:
+            ValueError: the images have another shape.
         """
         normalised: Tensor = (self.to_pixels(images, key) - self.mean) / self.std
         return normalised

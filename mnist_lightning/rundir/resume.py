@@ -30,7 +30,7 @@ from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.status import read
 from mnist_lightning.settings_help import flatten
-from mnist_lightning.targets import TARGET
+from mnist_lightning.targets import TARGET, find_targets
 
 KEY = "resume="
 BASE = "resumed"  # the name under which Hydra finds the settings
@@ -125,7 +125,7 @@ def find_gone(settings: dict[str, Any]) -> str | None:
     model = settings.get("model")
     if isinstance(model, dict) and TARGET not in model:
         return "model without a _target_"
-    names = [name for _, name, _ in trust.find_targets(settings) if name.startswith("mnist_lightning.")]
+    names = [name for _, name, _ in find_targets(settings) if name.startswith("mnist_lightning.")]
     return next((name for name in names if not is_module(name.rpartition(".")[0])), None)
 
 
