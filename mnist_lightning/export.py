@@ -54,6 +54,14 @@ def export(settings: Export) -> None:
     if missing:
         raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
     path = find_checkpoint(settings.run, settings.checkpoint)
+    if settings.output is not None:
+        target = Path(settings.output).expanduser()
+    elif settings.checkpoint is not None or Path(settings.run).expanduser().is_file():
+        target = path.with_suffix(".onnx")
+    else:
+        target = path.parent.parent / "model.onnx"
+    if target.is_dir():
+        raise CommandError(f"output={target} is a folder: name a file, say {target / 'model.onnx'}")
     log.info("loading torch, Lightning and ONNX …")
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 
@@ -65,12 +73,6 @@ def export(settings: Export) -> None:
         difference = compare(content, classifier, images)
     if not difference <= TOLERANCE:
         raise CommandError(f"the ONNX net differs from the PyTorch net by {difference:.1e}: not written")
-    if settings.output is not None:
-        target = Path(settings.output).expanduser()
-    elif settings.checkpoint is not None or Path(settings.run).expanduser().is_file():
-        target = path.with_suffix(".onnx")
-    else:
-        target = path.parent.parent / "model.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, content)
     print(f"checkpoint  {path}")

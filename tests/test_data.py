@@ -183,7 +183,9 @@ def test_damaged_file_is_named_and_repaired(
     assert str(path) in caplog.text
     assert told in caplog.text
     assert all(find_fault(path.parent / name, md5) is None for name, (_, _, md5) in RAW_FILES.items())
-    assert sorted(file.name for file in path.parent.iterdir()) == sorted(RAW_FILES)
+    aside = [f"{file}.aside"] if damage is make_folder else []
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted([*RAW_FILES, *aside])
+    assert [inside.name for inside in path.parent.glob("*.aside/*")] == ["inside"] * len(aside)
 
 
 def test_leftovers_of_killed_processes_go_and_those_at_work_are_left_alone(tmp_path: Path) -> None:

@@ -70,3 +70,12 @@ def test_a_missing_checkpoint_is_told_in_a_line(tmp_path: Path, command: Run) ->
     done = command("export", "checkpoint=no.ckpt", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr == "no.ckpt is not a checkpoint: there is no such file\n"
+
+
+def test_a_folder_is_no_output_and_stays(trained_run: Path, tmp_path: Path, command: Run) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    done = command("export", f"run={trained_run}", "output=mine", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "output=mine is a folder: name a file, say mine/model.onnx\n"
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

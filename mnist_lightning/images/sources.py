@@ -353,6 +353,8 @@ def unpack(data_dir: Path) -> None:
             if fault is None:
                 continue
             log.warning("%s %s: replaced by the copy in this package", path, fault)
+            if path.is_dir() and not path.is_symlink():
+                path.rename(f"{path}.aside")  # whose it is, nobody knows
         with gzip.open(PACKAGED / f"{file}.gz") as packed:
             write_atomic(path, packed.read())
 

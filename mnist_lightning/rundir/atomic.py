@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -17,7 +16,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     temporary file lies in the same folder and so on the same file system, whatever TMPDIR says.
 
     Raises:
-        OSError: the folder can't be written, or the disk is full; the old file is untouched.
+        OSError: the folder can't be written, the disk is full, or a folder lies in the place; what is there
+            is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
@@ -25,8 +25,6 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
