@@ -597,6 +597,13 @@ def use(data: Data) -> None:
     data.check_shape(datamodule.image_shape)
 
 
+def test_from_python_a_wrong_name_is_told() -> None:
+    with pytest.raises(ValueError, match=r"name must be one of mnist, .*, folder, npz, got 'cifar'"):
+        MNISTDataModule(name="cifar")
+    with pytest.raises(ValueError, match="name='folder' wants a path"):
+        MNISTDataModule(name="folder")
+
+
 def test_mean_and_std_are_those_of_the_training_images(tmp_path: Path) -> None:
     content = make_arrays(3, (9, 7, 3), 30)
     np.savez(tmp_path / "set.npz", **content)

@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Run
+from conftest import REPOSITORY, Run, Start
 from PIL import Image
+from processes import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,10 @@ def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path, command: Run
 
 
 @pytest.mark.slow
-def test_a_net_and_data_of_ones_own_run_from_a_wheel(wheel: Path, tmp_path: Path, command: Run) -> None:
-    """Trained, gone on with, evaluated and swept, with nothing but its module and its YAML files around."""
+def test_a_net_and_data_of_ones_own_run_from_a_wheel(
+    wheel: Path, tmp_path: Path, command: Run, start: Start
+) -> None:
+    """Trained, killed, gone on with, evaluated, compared, exported and swept, with nothing but its module and its YAML files around."""
     installed, cwd = tmp_path / "installed", tmp_path / "work"
     zipfile.ZipFile(wheel).extractall(installed)
     shutil.copytree(REPOSITORY / "tests" / "own", cwd)
@@ -80,10 +83,22 @@ def test_a_net_and_data_of_ones_own_run_from_a_wheel(wheel: Path, tmp_path: Path
             Image.new("RGB", (6, 5), (grey + number, grey, 0)).save(cwd / "pictures" / name / f"{number}.png")
     chosen = ("--config-dir", "my_conf", "model=cnn", "loss=focal", "scheduler=none")
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "test=false")
+    endless = [one.replace("max_epochs=1", "max_epochs=60") for one in short]
+    killed = start(
+        *("train", *chosen, *endless, "hydra.run.dir=killed", "logger=none"),
+        cwd=cwd,
+        PYTHONPATH=str(installed),
+    )
+    wait_for(lambda: (cwd / "killed" / "checkpoints" / "last.ckpt").exists(), killed)
+    killed.kill()
+    killed.wait()
     for name, *arguments in (
+        ("train", "resume=killed", "trust=my_parts"),
         ("train", *chosen, *short, "hydra.run.dir=run"),
         ("train", "resume=run", "trainer.max_epochs=2", "trust=my_parts"),
         ("evaluate", "run=run", "split=val", "trust=my_parts"),
+        ("compare", "runs=[run,killed]", "split=val", "trust=my_parts"),
+        ("export", "run=run", "trust=my_parts"),
         ("train", "-m", *chosen, *short, "model.channels=2,3", "hydra.sweep.dir=sweep"),
         ("report", "run=sweep"),
         ("train", "--config-dir", "my_conf", "data=columns", "trainer.max_epochs=1", "hydra.run.dir=columns"),

@@ -100,7 +100,7 @@ def load_split(
                 f"{path} says that its data lies in {settings[place]}, where it is not, or not whole:"
                 f" data_dir=… says where it lies, or is to be put"
             )
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OSError(f"{path} does not tell which data its net was trained on: {error}") from error
     datamodule.setup("fit")
     try:

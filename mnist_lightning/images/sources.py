@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mnist_lightning.images.known import KNOWN
+from mnist_lightning.images.known import KNOWN, OF_A_PATH
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 
 if TYPE_CHECKING:
@@ -90,15 +90,18 @@ def find_source(
         size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
         grey: whether coloured pictures of "folder" become grey.
         source: ``_target_`` and arguments of a function of one's own.
+
+    Raises:
+        ValueError: there is no such data set, or it lies nowhere.
     """
     if source is not None:
         return Own(json.dumps(dict(source)))
-    if name == "folder":
-        assert path is not None
-        return Folder(path.absolute(), size, grey, data_dir)
-    if name == "npz":
-        assert path is not None
-        return Npz(path)
+    if name in OF_A_PATH:
+        if path is None:
+            raise ValueError(f"name={name!r} wants a path")
+        return Npz(path) if name == "npz" else Folder(path.absolute(), size, grey, data_dir)
+    if name not in KNOWN:
+        raise ValueError(f"name must be one of {', '.join((*KNOWN, *OF_A_PATH))}, got {name!r}")
     return Cifar10(data_dir) if name == "cifar10" else Idx(name, data_dir)
 
 
