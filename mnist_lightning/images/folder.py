@@ -133,41 +133,59 @@ def show(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}×{shape[0]}"
 
 
-def read_folder(folder: Path, *, size: int | None, grey: bool, cache: Path, keep: bool) -> ImageSet:
-    """
+def keep_folder(folder: Path, *, size: int | None, grey: bool, cache: Path) -> None:
+    """Decode the pictures of a folder into a file, where it does not hold them already.
+
     Args:
         folder: see ``list_pictures``.
         size: pixels of both sides to resize to; None: as they are.
         grey: whether coloured pictures become grey.
-        cache: a file in which the arrays may lie.
-        keep: whether to write them there.
+        cache: the file.
 
     Raises:
         OSError: the folder or a picture can't be read, or does not fit the others.
     """
-    pictures, names = list_pictures(folder)
+    pictures, _ = list_pictures(folder)
     state = take_state(pictures)
-    source = f"data.path={folder}"
-    if (kept := read_cache(cache, state)) is not None:
-        return check_arrays({**kept, "class_names": names}, source)
+    if read_state(cache) == state:
+        return
+    buffer = io.BytesIO()
     arrays = decode(pictures, size=size, grey=grey)
-    if keep:
-        buffer = io.BytesIO()
-        np.savez(buffer, state=np.array(state), **arrays)  # type: ignore[arg-type]
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache, buffer.getvalue())
-        except OSError as error:
-            log.warning("the pictures will be decoded again next time: %s", error)
-    return check_arrays({**arrays, "class_names": names}, source)
+    np.savez(buffer, state=np.array(state), **arrays)  # type: ignore[arg-type]
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, buffer.getvalue())
+    except OSError as error:
+        log.warning("the pictures will be decoded again next time: %s", error)
+
+
+def read_folder(folder: Path, *, size: int | None, grey: bool, cache: Path) -> ImageSet:
+    """The pictures of a folder, from the file in which ``keep_folder`` has put them or from their own.
+
+    Args, Raises: see ``keep_folder``.
+    """
+    pictures, names = list_pictures(folder)
+    arrays = read_cache(cache, take_state(pictures))
+    if arrays is None:
+        arrays = decode(pictures, size=size, grey=grey)
+    return check_arrays({**arrays, "class_names": names}, f"data.path={folder}")
 
 
 def take_state(pictures: Sequence[Picture]) -> str:
     return hashlib.sha256(json.dumps(pictures).encode()).hexdigest()
 
 
+def read_state(path: Path) -> str | None:
+    """Of which pictures ``keep_folder`` has kept the arrays; None where there are none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file["state"])
+    except Exception:  # missing, cut, or another's file
+        return None
+
+
 def read_cache(path: Path, state: str) -> dict[str, NDArray[np.uint8]] | None:
-    """Arrays that ``read_folder`` has kept; None where there are none, or the pictures have changed."""
+    """Arrays that ``keep_folder`` has kept; None where there are none, or the pictures have changed."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["state"]) != state:

@@ -256,9 +256,9 @@ class Folder:
         return self.data_dir / "folders" / f"{key.hexdigest()[:16]}.npz"
 
     def make_whole(self) -> None:
-        from mnist_lightning.images.folder import read_folder
+        from mnist_lightning.images.folder import keep_folder
 
-        read_folder(self.path, size=self.size, grey=self.grey, cache=self.cache, keep=True)
+        keep_folder(self.path, size=self.size, grey=self.grey, cache=self.cache)
 
     def is_whole(self) -> bool:
         return self.path.is_dir()
@@ -271,7 +271,7 @@ class Folder:
     def read(self) -> "ImageSet":
         from mnist_lightning.images.folder import read_folder
 
-        return read_folder(self.path, size=self.size, grey=self.grey, cache=self.cache, keep=False)
+        return read_folder(self.path, size=self.size, grey=self.grey, cache=self.cache)
 
 
 @dataclass(frozen=True)
