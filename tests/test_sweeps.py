@@ -119,7 +119,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
         "hydra/launcher=processes",
         "hydra.launcher.n_jobs=2",
         "seed=1,2",
-        "+trainer.limit_train_batches=20,100",  # the first job is done long before the second
+        "+trainer.limit_train_batches=20,400",  # the first job is done long before the second
         "trainer.max_epochs=4",
         "data.val_size=500",
         "model.hidden=16",
@@ -235,7 +235,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     SIGKILL the sweep is resumed; at the end the weights are those of a job that nobody disturbed."""
     settings = (
         *("seed=1", "model.hidden=16", "model.dropout=0.2", "logger=none"),
-        *("trainer.max_epochs=6", "+trainer.limit_train_batches=100"),
+        *("trainer.max_epochs=6", "+trainer.limit_train_batches=300"),
     )
     basic = "hydra/launcher=basic"
     whole = command("train", "-m", *settings, basic, "hydra.sweep.dir=whole", cwd=tmp_path)
