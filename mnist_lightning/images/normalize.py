@@ -3,7 +3,7 @@
 MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio",
 grey from anti-aliasing, and "centered in a 28x28 image by computing the center of mass of the pixels, and
 translating the image so as to position this point at the center" (LeCun, Cortes, Burges,
-http://yann.lecun.com/exdb/mnist/).  Most of their strokes are 2 to 3 of these pixels wide; pens write thinner.
+http://yann.lecun.com/exdb/mnist/).  Most of their strokes are 2 to 3 pixels wide; pens write thinner.
 
 All of it is averages over areas, bilinear interpolation, sums and maxima in float64, so that another language
 can restate it: halves are rounded up, and nothing depends on a library.
@@ -70,8 +70,8 @@ def fit(ink: Floats, box: int) -> Floats:
 def stroke_width(ink: Floats) -> float:
     """The mean width of strokes in pixels: twice their area by the length of their edges.
 
-    That length is the sum of the gradient's lengths, one at each corner where four pixels meet, with a line of
-    paper on all sides; each of its parts is the mean of two differences.  (H, W) in [0, 1]
+    That length is the sum of the gradient's lengths, one at each corner where four pixels meet, with paper
+    on all sides; each of its parts is the mean of two differences.  (H, W) in [0, 1]
     """
     padded = np.pad(ink, 1)
     down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)
