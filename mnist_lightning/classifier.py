@@ -236,7 +236,7 @@ class DigitClassifier(L.LightningModule):
 
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images, key))
+        outputs = self.net(self.preprocess(images, key, labels))
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
         return loss

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mnist_lightning.images.normalize import Floats, NoDigit, normalize
+from mnist_lightning.images.parts import choose_digit
 from mnist_lightning.images.pictures import open_picture
 
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
@@ -108,7 +109,7 @@ def _separate(pixels: Floats) -> Floats:
         raise NoDigit("blank: nothing stands out clearly from the background")
     floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
     ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
-    return np.asarray(ink * _without_specks(ink))
+    return np.asarray(ink * choose_digit(ink))
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
@@ -176,34 +177,6 @@ def _blur(values: Floats) -> Floats:
     height, width = values.shape
     shifted = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return np.asarray(np.mean(shifted, axis=0))
-
-
-def _without_specks(ink: Floats) -> Floats:
-    """1 where ink belongs to a stroke, 0 where to a speck: a connected part with less than a twentieth
-    of the ink of the largest.  (H, W) -> (H, W)"""
-    cell = max(1, round(max(ink.shape) / 64))
-    rows, columns = -(-ink.shape[0] // cell), -(-ink.shape[1] // cell)
-    padded = np.zeros((rows * cell, columns * cell))
-    padded[: ink.shape[0], : ink.shape[1]] = ink
-    cells = padded.reshape(rows, cell, columns, cell)
-    occupied = cells.max(axis=(1, 3)) > 0.3
-    labels = np.where(occupied, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
-    while True:  # the largest number of each part spreads through it
-        around = np.pad(labels, 1)
-        spread = np.max([around[i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=0)
-        spread = np.where(occupied, spread, 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    amounts = np.bincount(labels.ravel(), weights=cells.sum(axis=(1, 3)).ravel())
-    amounts[0] = 0
-    kept = amounts >= max(float(amounts.max()) / 20, 1e-9)
-    # faint edges of a stroke may lie in the cells around it
-    wide = Image.fromarray(kept[labels]).convert("L").filter(ImageFilter.MaxFilter(3))
-    keep = (np.asarray(wide) > 0) & (kept[labels] | (labels == 0))
-    return np.repeat(np.repeat(keep, cell, axis=0), cell, axis=1)[: ink.shape[0], : ink.shape[1]].astype(
-        float
-    )
 
 
 def _box(ink: Floats) -> tuple[slice, slice]:
