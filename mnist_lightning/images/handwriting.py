@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mnist_lightning.images.normalize import Floats, NoDigit, normalize
-from mnist_lightning.images.parts import choose_digit
+from mnist_lightning.images.parts import choose_digit, is_solid
 from mnist_lightning.images.pictures import open_picture
 
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
-MIN_CONTRAST = 12.0  # grey levels between ink and paper, of 255
+MIN_CONTRAST = 4.0  # grey levels between ink and paper, of 255
+MIN_PICTURE = 64  # pixels of the shorter side of a picture within a page; smaller ones are thick strokes
 
 
 def read_image(path: Path) -> Image.Image:
@@ -38,9 +39,11 @@ def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def find_ink(picture: Image.Image) -> Floats:
-    """How much each pixel is ink: 0 is background, whatever its colour, shade and noise.
+    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and what
+    else is on the paper.
 
-    Looks twice where the digit is small in its picture: the second time at its surroundings alone.
+    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and into
+    a picture that lies on a page.
 
     Returns:
         (H, W) in [0, 1], with neither side above ``WORK_SIDE``.
@@ -48,21 +51,39 @@ def find_ink(picture: Image.Image) -> Floats:
     Raises:
         NoDigit: nothing stands out from the background.
     """
+    return _find(picture, looks=3)[0]
+
+
+def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
+    """The ink, and how far it stands out, in grey levels."""
     small = _shrink(picture)
-    ink = _separate(np.asarray(small, dtype=float))
-    rows, columns = _box(ink)
-    largest = max(rows.stop - rows.start, columns.stop - columns.start)
-    if small.size != picture.size and largest < WORK_SIDE / 2:
-        margin = max(4, largest // 3)
-        scale_x, scale_y = picture.width / small.width, picture.height / small.height
+    ink, contrast = _separate(np.asarray(small, dtype=float))
+    ink = ink * choose_digit(ink)
+    rows, columns = box = _box(ink)
+    scale_x, scale_y = picture.width / small.width, picture.height / small.height
+
+    def look(margin: float) -> tuple[Floats, float]:
         surroundings = (
             max(0, int((columns.start - margin) * scale_x)),
             max(0, int((rows.start - margin) * scale_y)),
             min(picture.width, int((columns.stop + margin) * scale_x)),
             min(picture.height, int((rows.stop + margin) * scale_y)),
         )
-        ink = _separate(np.asarray(_shrink(picture.crop(surroundings)), dtype=float))
-    return ink
+        return _find(picture.crop(surroundings), looks=looks - 1)
+
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    largest, least = max(height, width), min(height * scale_y, width * scale_x)
+    if looks > 1 and least >= MIN_PICTURE and is_solid(ink, box):
+        try:
+            inside, inner_contrast = look(-max(1, 0.02 * largest))
+        except NoDigit:
+            pass  # a bar
+        else:
+            if inner_contrast >= 0.4 * contrast:
+                return inside, inner_contrast
+    if looks > 1 and small.size != picture.size and largest < WORK_SIDE / 2:
+        return look(max(4, largest // 3))
+    return ink, contrast
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -89,8 +110,8 @@ def _shrink(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX)
 
 
-def _separate(pixels: Floats) -> Floats:
-    """Ink of a picture.  (H, W, 3) in [0, 255] -> (H, W) in [0, 1]"""
+def _separate(pixels: Floats) -> tuple[Floats, float]:
+    """Ink of a picture, (H, W, 3) in [0, 255] -> (H, W) in [0, 1], and its contrast in grey levels."""
     residual, is_paper = _subtract_background(pixels)
     distance = np.sqrt((residual**2).mean(axis=2))
     is_ink = distance > _otsu(distance)
@@ -109,7 +130,7 @@ def _separate(pixels: Floats) -> Floats:
         raise NoDigit("blank: nothing stands out clearly from the background")
     floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
     ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
-    return np.asarray(ink * choose_digit(ink))
+    return ink, level / np.sqrt(3)
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:

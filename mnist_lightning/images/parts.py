@@ -13,6 +13,7 @@ FAR = 0.6  # of the same: what is farther away does not, however large
 
 Mask = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+Box = tuple[slice, slice]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -106,24 +107,35 @@ def widen(mask: Mask, reach: int) -> Mask:
     return mask
 
 
-def find_straight(parts: Parts) -> Floats:
-    """The share of each part that lies in long straight runs along rows or columns.  -> (N,) in [0, 1]
+def find_lines(parts: Parts) -> Mask:
+    """Which parts are thin and straight along rows or columns: frames, axes, ruled lines.  -> (N,)
 
-    Long is two fifths of the longer side of its box: a frame and a ruled line are nothing else.
+    Three fifths of such a part are runs of two fifths of its longer side, and it is no thicker than a twelfth.
     """
-    straight = np.zeros(parts.labels.shape, dtype=bool)
+    is_ink = parts.labels >= 0
+    sizes = _count(parts, is_ink)
+    straight = np.zeros(is_ink.shape, dtype=bool)
+    inner = is_ink.copy()
     for axis in (0, 1):
         labels = parts.labels if axis == 0 else parts.labels.T
         rows, starts, ends = find_runs(labels >= 0)
         long = ends - starts >= np.maximum(0.4 * parts.sides[labels[rows, starts]], 2)
-        ends_of = np.zeros((labels.shape[0], labels.shape[1] + 1), dtype=np.int64)
-        np.add.at(ends_of, (rows[long], starts[long]), 1)
-        np.add.at(ends_of, (rows[long], ends[long]), -1)
-        found = np.cumsum(ends_of, axis=1)[:, :-1] > 0
+        steps = np.zeros((labels.shape[0], labels.shape[1] + 1), dtype=np.int64)
+        np.add.at(steps, (rows[long], starts[long]), 1)
+        np.add.at(steps, (rows[long], ends[long]), -1)
+        found = np.cumsum(steps, axis=1)[:, :-1] > 0
         straight |= found if axis == 0 else found.T
-    is_ink = parts.labels >= 0
-    sizes = np.bincount(parts.labels[is_ink], minlength=len(parts))
-    return np.asarray(np.bincount(parts.labels[is_ink & straight], minlength=len(parts)) / np.maximum(sizes, 1))
+        inside = np.pad(labels >= 0, ((0, 0), (1, 1)))
+        inside = inside[:, :-2] & inside[:, 2:]
+        inner &= inside if axis == 0 else inside.T
+    edge = sizes - _count(parts, inner)  # pixels with paper beside them, on both sides of a stroke
+    thickness = 2 * sizes / np.maximum(edge, 1)
+    return np.asarray((_count(parts, is_ink & straight) >= 0.6 * sizes) & (thickness <= parts.sides / 12))
+
+
+def _count(parts: Parts, mask: Mask) -> Ints:
+    """How many pixels of each part are in a mask of ink.  -> (N,)"""
+    return np.bincount(parts.labels[mask], minlength=len(parts))
 
 
 def find_foreign(parts: Parts) -> Mask:
@@ -136,22 +148,17 @@ def find_foreign(parts: Parts) -> Mask:
     height, width = parts.labels.shape
     top, left, bottom, right = parts.boxes.T
     tall, wide = bottom - top, right - left
-    lines = (find_straight(parts) >= 0.6) & (
-        (tall >= 0.8 * height) | (wide >= 0.8 * width) | ((tall >= 0.3 * height) & (wide >= 0.3 * width))
-    )
+    lines = find_lines(parts)
     edges = find_edges(parts)
-    foreign = lines | edges
+    spans = (tall >= 0.8 * height) | (wide >= 0.8 * width)
     large = parts.sides >= 0.2 * max(height, width)
-    for suspects in (lines & ~edges, edges):
-        for part in np.flatnonzero(suspects):
-            others = large & ~foreign
-            if not edges[part]:  # it has to hold the digit, or to leave it alone
-                inside = (top > top[part]) & (bottom < bottom[part]) & (left > left[part]) & (right < right[part])
-                spans = tall[part] >= 0.8 * height or wide[part] >= 0.8 * width
-                others = (~foreign & inside & (parts.sides >= 0.2 * parts.sides[part])) | (others & spans)
-            if not others.any():
-                suspects[part] = False
-    return np.asarray((lines & ~edges) | edges)
+    free = ~lines & ~edges
+    foreign = np.zeros(len(parts), dtype=bool)
+    for part in np.flatnonzero(~free):
+        within = (top > top[part]) & (bottom < bottom[part]) & (left > left[part]) & (right < right[part])
+        held = free & within & (parts.sides >= 0.2 * parts.sides[part])
+        foreign[part] = bool(held.any() or ((edges | spans)[part] and (free & large).any()))
+    return foreign
 
 
 def find_edges(parts: Parts) -> Mask:
@@ -161,8 +168,7 @@ def find_edges(parts: Parts) -> Mask:
     ring = np.ones((height, width), dtype=bool)
     ring[reach_y:-reach_y, reach_x:-reach_x] = False
     is_ink = parts.labels >= 0
-    sizes = np.bincount(parts.labels[is_ink], minlength=len(parts))
-    hugging = np.bincount(parts.labels[is_ink & ring], minlength=len(parts)) >= 0.7 * np.maximum(sizes, 1)
+    hugging = _count(parts, is_ink & ring) >= 0.7 * _count(parts, is_ink)
     along = np.zeros(len(parts))
     touching = np.zeros(len(parts), dtype=bool)
     for side in (parts.labels[0], parts.labels[-1], parts.labels[:, 0], parts.labels[:, -1]):
@@ -197,3 +203,11 @@ def choose_digit(ink: Floats) -> Mask:
     own = widen(kept[parts.labels] & (parts.labels >= 0), reach)
     others = ~kept[parts.labels] & (parts.labels >= 0)
     return np.asarray(own & ~widen(others, 1) | (kept[parts.labels] & (parts.labels >= 0)))
+
+
+def is_solid(ink: Floats, box: Box) -> bool:
+    """Whether ink fills the edges of its box and most of it, as a picture on a page does.  (H, W)"""
+    rows, columns = box
+    is_ink = ink[rows, columns] > IS_INK
+    sides = (is_ink[:2], is_ink[-2:], is_ink[:, :2], is_ink[:, -2:])
+    return bool(min(side.mean() for side in sides) >= 0.9 and is_ink.mean() >= 0.5)
