@@ -200,7 +200,8 @@ def _draw_stroke(points: Tensor, start: Tensor, end: Tensor, half: Tensor) -> Te
     away = points - start[:, None]
     along = (away * line[:, None]).sum(dim=2) / (line**2).sum(dim=1, keepdim=True).clamp(min=1e-6)
     distance = (away - along.clamp(0, 1)[:, :, None] * line[:, None]).norm(dim=2)
-    return (half[:, None] - distance + 0.5).clamp(0, 1)
+    stroke: Tensor = (half[:, None] - distance + 0.5).clamp(0, 1)
+    return stroke
 
 
 def make_generator(device: torch.device, *key: int) -> torch.Generator:

@@ -39,11 +39,11 @@ def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def find_ink(picture: Image.Image) -> Floats:
-    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and what
-    else is on the paper.
+    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and
+    what else is on the paper.
 
-    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and into
-    a picture that lies on a page.
+    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and
+    into a picture that lies on a page.
 
     Returns:
         (H, W) in [0, 1], with neither side above ``WORK_SIDE``.

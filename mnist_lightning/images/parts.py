@@ -60,7 +60,8 @@ def find_parts(ink: Floats, *, gap: int = 0) -> Parts:
         np.minimum.at(lowest, numbers, places)
         boxes[:, axis] = lowest
         np.maximum.at(boxes[:, axis + 2], numbers, places + 1)
-    return Parts(labels, np.bincount(numbers, weights=ink[is_ink], minlength=count), boxes)
+    amounts = np.bincount(numbers, weights=ink[is_ink], minlength=count).astype(float)
+    return Parts(labels, amounts, boxes)
 
 
 def label(mask: Mask) -> Ints:
@@ -110,7 +111,8 @@ def widen(mask: Mask, reach: int) -> Mask:
 def find_lines(parts: Parts) -> Mask:
     """Which parts are thin and straight along rows or columns: frames, axes, ruled lines.  -> (N,)
 
-    Three fifths of such a part are runs of two fifths of its longer side, and it is no thicker than a twelfth.
+    Three fifths of such a part are runs of two fifths of its longer side, and it is no thicker than a
+    twelfth.
     """
     is_ink = parts.labels >= 0
     sizes = _count(parts, is_ink)
@@ -141,9 +143,9 @@ def _count(parts: Parts, mask: Mask) -> Ints:
 def find_foreign(parts: Parts) -> Mask:
     """Which parts are no digit but what is beside one on its paper.  -> (N,)
 
-    Frames and lines: straight, and around the digit or across most of the picture.  Edges of the paper, sides of a
-    box, a neighbour's stroke: along the picture's border.  Only where another part is large enough to be a digit;
-    a digit that fills its picture touches the border, too.
+    Frames and lines: straight, and around the digit or across most of the picture.  Edges of the paper, sides
+    of a box, a neighbour's stroke: along the picture's border.  Only where another part is large enough to be
+    a digit; a digit that fills its picture touches the border, too.
     """
     height, width = parts.labels.shape
     top, left, bottom, right = parts.boxes.T
@@ -181,8 +183,8 @@ def find_edges(parts: Parts) -> Mask:
 def choose_digit(ink: Floats) -> Mask:
     """Where the ink of the picture's one digit is.  (H, W) in [0, 1] -> (H, W)
 
-    The largest part that is not foreign, and what is near it: other strokes, dashes, even specks.  Farther away a
-    part needs a twentieth of its ink, and is left out where it is too far to be of the same digit.
+    The largest part that is not foreign, and what is near it: other strokes, dashes, even specks.  Farther
+    away a part needs a twentieth of its ink, and is left out where it is too far to be of the same digit.
     """
     parts = find_parts(ink, gap=max(1, round(max(ink.shape) / 128)))
     if not len(parts):
