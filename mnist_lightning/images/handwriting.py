@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mnist_lightning.images.normalize import Floats, NoDigit, normalize
-from mnist_lightning.images.parts import choose_digit, is_solid
+from mnist_lightning.images.parts import choose_digit, find_solid
 from mnist_lightning.images.pictures import open_picture
 
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
@@ -59,10 +59,10 @@ def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
     small = _shrink(picture)
     ink, contrast = _separate(np.asarray(small, dtype=float))
     ink = ink * choose_digit(ink)
-    rows, columns = box = _box(ink)
+    rows, columns = _box(ink)
     scale_x, scale_y = picture.width / small.width, picture.height / small.height
 
-    def look(margin: float) -> tuple[Floats, float]:
+    def look(rows: slice, columns: slice, margin: float) -> tuple[Floats, float]:
         surroundings = (
             max(0, int((columns.start - margin) * scale_x)),
             max(0, int((rows.start - margin) * scale_y)),
@@ -71,18 +71,23 @@ def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
         )
         return _find(picture.crop(surroundings), looks=looks - 1)
 
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    largest, least = max(height, width), min(height * scale_y, width * scale_x)
-    if looks > 1 and least >= MIN_PICTURE and is_solid(ink, box):
-        try:
-            inside, inner_contrast = look(-max(1, 0.02 * largest))
-        except NoDigit:
-            pass  # a bar
-        else:
-            if inner_contrast >= 0.4 * contrast:
-                return inside, inner_contrast
+    solid = find_solid(ink[rows, columns]) if looks > 1 else None
+    if solid is not None:
+        down, right = (
+            slice(a.start + b.start, a.start + b.stop) for a, b in zip((rows, columns), solid, strict=True)
+        )
+        height, width = (down.stop - down.start) * scale_y, (right.stop - right.start) * scale_x
+        if min(height, width) >= MIN_PICTURE:
+            try:
+                inside, inner_contrast = look(down, right, -max(1, 0.02 * (down.stop - down.start)))
+            except NoDigit:
+                pass  # a bar
+            else:
+                if inner_contrast >= 0.4 * contrast:
+                    return inside, inner_contrast
+    largest = max(rows.stop - rows.start, columns.stop - columns.start)
     if looks > 1 and small.size != picture.size and largest < WORK_SIDE / 2:
-        return look(max(4, largest // 3))
+        return look(rows, columns, max(4, largest // 3))
     return ink, contrast
 
 

@@ -154,19 +154,21 @@ def find_foreign(parts: Parts) -> Mask:
     edges = find_edges(parts)
     spans = (tall >= 0.8 * height) | (wide >= 0.8 * width)
     large = parts.sides >= 0.2 * max(height, width)
-    free = ~lines & ~edges
     foreign = np.zeros(len(parts), dtype=bool)
-    for part in np.flatnonzero(~free):
-        within = (top > top[part]) & (bottom < bottom[part]) & (left > left[part]) & (right < right[part])
-        held = free & within & (parts.sides >= 0.2 * parts.sides[part])
-        foreign[part] = bool(held.any() or ((edges | spans)[part] and (free & large).any()))
+    for suspects in (lines & ~edges, edges):
+        free = ~suspects & ~edges & ~foreign
+        free |= lines & ~spans & ~edges  # a 1 is a line, too
+        for part in np.flatnonzero(suspects):
+            within = (top > top[part]) & (bottom < bottom[part]) & (left > left[part]) & (right < right[part])
+            held = free & within & (parts.sides >= 0.2 * parts.sides[part])
+            foreign[part] = bool(held.any() or ((edges | spans)[part] and (free & large).any()))
     return foreign
 
 
 def find_edges(parts: Parts) -> Mask:
     """Which parts lie along the picture's border.  -> (N,)"""
     height, width = parts.labels.shape
-    reach_y, reach_x = max(1, round(0.08 * height)), max(1, round(0.08 * width))
+    reach_y, reach_x = max(1, round(0.1 * height)), max(1, round(0.1 * width))
     ring = np.ones((height, width), dtype=bool)
     ring[reach_y:-reach_y, reach_x:-reach_x] = False
     is_ink = parts.labels >= 0
@@ -207,9 +209,23 @@ def choose_digit(ink: Floats) -> Mask:
     return np.asarray(own & ~widen(others, 1) | (kept[parts.labels] & (parts.labels >= 0)))
 
 
-def is_solid(ink: Floats, box: Box) -> bool:
-    """Whether ink fills the edges of its box and most of it, as a picture on a page does.  (H, W)"""
-    rows, columns = box
-    is_ink = ink[rows, columns] > IS_INK
-    sides = (is_ink[:2], is_ink[-2:], is_ink[:, :2], is_ink[:, -2:])
-    return bool(min(side.mean() for side in sides) >= 0.9 and is_ink.mean() >= 0.5)
+def find_solid(ink: Floats) -> Box | None:
+    """The rectangle that ink fills, edges and most of the inside, as a picture on a page does; None: none.
+
+    What juts out of it, say an axis's ticks, is left aside.  (H, W) in [0, 1]
+    """
+    is_ink = ink > IS_INK
+    rows, columns = slice(0, ink.shape[0]), slice(0, ink.shape[1])
+    for _ in range(2):  # columns are judged within the rows, and rows within the columns
+        full = np.flatnonzero(is_ink[:, columns].mean(axis=1) >= 0.5)
+        if not len(full):
+            return None
+        rows = slice(int(full[0]), int(full[-1]) + 1)
+        full = np.flatnonzero(is_ink[rows].mean(axis=0) >= 0.5)
+        if not len(full):
+            return None
+        columns = slice(int(full[0]), int(full[-1]) + 1)
+    inside = is_ink[rows, columns]
+    sides = (inside[:2], inside[-2:], inside[:, :2], inside[:, -2:])
+    solid = min(side.mean() for side in sides) >= 0.9 and inside.mean() >= 0.5
+    return (rows, columns) if solid else None
