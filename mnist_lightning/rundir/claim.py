@@ -5,6 +5,8 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,26 @@ class Prepare(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "run")
+        with told():
+            prepare(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "sweep")
+        with told():
+            prepare(config, "sweep")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """
+    Raises:
+        SystemExit: with the line of a ``ConfigError``.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        sys.exit(str(error))
 
 
 def prepare(config: DictConfig, kind: str) -> None:
@@ -40,7 +58,8 @@ def prepare(config: DictConfig, kind: str) -> None:
     A folder that the user (or the parent process of a DDP run) named is left as it is.
 
     Raises:
-        SystemExit: the settings are wrong, or the folder can't be made.
+        ConfigError: the settings are wrong, or the folder can't be made.
+        SystemExit: with code 0; the run that is to go on has finished.
     """
     folder: Path | None = None
     try:
@@ -63,12 +82,9 @@ def prepare(config: DictConfig, kind: str) -> None:
             raise PermissionError(13, "Permission denied", str(folder))
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(ROOM))
-    except (ConfigError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        if isinstance(error, OSError):
-            sys.exit(f"can't write to the run's folder {error.filename or folder}: {error.strerror}")
-        sys.exit(str(error))
+    except OSError as error:
+        place = error.filename or folder
+        raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
 
 
 def claim(folder: Path) -> Path:
