@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
 from mnist_lightning import threads, workarounds
+from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
 
 
@@ -33,6 +34,7 @@ def begin() -> None:
     threads.wait_passively()
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
+    register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
@@ -55,18 +57,19 @@ def retype(argument: str, *, without: str = "") -> str:
     return shlex.join([*command, *kept, argument])
 
 
-def quote_paths(keys: Collection[str]) -> None:
-    """Quote the values of these keys in ``sys.argv``, so that Hydra reads them as they stand.
+def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """Quote the values of these keys among the arguments, so that Hydra reads them as they stand.
 
     Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  In a list ``[a,b]`` each
     element is quoted.  A value that the user has quoted for Hydra already is left alone.  ``${…}`` is what
     Hydra documents, unless something of that very name exists.
     """
     pattern = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, keys))})=)(.+)", re.DOTALL)
-    for position, argument in enumerate(sys.argv[1:], start=1):
-        match = pattern.fullmatch(argument)
-        if match and match[2] != "null":
-            sys.argv[position] = match[1] + _quote_value(match[2])
+    matches = [(argument, pattern.fullmatch(argument)) for argument in arguments]
+    return [
+        match[1] + _quote_value(match[2]) if match and match[2] != "null" else argument
+        for argument, match in matches
+    ]
 
 
 def _quote_value(value: str) -> str:

@@ -463,6 +463,13 @@ class Export:
         check_threads(self.threads)
 
 
+@dataclass
+class Report:
+    """One run of ``python -m mnist_lightning.report``."""
+
+    run: str
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -510,7 +517,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

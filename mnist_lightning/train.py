@@ -1,6 +1,7 @@
 """Train a feed-forward net on MNIST:  python -m mnist_lightning.train [key=value …]"""
 
 import functools
+import importlib
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -21,8 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
-from mnist_lightning.cli import begin, compact_errors, quote_paths, retype
-from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check, register
+from mnist_lightning.cli import begin, compact_errors, retype
+from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -39,11 +41,10 @@ if TYPE_CHECKING:
 
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.python import Run
 
 log = logging.getLogger(__name__)
-register()
 
-MOVED = {"label_smoothing": "loss.label_smoothing"}
 Metrics = dict[str, float | int | str | None]
 
 
@@ -51,26 +52,14 @@ def main() -> None:
     begin()
     signals.install()
     with compact_errors():
-        tell_moved(sys.argv[1:])
-        rewrite_arguments()
-    quote_paths(["data.data_dir", "data.path", "hydra.run.dir"])
+        sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
-
-
-def tell_moved(arguments: Sequence[str]) -> None:
-    """
-    Raises:
-        ConfigError: an argument has a name of the first edition.
-    """
-    for argument in arguments:
-        key, sign, value = argument.lstrip("+").partition("=")
-        if sign and key in MOVED:
-            raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
 def run(cfg: DictConfig) -> float | None:
     """Train one net; returns the value of ``monitor.metric`` at its best epoch, for a sweeper."""
+    register()  # a cluster's job begins here
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     settings = check(cfg, Train)
     hydra_cfg = HydraConfig.get()
@@ -78,21 +67,61 @@ def run(cfg: DictConfig) -> float | None:
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     if in_sweep:
         settings.resume = resume_job(run_dir)
-    overrides = hydra_cfg.overrides.task
-    resumed = settings.resume is not None
-    with (
-        compact_errors(in_sweep=in_sweep),
-        track(run_dir, overrides, in_sweep=in_sweep, resumed=resumed) as status,
-    ):
-        log_file = run_dir / "train.log"
-        with compact_errors(log_file=log_file, in_sweep=in_sweep), on_trial(run_dir, resumed=resumed):
+    with compact_errors(in_sweep=in_sweep):
+        metrics = follow(settings, run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep)
+    if is_main_process() and not in_sweep:
+        lines = list_results(metrics, settings, run_dir) + list_next(settings, run_dir)
+        log.info("%s", "\n".join(lines))
+    value = metrics.get(settings.monitor.metric)
+    return value if isinstance(value, float) else None
+
+
+def follow(
+    settings: Train, run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, told: bool = True
+) -> Metrics:
+    """``train`` in a folder that no other process writes to, its state kept in ``status.json``.
+
+    Args:
+        overrides: of the command line.
+        told: whether an error that the user can mend ends the process with its line.
+    """
+    raised = in_sweep or not told
+    log_file, resumed = run_dir / "train.log", settings.resume is not None
+    with track(run_dir, overrides, in_sweep=in_sweep, resumed=resumed) as status:
+        with compact_errors(log_file=log_file, in_sweep=raised), on_trial(run_dir, resumed=resumed):
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-    if is_main_process() and not in_sweep:
-        log.info("%s", summarize(metrics, settings, run_dir))
-    value = metrics.get(settings.monitor.metric)
-    return value if isinstance(value, float) else None
+    return metrics
+
+
+def train_here(*overrides: str) -> "Run":
+    """Train one net, as ``python -m mnist_lightning.train`` does it with these arguments.
+
+    ``run = mnist_lightning.train("model.hidden=256", "trainer.max_epochs=3")`` leaves the same files in a
+    folder of its own under ``logs/``, prints the same messages, and returns a ``Run``: ``run.metrics``,
+    ``run.load()``, ``run.show()``.  Ctrl-C, or interrupting a notebook's cell, saves the step and returns
+    too.  Runs that several threads start go one after the other.
+
+    Raises:
+        ConfigError: a setting can't be used.
+        CommandError: what the command tells in a line: a file, a number, a device.
+    """
+    from mnist_lightning.python import launch
+
+    return launch(work, overrides)
+
+
+class TrainModule(ModuleType):
+    """This module, which can be called: ``mnist_lightning.train`` is the command and the function."""
+
+    __call__ = staticmethod(train_here)
+
+
+def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
+    """A run that Python code has asked for."""
+    metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
+    log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
 
 def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
@@ -410,38 +439,47 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
             logger.save()
 
 
-def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
-    """What a person wants to know at the end of a run, and what to type next."""
-    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """What a person wants to know at the end of a run, in lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
     lines = [
-        f"{f'{split} {words}':20} {show_with_unit(name, value)}"
-        for split, key in keys.items()
-        if isinstance(value := metrics.get(key), float)
+        "",
+        *(
+            f"{f'{split} {words}':20} {show_with_unit(name, value)}"
+            for split, key in keys.items()
+            if isinstance(value := metrics.get(key), float)
+        ),
     ]
+    if "train_seconds" in metrics:
+        lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
+    return [*lines, f"{'everything is in':20} {as_typed(run_dir)}"]
+
+
+def list_next(settings: Train, run_dir: Path) -> list[str]:
+    """What to type after a run, in lines."""
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and "hidden" in settings.model
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    if "train_seconds" in metrics:
-        lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
-    return "\n".join(
-        [
-            "",
-            *lines,
-            f"{'everything is in':20} {folder}",
-            "",
-            "next:",
-            "  tensorboard --logdir logs",
-            *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
-            *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-            f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}{trust}   # if interrupted",
-        ]
-    )
+    resume = shlex.quote(str(as_typed(run_dir)))
+    return [
+        "",
+        "next:",
+        "  tensorboard --logdir logs",
+        *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
+        *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
+        f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted",
+    ]
+
+
+def as_typed(folder: Path) -> Path:
+    """A folder as a person in the working folder would type it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 if __name__ == "__main__":
-    from mnist_lightning import train as module  # not __main__: a cluster's launcher sends its name
-
-    module.main()
+    module = importlib.import_module("mnist_lightning.train")
+    module.main()  # not this one, which is called __main__: a cluster's launcher sends its name
+else:
+    sys.modules[__name__].__class__ = TrainModule

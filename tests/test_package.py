@@ -1,6 +1,7 @@
 """What is shipped, and who imports whom."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_a_net_and_data_of_ones_own_run_from_a_wheel(
         done = command(name, *arguments, cwd=cwd, PYTHONPATH=str(installed))
         assert done.returncode == 0, done.stderr
     assert str(installed / "mnist_lightning" / "conf") in (cwd / "run" / ".hydra" / "hydra.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_python_and_its_page_from_a_wheel(wheel: Path, tmp_path: Path, python: Run) -> None:
+    """A run, a trained net and its scores, as docs/python.md has them."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)[:3]
+    (tmp_path / "page.py").write_text("\n".join([*blocks, "print(train.__file__)"]))
+    done = python("page.py", cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "installed" / "mnist_lightning" / "train.py")
 
 
 def test_checkout_runs_without_being_installed(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -6,6 +6,8 @@ import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,26 @@ class Prepare(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "run")
+        with told():
+            prepare(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "sweep")
+        with told():
+            prepare(config, "sweep")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """
+    Raises:
+        SystemExit: with the line of what ``prepare`` raises.
+    """
+    try:
+        yield
+    except (ConfigError, CommandError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        sys.exit(str(error))
 
 
 def prepare(config: DictConfig, kind: str) -> None:
@@ -44,7 +62,9 @@ def prepare(config: DictConfig, kind: str) -> None:
     used.
 
     Raises:
-        SystemExit: the settings are wrong, or the folder can't be made, or is taken.
+        ConfigError: the settings are wrong, or the folder can't be made.
+        CommandError: the folder is taken.
+        SystemExit: with code 0; the run that is to go on has finished.
     """
     folder: Path | None = None
     try:
@@ -59,10 +79,8 @@ def prepare(config: DictConfig, kind: str) -> None:
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
         if named:
             folder.mkdir(parents=True, exist_ok=True)
-            if kind == "run" and is_main_process():
-                hold(folder)
-                if not resumed:
-                    check_unused(folder)
+            if kind == "run" and not resumed and is_main_process():
+                check_unused(folder)
         else:
             folder = claim(folder)
             with read_write(config), open_dict(config):
@@ -73,12 +91,11 @@ def prepare(config: DictConfig, kind: str) -> None:
             raise PermissionError(13, "Permission denied", str(folder))
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(ROOM))
-    except (ConfigError, CommandError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        if isinstance(error, OSError):
-            sys.exit(f"can't write to the run's folder {error.filename or folder}: {error.strerror}")
-        sys.exit(str(error))
+        if kind == "run" and is_main_process():
+            hold(folder)
+    except OSError as error:
+        place = error.filename or folder
+        raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
 
 
 def check_unused(folder: Path) -> None:
