@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import platform
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ from mnist_lightning.cli import begin, compact_errors, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.resume import resume_job
+from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
@@ -85,8 +86,9 @@ def follow(
         told: whether an error that the user can mend ends the process with its line.
     """
     raised = in_sweep or not told
-    with track(run_dir, overrides, in_sweep=in_sweep) as status:
-        with compact_errors(log_file=run_dir / "train.log", in_sweep=raised):
+    log_file, resumed = run_dir / "train.log", settings.resume is not None
+    with track(run_dir, overrides, in_sweep=in_sweep, resumed=resumed) as status:
+        with compact_errors(log_file=log_file, in_sweep=raised), on_trial(run_dir, resumed=resumed):
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -170,12 +172,12 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
-        resumed_at = checkpoint["global_step"] + 1
+        resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
     trainer: L.Trainer = make(
         settings.trainer
-        | ({} if data.has_validation else {"limit_val_batches": 0})
+        | ({} if settings.validates else {"limit_val_batches": 0})
         | {
             "callbacks": callbacks,
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -194,13 +196,17 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
             last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
             last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
+            if settings.validates and kept.best_score == -math.inf:
+                log.warning("no epoch was validated before training ended: best.ckpt is the last one")
         best = kept.folder / BEST if kept else None
         ckpt_path = best if best and best.exists() else None  # debug=fast_dev_run writes none
         metrics: Metrics = {}
-        evaluations = [trainer.validate] * data.has_validation + [trainer.test] * test
+        evaluations = [trainer.validate] * settings.validates + [trainer.test] * test
         for evaluate in evaluations:
             evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
-            metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+            stage = "test/" if evaluate == trainer.test else "val/"
+            values = sorted(trainer.callback_metrics.items())
+            metrics |= {name: value.item() for name, value in values if name.startswith(stage)}
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
@@ -208,6 +214,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics |= last
         metrics |= {
             "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
             "seed": settings.seed,
             "threads": number,
@@ -218,7 +225,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics["mnist_lightning"] = __version__
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-            write_hyperparameters(trainer, settings, metrics)
+            write_results(trainer, settings, metrics)
     return metrics
 
 
@@ -305,18 +312,20 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
-    facts = {
+    facts: dict[str, Any] = {
         "dirpath": str(run_dir / "checkpoints"),
-        "monitor": settings.monitor.metric
-        if settings.data.has_validation
-        else None,  # None: the last is the best
+        "monitor": settings.monitor.metric if settings.validates else None,  # None: the last is the best
         "mode": settings.monitor.mode,
+        "stops": find_stops(settings),
         **asdict(settings.checkpoint),
     }
     made: list[L.Callback] = []
     for name, config in settings.callbacks.items():
         if config:
-            offered = facts if config.get("_partial_") else {}
+            watched = str(config.get("monitor", facts["monitor"]))
+            # EarlyStopping is to look where its metric is measured, not at the end of each epoch
+            offered = {"check_on_train_epoch_end": not watched.startswith("val/")}
+            offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
             made.append(make(whole, f"callbacks.{name}", **offered))
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
@@ -389,8 +398,12 @@ def find_commit() -> str | None:
         return None  # no git here
 
 
-def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
-    """Fill TensorBoard's HParams tab: the run's settings beside its final metrics, once."""
+def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
+    """Give what the test has measured to all loggers, and to TensorBoard's HParams tab the run's settings
+    beside its final metrics.
+
+    A run that is killed before or in this has not finished, and a resumption does it again.
+    """
     from torch.utils.tensorboard.summary import hparams
 
     from mnist_lightning.rundir.loggers import TensorBoardLogger
@@ -413,15 +426,17 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
+    tests = {key: value for key, value in metrics.items() if key.startswith("test/")}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            with logger.forgiving():
-                writer = logger.experiment
+            with logger.ending() as writer:
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
                     workarounds.add_summary(writer, summary)
-                for key, value in finals.items():
+                for key, value in (finals | tests).items():
                     writer.add_scalar(key, value, trainer.global_step)
-                writer.flush()
+        elif tests:
+            logger.log_metrics({"epoch": trainer.current_epoch, **tests}, step=trainer.global_step)
+            logger.save()
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
     from optuna import Trial
     from torch.utils.tensorboard import SummaryWriter
@@ -78,6 +79,11 @@ def skip_device_probe() -> None:
 
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+def is_validation_due(trainer: "Trainer") -> bool:
+    """Whether Lightning 2.6 validates after the training batch that ends now."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -97,8 +97,8 @@ class Progress(ProgressBar):
 def _tell_stage(trainer: L.Trainer, stage: str) -> str:
     """A stage's loss and metrics, "   train loss 0.3042 acc 91.52 %"; nothing where it had none."""
     values = {
-        name.removeprefix(f"{stage}/"): value.item()
-        for name, value in trainer.callback_metrics.items()
+        name.removeprefix(f"{stage}/"): value
+        for name, value in trainer.lightning_module.measured.items()  # type: ignore[operator, union-attr]
         if name.startswith(f"{stage}/")
     }
     names = sorted(values, key=lambda name: name != "loss")

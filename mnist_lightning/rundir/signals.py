@@ -76,6 +76,13 @@ def received() -> bool:
     return _received is not None
 
 
+def ask() -> None:
+    """Let this process stop as others do that have got a signal."""
+    global _received
+    if _received is None:
+        _received = signal.SIGTERM
+
+
 def stop_if_asked() -> None:
     """
     Raises:
