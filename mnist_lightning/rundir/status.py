@@ -208,7 +208,7 @@ def lock(folder: Path) -> Iterator[None]:
         OSError: what is to hold it is a link that leads elsewhere.
     """
     hold(folder)
-    mutex = _held.pop(folder.absolute(), None)
+    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
     try:
         yield
     finally:
@@ -235,6 +235,13 @@ def hold(folder: Path) -> None:
     except OSError:  # a full disk: see track
         return
     _held[folder.absolute()] = mutex
+
+
+def let_go(folder: Path) -> None:
+    """End what ``hold`` has begun, where no ``lock`` has taken it over."""
+    mutex = _held.pop(folder.absolute(), None)
+    if mutex is not None:
+        mutex.release()
 
 
 def is_locked(folder: Path) -> bool:
