@@ -98,7 +98,9 @@ def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
     """
     import torch
 
-    last = [torch.nn.Softmax(dim=1)] if classifier.names_classes else []
+    from mnist_lightning.classifier import Probabilities
+
+    last = [Probabilities(classifier.temperature)] if classifier.names_classes else []
     net = torch.nn.Sequential(classifier.preprocess, classifier.net, *last).eval()
     try:
         with _quiet():
@@ -129,7 +131,7 @@ def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (theirs,) = session.run([name_output(classifier)], {"images": images.numpy()})
     ours = compute_outputs(classifier, images)
-    ours = ours.softmax(dim=1) if classifier.names_classes else ours
+    ours = classifier.to_probabilities(ours) if classifier.names_classes else ours
     return float(np.abs(theirs - ours.numpy()).max())
 
 

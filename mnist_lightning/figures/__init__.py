@@ -9,6 +9,7 @@ from mnist_lightning.figures.counts import (
     confusion_matrix,
     pixel_histogram,
     reliability_diagram,
+    risk_coverage,
 )
 from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction
 from mnist_lightning.figures.style import save, show, to_array
@@ -28,6 +29,7 @@ __all__ = [
     "pixel_histogram",
     "prediction",
     "reliability_diagram",
+    "risk_coverage",
     "save",
     "show",
     "to_array",
