@@ -411,6 +411,7 @@ class Predict:
     """One run of ``python -m mnist_lightning.predict``."""
 
     images: Any  # str or list of str: structured configs know no union of the two
+    layout: str
     run: str
     checkpoint: str | None
     trust: Any  # None, str or list of str
@@ -420,6 +421,7 @@ class Predict:
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        one_of("layout", self.layout, ("auto", "one", "many"))
         self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
         check_source(self.run, self.checkpoint)
 

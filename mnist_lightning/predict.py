@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from mnist_lightning.images.several import Found
+
 log = logging.getLogger(__name__)
+
+BOX = ("left", "top", "right", "bottom")  # columns of predictions.csv: of one digit among several, in pixels
 
 
 def main() -> None:
@@ -52,7 +56,7 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.images.normalize import NoDigit
+    from mnist_lightning.images.normalize import NoDigit, normalize
     from mnist_lightning.images.pictures import SUFFIXES
 
     path = find_checkpoint(settings.run, settings.checkpoint)
@@ -69,6 +73,8 @@ def predict(settings: Predict) -> int:
     data = checkpoint["datamodule_hyper_parameters"]
     known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
     as_mnist = known is not None and known.handwriting
+    if settings.layout == "many" and not (as_mnist and classes):
+        raise OSError("layout=many finds handwritten characters, and this net reads others: use layout=one")
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"net: {path}")
@@ -78,15 +84,44 @@ def predict(settings: Predict) -> int:
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
     with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
-        header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names)]
+        header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names), *BOX]
         writer.writerow(header if classes else ["file", "output"])
         for number, file in enumerate(files, start=1):
             try:
-                picture, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
+                several = read_several(file, settings.layout) if as_mnist and classes else None
+                if several is None:
+                    picture, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
             except (OSError, NoDigit, MemoryError) as error:
                 failures += 1
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 print(f"{file}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
+                continue
+            if several is not None:
+                picture, digits = several
+                stored = torch.from_numpy(np.stack([normalize(digit.ink) for digit in digits]))
+                each = classifier.to_probabilities(compute_outputs(classifier, stored)).numpy()
+                answers = [names[one] for one in each.argmax(axis=1)]
+                sure = each.max(axis=1) >= classifier.sure
+                marked = [answer + "?" * (not one) for answer, one in zip(answers, sure, strict=True)]
+                for row in range(digits[-1].row + 1):
+                    text = " ".join(
+                        one for one, digit in zip(marked, digits, strict=True) if digit.row == row
+                    )
+                    print(f"{'' if row else str(file):{width}}  {text}", flush=True)
+                for digit, answer, one, row_of in zip(digits, answers, sure, each, strict=True):
+                    writer.writerow(
+                        [
+                            *(file, answer, f"{row_of.max():.6f}", "sure" if one else "not sure"),
+                            *(f"{p:.6f}" for p in row_of),
+                            *digit.box,
+                        ]
+                    )
+                boxes = [digit.box for digit in digits]
+                title = f"{file.name}: {len(digits)} digits"
+                drawing = figures.several(np.asarray(picture), boxes, marked, title=title)
+                figures.save({f"{number:03}_{file.stem}": drawing}, folder)
+                if settings.show:
+                    drawings[str(file)] = drawing
                 continue
             outputs = compute_outputs(classifier, torch.from_numpy(seen)[None])[0]
             if not classes:
@@ -105,6 +140,7 @@ def predict(settings: Predict) -> int:
                 [
                     *(file, names[best], f"{probabilities[best]:.6f}", "sure" if is_sure else "not sure"),
                     *(f"{p:.6f}" for p in probabilities),
+                    *([""] * len(BOX)),
                 ]
             )
             picture.thumbnail((480, 480))
@@ -120,6 +156,27 @@ def predict(settings: Predict) -> int:
     if settings.show:
         figures.show(drawings.values())
     return failures
+
+
+def read_several(file: Path, layout: str) -> "tuple[Image, list[Found]] | None":
+    """A picture and its digits, where it is to be read as several; None: as one.
+
+    Args:
+        layout: "one", "many", or "auto": as the picture looks.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    from mnist_lightning.images.handwriting import read_image
+    from mnist_lightning.images.several import find_digits, holds_several
+
+    if layout == "one":
+        return None
+    picture = read_image(file)
+    if layout == "auto" and not holds_several(picture):
+        return None
+    return picture, find_digits(picture)
 
 
 def read_pixels(

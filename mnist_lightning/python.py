@@ -468,8 +468,8 @@ class TrainedNet:
         return np.ascontiguousarray(array, np.float32) * np.float32(scale), single
 
     def _read(self, file: str | Path) -> "NDArray[np.uint8]":
-        from mnist_lightning.images.normalize import NoDigit
         from mnist_lightning.images.known import KNOWN
+        from mnist_lightning.images.normalize import NoDigit
         from mnist_lightning.predict import read_pixels
 
         path = Path(file).expanduser()

@@ -11,7 +11,7 @@ from mnist_lightning.figures.counts import (
     reliability_diagram,
     risk_coverage,
 )
-from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction
+from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction, several
 from mnist_lightning.figures.style import save, show, to_array
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "reliability_diagram",
     "risk_coverage",
     "save",
+    "several",
     "show",
     "to_array",
 ]

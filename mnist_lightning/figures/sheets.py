@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from mnist_lightning.figures.style import (
@@ -134,6 +135,28 @@ def prediction(
     right.xaxis.set_major_formatter(PercentFormatter(1.0))
     right.set_xlabel("probability")
     right.grid(axis="y", visible=False)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def several(
+    given: Array, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], *, title: str
+) -> Figure:
+    """A picture with a box around each of its digits, and what it is read as above the box.
+
+    Args:
+        given: (H, W, 3) uint8.
+        boxes: left, top, right, bottom, in pixels.
+    """
+    height, width = given.shape[:2]
+    figure = Picture(figsize=(WIDTH, min(max(WIDTH * height / width + 0.6, 2.0), 2 * WIDTH)))
+    axes = figure.subplots()
+    axes.imshow(given)
+    for (left, top, right, bottom), caption in zip(boxes, captions, strict=True):
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=BLUE))
+        axes.text(left, top, caption, color=VERMILION, va="bottom", fontsize=11)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

@@ -54,6 +54,22 @@ def find_ink(picture: Image.Image) -> Floats:
     return _find(picture, looks=3)[0]
 
 
+def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
+    """All ink of a picture, whatever it is of, and the picture's scale in it.
+
+    Args:
+        side: pixels that the longer side has at most.
+
+    Returns:
+        (H, W) in [0, 1], and by how much the picture was made smaller, at most 1.
+
+    Raises:
+        NoDigit: nothing stands out from the background.
+    """
+    small = _shrink(picture, side)
+    return _separate(np.asarray(small, dtype=float))[0], max(small.size) / max(picture.size)
+
+
 def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
     """The ink, and how far it stands out, in grey levels."""
     small = _shrink(picture)
@@ -107,8 +123,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layered.size, paper), layered).convert("RGB")
 
 
-def _shrink(picture: Image.Image) -> Image.Image:
-    scale = WORK_SIDE / max(picture.size)
+def _shrink(picture: Image.Image, side: int = WORK_SIDE) -> Image.Image:
+    scale = side / max(picture.size)
     if scale >= 1:
         return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

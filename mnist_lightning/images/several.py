@@ -1,0 +1,171 @@
+"""The digits of a picture that holds several, in reading order."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mnist_lightning.images.handwriting import separate_ink
+from mnist_lightning.images.normalize import Floats, NoDigit
+from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
+
+LARGE_SIDE = 1024  # pixels of the longer side on which several digits are looked for
+LEAST_HEIGHT = 0.35  # of the usual height of the picture's digits
+MIN_SIDE = 8  # pixels of a digit among several
+
+
+@dataclass(frozen=True)
+class Found:
+    """A digit among others.
+
+    Attributes:
+        ink: (H, W) in [0, 1], of this digit alone.
+        box: in the picture's pixels: left, top, right, bottom, the last two exclusive.
+        row: the line it stands in, from 0.
+    """
+
+    ink: Floats
+    box: tuple[int, int, int, int]
+    row: int
+
+
+def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
+    """The digits of a picture, line by line and from left to right.  RGB, any size
+
+    Parts of ink are digits where they are about as high as the others; strokes above each other and close are
+    one digit, and what is much wider than high is taken apart where its ink is thinnest.
+
+    Args:
+        side: pixels of the longer side on which they are looked for.
+
+    Raises:
+        NoDigit: nothing stands out from the background, or nothing of it is as large as a digit.
+    """
+    ink, scale = separate_ink(picture, side)
+    parts = find_parts(ink, gap=max(1, side // 512))
+    kept = np.flatnonzero(~find_foreign(parts) & (parts.amounts > 3))
+    if not len(kept):
+        raise NoDigit("blank: nothing as large as a digit stands out from the background")
+    heights = (parts.boxes[:, 2] - parts.boxes[:, 0])[kept]
+    usual = float(np.median(heights[heights >= 0.4 * np.quantile(heights, 0.95)]))
+    groups = _merge(parts.boxes[kept], usual)
+    digits: list[tuple[Ints, Mask]] = []
+    for group in range(int(groups.max()) + 1):
+        members = kept[groups == group]
+        box = _enclose(parts.boxes[members])
+        top, left, bottom, right = box
+        if max(bottom - top, right - left) < max(LEAST_HEIGHT * usual, MIN_SIDE):
+            continue
+        mask = np.isin(parts.labels[top:bottom, left:right], members)
+        digits += _split(box, mask, ink[top:bottom, left:right], usual)
+    if not digits:
+        raise NoDigit("blank: nothing as large as a digit stands out from the background")
+    lines = _find_lines([box for box, _ in digits])
+    found = []
+    for (box, mask), line in zip(digits, lines, strict=True):
+        top, left, bottom, right = (int(edge) for edge in box)
+        own = ink[top:bottom, left:right] * mask
+        in_picture = (round(left / scale), round(top / scale), round(right / scale), round(bottom / scale))
+        found.append(Found(own, in_picture, line))
+    return sorted(found, key=lambda digit: (digit.row, digit.box[0]))
+
+
+def holds_several(picture: Image.Image) -> bool:
+    """Whether a picture holds more than one digit: at least two of like height, beside or above each other.
+
+    Raises:
+        NoDigit: nothing stands out from the background.
+    """
+    digits = find_digits(picture, side=256)
+    heights = np.array([digit.ink.shape[0] for digit in digits])
+    amounts = np.array([digit.ink.sum() for digit in digits])
+    if len(digits) < 2 or len(digits) > 400:
+        return False
+    alike = (heights >= 0.6 * heights.max()) & (amounts >= 0.15 * amounts.max())
+    return int(alike.sum()) >= 2 and bool(alike.mean() >= 0.5)
+
+
+def _merge(boxes: Ints, usual: float) -> Ints:
+    """Which boxes belong to one digit.  (N, 4) -> (N,) numbers from 0"""
+    names = np.arange(len(boxes))
+    order = np.argsort(-(boxes[:, 2] - boxes[:, 0]), kind="stable")
+    whole = {int(i): boxes[i].copy() for i in range(len(boxes))}
+    changed = True
+    while changed:
+        changed = False
+        for i in order:
+            for j in order:
+                a, b = int(names[i]), int(names[j])
+                if a == b or not _are_one(whole[a], whole[b], usual):
+                    continue
+                names[names == b] = a
+                whole[a] = _enclose(np.stack([whole[a], whole.pop(b)]))
+                changed = True
+    numbers: Ints = np.unique(names, return_inverse=True)[1]
+    return numbers
+
+
+def _are_one(a: Ints, b: Ints, usual: float) -> bool:
+    """Whether two boxes are of one digit: one is small, they overlap or nearly touch, and both are no higher
+    than one digit."""
+    overlap = min(a[3], b[3]) - max(a[1], b[1])  # of their columns
+    above = max(a[0], b[0]) - min(a[2], b[2])  # rows between them, negative where they overlap
+    narrow = min(a[3] - a[1], b[3] - b[1])
+    height = max(a[2], b[2]) - min(a[0], b[0])
+    low = min(a[2] - a[0], b[2] - b[0])
+    if height > 1.35 * max(usual, float(max(a[2] - a[0], b[2] - b[0]))):
+        return False
+    if above < 0 and overlap >= 0.6 * narrow:  # one lies within the other, or nearly
+        return True
+    if low >= 0.6 * usual:
+        return False
+    return bool(overlap >= 0.3 * narrow and above <= 0.25 * usual) or bool(
+        overlap >= -0.08 * usual and above <= 0.08 * usual
+    )
+
+
+def _split(box: Ints, mask: Mask, ink: Floats, usual: float) -> list[tuple[Ints, Mask]]:
+    """Touching digits, parted where a column has least ink."""
+    top, left, bottom, right = (int(edge) for edge in box)
+    height, width = bottom - top, right - left
+    if width < 1.35 * max(height, 0.8 * usual):
+        return [(box, mask)]
+    count = max(2, round(width / (0.8 * height)))
+    profile = (ink * mask).sum(axis=0)
+    cuts = [0]
+    for number in range(1, count):
+        middle = number * width / count
+        reach = 0.3 * width / count
+        low, high = int(middle - reach), int(middle + reach) + 1
+        cuts.append(low + int(profile[low:high].argmin()))
+    pieces = []
+    for start, end in zip(cuts, [*cuts[1:], width], strict=True):
+        piece = mask[:, start:end]
+        rows = np.flatnonzero(piece.any(axis=1))
+        if len(rows):
+            low, high = int(rows[0]), int(rows[-1]) + 1
+            pieces.append((np.array([top + low, left + start, top + high, left + end]), piece[low:high]))
+    return pieces
+
+
+def _find_lines(boxes: list[Ints]) -> list[int]:
+    """The line that each box stands in, from the top: that in whose height its middle lies."""
+    lines: list[list[int]] = []
+    for i in sorted(range(len(boxes)), key=lambda i: int(boxes[i][0] + boxes[i][2])):
+        middle = (boxes[i][0] + boxes[i][2]) / 2
+        if lines:
+            last = np.array([boxes[j] for j in lines[-1]])
+            if middle <= np.median(last[:, 2]) - 0.15 * np.median(last[:, 2] - last[:, 0]):
+                lines[-1].append(i)
+                continue
+        lines.append([i])
+    numbers = [0] * len(boxes)
+    for number, line in enumerate(lines):
+        for i in line:
+            numbers[i] = number
+    return numbers
+
+
+def _enclose(boxes: Ints) -> Ints:
+    whole: Ints = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+    return whole
