@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnist_lightning.data import read_splits
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
-from mnist_lightning.images.deform import Deformation, from_center, upright
+from mnist_lightning.images.deform import Deformation, add_flags, from_center, upright
 from mnist_lightning.images.sources import find_source, unpack
 
 Fit = Callable[..., dict[str, object]]
@@ -201,3 +201,50 @@ def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:
     assert torch.equal(upright(paper), paper)
     blot = blots(0, 0, wide=1.5, tall=3)[:2]
     torch.testing.assert_close(upright(blot), blot, rtol=0, atol=0.01)
+
+
+def bars(lean: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Many 1s that are a bare stroke, 3 pixels wide and 20 high, and their labels."""
+    y, x = PLACE[:, None], PLACE
+    bar = (2 - (x - lean * y).abs()).clamp(0, 1) * (y.abs() <= 10)
+    return (255 * bar).expand(COUNT, 1, 28, 28), torch.ones(COUNT, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("lean", [0.0, -0.4])
+def test_flags_go_back_from_the_top_of_some_1s(lean: float) -> None:
+    ones, labels = bars(lean)
+    flagged = add_flags(ones, labels, 0.4, 1)
+    changed = (flagged != ones).flatten(1).any(dim=1)
+    assert changed.float().mean() == pytest.approx(0.4, abs=0.04)
+    assert 0 <= flagged.min() <= flagged.max() <= 255
+    assert flagged.shape == ones.shape
+    more = flagged[changed].sum(dim=(1, 2, 3)) / ones[0].sum()
+    assert more.min() > 1.05, "a flag is ink"
+    assert more.max() < 2.8
+    mean, _ = moments(flagged[changed])
+    before, _ = moments(ones[:1])
+    assert (mean - before).abs().max() < 0.6, "the centre of mass stays, to half a pixel"
+    upper = flagged[changed][:, 0, :14].sum(dim=1) - ones[0, 0, :14].sum(dim=0)
+    assert (upper[:, :12].sum(dim=1) > 0).float().mean() > 0.9, "to the left"
+
+
+def test_flags_are_for_1s_alone_and_the_key_decides(images: Tensor) -> None:
+    others = torch.full((COUNT,), 7)
+    assert torch.equal(add_flags(images, others, 1.0, 1), images)
+    ones, labels = bars()
+    first = add_flags(ones, labels, 0.5, 1, 2)
+    assert torch.equal(add_flags(ones, labels, 0.5, 1, 2), first)
+    assert not torch.equal(add_flags(ones, labels, 0.5, 1, 3), first)
+    assert torch.equal(add_flags(ones, labels, 0.0, 1), ones)
+    assert torch.equal(
+        add_flags(torch.zeros(3, 1, 28, 28), labels[:3], 1.0, 1).isfinite().all(), torch.tensor(True)
+    )
+
+
+def test_flags_need_the_digits(tmp_path: Path) -> None:
+    assert settle(tmp_path, "data.augment.flags=0.4").data.preprocess_arguments()["augment"]["flags"] == 0.4
+    for wrong in ("data.augment.flags=2", "data.augment.flags=-0.1"):
+        with pytest.raises(Exception, match=r"data.augment.flags must be in \[0, 1\]"):
+            settle(tmp_path, wrong)
+    with pytest.raises(Exception, match=r"flags draws at the digits 1: it is for data=mnist"):
+        settle(tmp_path, "data=kmnist", "data.augment.flags=0.4")

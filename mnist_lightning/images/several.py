@@ -130,7 +130,7 @@ def _split(box: Ints, mask: Mask, ink: Floats, usual: float) -> list[tuple[Ints,
     height, width = bottom - top, right - left
     if width < 1.35 * max(height, 0.8 * usual):
         return [(box, mask)]
-    count = max(2, round(width / (0.8 * height)))
+    count = max(2, round(width / (0.65 * height)))
     profile = (ink * mask).sum(axis=0)
     cuts = [0]
     for number in range(1, count):
