@@ -13,7 +13,7 @@ import optuna
 import pytest
 import torch
 from conftest import Run, Start
-from processes import wait_for
+from processes import PATIENCE, wait_for
 
 from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.sweeps.study import open_storage
@@ -37,7 +37,7 @@ def find_children(pid: int) -> list[int]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while any(Path("/proc", str(pid)).exists() for pid in pids):
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
