@@ -42,11 +42,11 @@ REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": AVERAGING,
     "WeightAveraging": AVERAGING,
     "BatchSizeFinder": "would let a machine's memory decide the result: data.batch_size is the batch",
-    "LearningRateFinder": "wants a module with a learning rate of its own: -m optimizer.lr=0.001,0.004 compares",
+    "LearningRateFinder": "wants a module with a rate of its own: -m optimizer.lr=0.001,0.004 compares",
     "BackboneFinetuning": "wants a module with a backbone that is already trained, and nets here have none",
     "ModelPruning": "would leave masks in the net, which a checkpoint's own net does not have",
     "SpikeDetection": "can't be read back from a checkpoint by Lightning 2.6, which every evaluation does",
-    "BasePredictionWriter": "waits for Trainer.predict, which no run calls: the command predict writes tables",
+    "BasePredictionWriter": "waits for Trainer.predict, which no run calls: use the command predict",
 }
 
 ABSTRACT = ("lightning.pytorch.callbacks.BaseFinetuning",)
