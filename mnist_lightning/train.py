@@ -437,8 +437,9 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
-    tests = {key: value for key, value in finals.items() if key.startswith("final/test/")}
-    tests = {key.removeprefix("final/"): value for key, value in tests.items()}
+    tests = {
+        key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
+    }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             with logger.ending() as writer:
