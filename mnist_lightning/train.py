@@ -1,6 +1,7 @@
 """Train a feed-forward net on MNIST:  python -m mnist_lightning.train [key=value …]"""
 
 import functools
+import io
 import json
 import logging
 import platform
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
@@ -334,7 +336,9 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     from mnist_lightning.evaluation.trained import compute_outputs
 
     predictions = compute_outputs(classifier.eval(), images).argmax(1)
-    np.save(path, np.packbits((predictions == labels).numpy()))
+    content = io.BytesIO()
+    np.save(content, np.packbits((predictions == labels).numpy()))
+    write_atomic(path, content.getvalue())
 
 
 @functools.cache
@@ -381,19 +385,20 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, TensorBoardLogger) and not logger.failed:
             with logger.forgiving():
                 writer = logger.experiment
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
                     workarounds.add_summary(writer, summary)
                 for key, value in finals.items():
                     writer.add_scalar(key, value, trainer.global_step)
-                writer.flush()
+                writer.close()  # Lightning has closed it once: this is another, with a thread of its own
 
 
 def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
     """What a person wants to know at the end of a run, and what to type next."""
-    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    here = Path(get_original_cwd()) if HydraConfig.initialized() else Path.cwd()  # hydra.job.chdir
+    folder = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}

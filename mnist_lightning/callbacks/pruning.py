@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from mnist_lightning.rundir.status import Pruned
-from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.sweeps.study import TRIAL, find_storage, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -37,8 +37,9 @@ class Pruning(Callback):
         import optuna
 
         saved = json.loads(self.file.read_text(encoding="utf-8"))
+        storage = find_storage(saved["storage"], self.file.parent.parent)
         study = optuna.load_study(
-            study_name=saved["study_name"], storage=open_storage(saved["storage"]), pruner=self.pruner
+            study_name=saved["study_name"], storage=open_storage(storage), pruner=self.pruner
         )
         self.trial = optuna.Trial(study, saved["id"])
 

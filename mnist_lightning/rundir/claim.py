@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning.cli import quote
 from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.rundir.outside import check_run, check_sweep
 from mnist_lightning.rundir.resume import check_resumption
 
 ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
@@ -53,6 +54,7 @@ def prepare(config: DictConfig, kind: str) -> None:
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
         if named:
             folder.mkdir(parents=True, exist_ok=True)
+            (check_run if kind == "run" else check_sweep)(folder)
         else:
             folder = claim(folder)
             with read_write(config), open_dict(config):
@@ -67,6 +69,8 @@ def prepare(config: DictConfig, kind: str) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         if isinstance(error, OSError):
+            if error.strerror is None:  # one of our own
+                sys.exit(str(error))
             sys.exit(f"can't write to the run's folder {error.filename or folder}: {error.strerror}")
         sys.exit(str(error))
 

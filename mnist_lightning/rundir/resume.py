@@ -8,10 +8,9 @@ The folder may be a stranger's.  Hydra never looks into it: what its settings as
 (``trust``), and then given to Hydra as a config of this process.
 """
 
+import contextlib
 import importlib.util
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.outside import check_run, expand_home, read_json, read_yaml
 from mnist_lightning.rundir.status import read
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import TARGET, find_targets
@@ -47,6 +47,11 @@ FIXED = (
     "optimizer",
     "scheduler",
 )
+# What an attempt that is begun anew would take for its own
+LEFT = (
+    *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.json"),
+    *("csv/metrics.csv", "tensorboard/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
+)
 FREE = ("data.data_dir", "data.path", "data.num_workers")
 
 
@@ -59,6 +64,7 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
         TrustError: its settings ask for more than they are trusted with.
     """
     folder = find_run(name).absolute()
+    check_run(folder)
     number = len(list(folder.glob(".hydra/resume-*"))) + 1
     typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
     trusted = trust.typed_trust(arguments)
@@ -108,8 +114,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: they can't be read, or hold what no run of this project saves.
     """
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        saved = OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False)
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise ConfigError(f"{path} holds no settings")
@@ -145,15 +151,15 @@ def is_module(name: str) -> bool:
 
 def resume_job(job_dir: Path) -> str | None:
     """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
-    a checkpoint, else nothing, and all that an earlier attempt has left but its log is removed."""
+    a checkpoint, else nothing, and what an earlier attempt has written is removed, but its log."""
     status = read(job_dir)
     checkpoints = job_dir / "checkpoints"
     if status is not None and status.state == "interrupted" and any(checkpoints.glob("*.ckpt")):
         return str(job_dir)
-    for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in ("metrics.json", "val_correct.npy", "test_correct.npy"):
-        (job_dir / file).unlink(missing_ok=True)
+    for name in LEFT:
+        for path in job_dir.glob(name):
+            with contextlib.suppress(OSError):
+                path.unlink()
     return None
 
 
@@ -182,8 +188,8 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     told = any(override.startswith(f"data.{key}=") for override in overrides)
     source = find_source(
         data.name,
-        Path(data.data_dir).expanduser(),
-        path=None if data.path is None else Path(data.path).expanduser(),
+        expand_home(data.data_dir),
+        path=None if data.path is None else expand_home(data.path),
         size=data.size,
         grey=data.grey,
         source=data.source,
@@ -202,7 +208,9 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
         )
     report = folder / "metrics.json"
     if report.is_file():
-        done = json.loads(report.read_text(encoding="utf-8"))["epochs"]
+        done = read_json(report).get("epochs")
+        if not isinstance(done, int):
+            raise ConfigError(f"{report} is damaged: it tells no epochs")
         if epochs == old_epochs or (epochs != -1 and epochs <= done):
             print(f"{folder} has finished: {done} epochs; nothing to do")
             sys.exit(0)
