@@ -48,8 +48,8 @@ def read_yaml_by_libyaml() -> None:
 
 
 def tell_settings_in_a_line() -> None:
-    """Hydra 1.3 advises "+key" for each key that is not there, a misspelt one too, over several lines, and ends
-    in a traceback for a group that is null.  Name the nearest key, or the choices, in one.
+    """Hydra 1.3 advises "+key" for each key that is not there, a misspelt one too, over several lines, and
+    ends in a traceback for a group that is null.  Name the nearest key, or the choices, in one.
     """
     load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
 
@@ -59,7 +59,7 @@ def tell_settings_in_a_line() -> None:
         try:
             return load(self, config_name, overrides, *args, **kwargs)
         except (ConfigCompositionException, ValueError) as error:
-            line = " ".join(str(error).split())
+            line = " ".join(str(error).partition("\n\nConfig search path")[0].split())
         pairs = [one.lstrip("+~").partition("=")[::2] for one in overrides]
         for key, value in pairs:
             choices = self.get_group_options(key)

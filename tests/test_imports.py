@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "config": {"images", "settings_help", "targets"},
     "cli": {"rundir", "threads", "workarounds"},
     "trust": {"cli", "config", "rundir", "targets"},
-    "images": {"rundir", "targets"},
+    "images": {"rundir", "targets", "threads"},
     "data": {"images", "rundir"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
