@@ -339,7 +339,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "shared lists": lambda c: {**c, "x": shared_lists(400)},
     "shared lists in the recipe": lambda c: change(c, x=shared_lists(30)),
     "a list in itself": lambda c: {**c, "x": circle()},
-    "lists in lists": lambda c: {**c, "x": nested(900)},
+    "lists in lists": lambda c: {**c, "x": nested(150)},
     "sparse weights": lambda c: weights(c, lambda w: w.to_sparse()),
     "complex weights": lambda c: weights(c, lambda w: w.to(torch.complex64)),
     "whole weights": lambda c: weights(c, lambda w: w.long()),
@@ -347,9 +347,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "texts for weights": lambda c: weights(c, lambda w: "weight"),
     "a list of weights": lambda c: {**c, "state_dict": list(c["state_dict"].values())},
     "weights of nowhere": lambda c: weights(c, lambda w: w.to("meta")),
-    "weights of other shapes": lambda c: weights(c, lambda w: w[:1]),
+    "weights of other shapes": lambda c: weights(c, lambda w: w.flatten()[:1]),
     "a wide layer": lambda c: change(c, model={"_target_": FORWARD, "hidden": [10**12]}),
-    "many layers": lambda c: change(c, model={"_target_": FORWARD, "hidden": [1] * 10**6}),
+    "many layers": lambda c: change(c, model={"_target_": FORWARD, "hidden": [1] * 10**5}),
     "many recurrent layers": lambda c: change(
         c, model={"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 10**9}
     ),

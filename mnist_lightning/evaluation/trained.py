@@ -17,7 +17,7 @@ from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
-from mnist_lightning.rundir.checkpoint import find_newest, load
+from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
 from mnist_lightning.rundir.outside import as_text
 from mnist_lightning.targets import PARTS, TargetError, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
@@ -26,6 +26,7 @@ OPERATIONS_OF_A_WEIGHT = 1_000  # of torch, for each tensor of weights: to build
 LARGEST = 2**30  # bytes of a tensor
 MOST_PIXELS = 2**26  # of an image
 MOST_CLASSES = 10_000
+MOST_VALUES = 10_000  # in the settings of a net, a loss and metrics
 FACTORIES = (
     torch.zeros,
     torch.ones,
@@ -68,9 +69,8 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
         name for name in (*PARTS, "preprocess", "image_shape", "class_names") if name not in recipe
     ]:
         raise OSError(f"{path} does not tell how its net was made: it has no {missing[0]}")
-    trusted = read_trust(trust)
-    check_recipe({group: recipe[group] for group in PARTS}, path, trusted)
     check_sizes(recipe, path)
+    check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     recipe["class_names"] = [as_text(name) for name in recipe["class_names"]]
     ours = not strange_modules({group: recipe[group] for group in PARTS})
     most = OPERATIONS_OF_A_WEIGHT * (1 + len(checkpoint["state_dict"]))
@@ -113,9 +113,12 @@ class Bounded(TorchFunctionMode):
 def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
     """
     Raises:
-        OSError: images or classes are such as no data set of this project has.
+        OSError: images or classes are such as no data set of this project has, or there is no end to its
+            settings.
     """
     shape, names = recipe["image_shape"], recipe["class_names"]
+    if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
+        raise OSError(f"{path} is refused: its net has more settings than a person writes")
     numbers = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     if not numbers or len(shape) != 3 or math.prod(shape) > MOST_PIXELS:
         raise OSError(f"{path} is refused: its image_shape is no (C, H, W)")
