@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Compare, check, register
+from mnist_lightning.config import CONF_DIR, Compare, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.output import claim_output
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from mnist_lightning.figures import Curve
 
 log = logging.getLogger(__name__)
-register()
 
 Content = TypeVar("Content")
 
@@ -59,7 +59,7 @@ class Contestant:
 
 def main() -> None:
     begin()
-    quote_paths(["runs", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["runs", "data_dir", "output"], sys.argv[1:])
     run()
 
 

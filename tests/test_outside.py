@@ -442,6 +442,7 @@ def test_latest_passes_over_what_can_not_be_read(
     for name, make in (("a", None), *((make.__name__, make) for make in STRANGE)):
         folder = tmp_path / "logs" / name / "checkpoints"
         folder.mkdir(parents=True)
+        (folder.parent / ".hydra").mkdir()
         if make is None:
             (folder / "best.ckpt").write_bytes(serialize(honest))
         else:

@@ -21,6 +21,7 @@ from mnist_lightning.rundir.outside import read_file
 log = logging.getLogger(__name__)
 
 MOST_CURVES = 2**30  # bytes of a metrics.csv: a hundred bytes for each of ten million rows
+ENDING = ".ending"  # at the end of the name of a run's second event file
 
 
 def is_failed_write(error: BaseException | None) -> bool:
@@ -96,6 +97,21 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
     def resume_from(self, step: int) -> None:
         workarounds.drop_from(self, step)
+        for path in Path(self.log_dir).glob(f"events.*{ENDING}"):
+            path.unlink()
+
+    @contextmanager
+    def ending(self) -> Iterator[SummaryWriter | None]:
+        """A writer for what belongs to a run's end, in a file of its own: a resumption writes that anew."""
+        writer: SummaryWriter | None = None
+        with self.forgiving():
+            writer = SummaryWriter(self.log_dir, filename_suffix=ENDING)
+        with self.forgiving():
+            try:
+                yield writer
+            finally:
+                if writer is not None:
+                    writer.close()
 
     @property
     @rank_zero_experiment
@@ -158,7 +174,8 @@ class AppendingWriter(ExperimentWriter):
         self.metrics_keys = self._kept_keys
 
     def _check_log_dir_exists(self) -> None:
-        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``."""
+        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``, but not
+        those of a run's end, which a resumption measures anew."""
         self._kept_keys: list[str] = []
         path = Path(self.metrics_file_path)
         if not path.is_file():
@@ -167,7 +184,9 @@ class AppendingWriter(ExperimentWriter):
         if rows:
             self._kept_keys = list(rows[0])
             last = float("inf") if self.purge_step is None else self.purge_step - 1
+            ends = [] if self.purge_step is None else [key for key in rows[0] if f"{key}".startswith("test/")]
             whole = [row for row in rows if None not in row.values() and None not in row]
+            whole = [row for row in whole if not any(row[key] for key in ends)]
             try:
                 kept = [row for row in whole if int(row["step"]) <= last]
             except (KeyError, ValueError) as error:

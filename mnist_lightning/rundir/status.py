@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError
@@ -19,10 +19,14 @@ from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
 from mnist_lightning.rundir.outside import as_text, check_inside, is_number, read_json
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 FILE, LOCK = "status.json", ".lock"
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
 LATEST = 2**34  # seconds since 1970, in the year 2514
 GLANCE = 0.02  # seconds that a look at a lock may hold it
+_held: dict[Path, "FileLock"] = {}  # see hold
 Metrics = dict[str, float]
 
 
@@ -114,12 +118,15 @@ def parse(saved: dict[str, Any]) -> Status:
 
 
 @contextmanager
-def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterator[Status]:
+def track(
+    run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, resumed: bool = False
+) -> Iterator[Status]:
     """Keep ``status.json`` while a run goes on, and hold the run's folder against a second process.
 
     Args:
         run_dir: exists.
         overrides: of the run's command line.
+        resumed: whether the run goes on with what lies in its folder: then its first command line stays.
         in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
             the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
             the frames of its causes, with the run's tensors, are let go.
@@ -130,7 +137,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
     if not is_main_process():
         yield Status()
         return
-    before = None if in_sweep else read(run_dir)
+    before = read(run_dir) if resumed and not in_sweep else None
     status = Status(overrides=before.overrides if before else list(overrides))  # not "resume="
     status.started = time.time()
     start = time.monotonic() - threads.waited
@@ -200,21 +207,40 @@ def lock(folder: Path) -> Iterator[None]:
         CommandError: another process holds it.
         OSError: what is to hold it is a link that leads elsewhere.
     """
+    hold(folder)
+    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
+    try:
+        yield
+    finally:
+        if mutex is not None:
+            mutex.release()
+
+
+def hold(folder: Path) -> None:
+    """Hold a folder until a ``lock`` of it ends, or this process does.
+
+    Raises:
+        CommandError: another process holds it.
+    """
     from filelock import FileLock, Timeout
 
+    if folder.absolute() in _held:
+        return
     check_inside(folder, [LOCK])
-
     mutex = FileLock(folder / LOCK, timeout=GLANCE * 10, poll_interval=GLANCE, thread_local=False)
     try:
         mutex.acquire()
     except Timeout as error:
         raise CommandError(f"another process is at work in {folder}") from error
     except OSError:  # a full disk: see track
-        yield
         return
-    try:
-        yield
-    finally:
+    _held[folder.absolute()] = mutex
+
+
+def let_go(folder: Path) -> None:
+    """End what ``hold`` has begun, where no ``lock`` has taken it over."""
+    mutex = _held.pop(folder.absolute(), None)
+    if mutex is not None:
         mutex.release()
 
 

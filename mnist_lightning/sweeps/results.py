@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
-from mnist_lightning.rundir.find import newest_first
+from mnist_lightning.rundir.find import MULTIRUN, newest_first
 from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
 from mnist_lightning.rundir.status import FILE, Status, read
 
 SEED = "seed"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # of a metric that can be ranked
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
 @dataclass(frozen=True)
