@@ -531,6 +531,9 @@ def rebuild(
     ours = net is None and not strange_modules({"model": recipe["model"]})
     with torch.device("meta") if ours else nullcontext():
         net = make(recipe["model"], "model") if net is None else net
+    if ours:  # given as they are: in the precision that the net computes in
+        wanted = net.state_dict()
+        own = {name: as_in(wanted.get(name), tensor) for name, tensor in own.items()}
     net.load_state_dict(own, strict=True, assign=ours)
     if loss is None and recipe.get("loss"):
         loss = make(recipe["loss"], "loss")
@@ -550,6 +553,19 @@ def rebuild(
     )
     classifier.check()
     return classifier
+
+
+def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
+    """A weight in the type of the one whose place it takes.
+
+    Raises:
+        ValueError: it is of another kind: a complex one, say.
+    """
+    if wanted is None or wanted.dtype == given.dtype:
+        return given
+    if not (wanted.is_floating_point() and given.is_floating_point()):
+        raise ValueError(f"a weight is {given.dtype} where its net has {wanted.dtype}")
+    return given.to(wanted.dtype)
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:

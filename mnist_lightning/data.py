@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import KNOWN, check_sizes
 from mnist_lightning.images.sources import Source, find_source
+from mnist_lightning.rundir.outside import expand_home
 
 TEST_SHARE = 1 / 5  # of a data set that has no test images of its own
 
@@ -185,7 +186,7 @@ class MNISTDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         # absolute, so that a checkpoint tells where it lies, wherever it is read
-        place = None if path is None else Path(path).expanduser().absolute()
+        place = None if path is None else expand_home(path).absolute()
         self.save_hyperparameters(
             {
                 **{"name": name, "data_dir": str(data_dir), "path": None if place is None else str(place)},
@@ -197,7 +198,7 @@ class MNISTDataModule(L.LightningDataModule):
         self.name = name
         self.source = find_source(
             name,
-            Path(data_dir).expanduser(),
+            expand_home(data_dir),
             path=place,
             size=size,
             grey=grey,
@@ -375,7 +376,7 @@ def load_mnist(
     Raises:
         OSError: the folder can't be made or written.
     """
-    source = find_source("mnist", Path(data_dir).expanduser())
+    source = find_source("mnist", expand_home(data_dir))
     source.make_whole()
     parts = source.read().parts
     seed = int(torch.randint(2**32, (), dtype=torch.int64))  # torch.manual_seed decides the order

@@ -76,7 +76,11 @@ KINDS = {
     ),
     "logger": Kind(
         "lightning.pytorch.loggers.Logger",
-        ("mnist_lightning.rundir.loggers", "lightning.pytorch.loggers"),
+        (  # those that write files; others send what they are given to a server
+            "mnist_lightning.rundir.loggers",
+            *("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"),
+            *("lightning.pytorch.loggers.csv_logs", "lightning.pytorch.loggers.tensorboard"),
+        ),
     ),
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells

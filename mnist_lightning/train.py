@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import io
 import json
 import logging
 import math
@@ -387,7 +388,9 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     from mnist_lightning.evaluation.trained import compute_outputs
 
     predictions = compute_outputs(classifier.eval(), images).argmax(1)
-    np.save(path, np.packbits((predictions == labels).numpy()))
+    content = io.BytesIO()
+    np.save(content, np.packbits((predictions == labels).numpy()))
+    write_atomic(path, content.getvalue())
 
 
 @functools.cache
@@ -441,8 +444,10 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
         key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
     }
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, TensorBoardLogger) and not logger.failed:
             with logger.ending() as writer:
+                if writer is None:
+                    continue
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
                     workarounds.add_summary(writer, summary)
                 for key, value in (finals | tests).items():

@@ -4,8 +4,11 @@ uses a name that it does not promise to keep.  Why, and for which release.
 Commands install what changes a library; importing this package changes nothing.
 """
 
+import difflib
 import logging
 import os
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,7 +16,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -41,6 +47,55 @@ def read_yaml_by_libyaml() -> None:
     """
     if hasattr(yaml, "CSafeLoader"):
         yaml.SafeLoader = yaml.CSafeLoader
+
+
+def tell_settings_in_a_line() -> None:
+    """Hydra 1.3 advises "+key" for each key that is not there, a misspelt one too, over several lines, and
+    ends in a traceback for a group that is null.  Name the nearest key, or the choices, in one.
+    """
+    load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
+
+    def load_telling(
+        self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        try:
+            return load(self, config_name, overrides, *args, **kwargs)
+        except (ConfigCompositionException, ValueError) as error:
+            line = " ".join(str(error).partition("\n\nConfig search path")[0].split())
+        pairs = [one.lstrip("+~").partition("=")[::2] for one in overrides]
+        for key, value in pairs:
+            choices = self.get_group_options(key)
+            if choices and value == "null" and "Config group override" in line:
+                line = f"{key}=null chooses nothing: {key} is one of {', '.join(choices)}"
+            elif choices and f"Could not override '{key}'" in line:
+                line = (
+                    f"{key}={value} can't be chosen beside resume=, which goes on with the run's own {key}:"
+                    f" type single settings of it, {key}.…=…"
+                )
+        sys.exit(line)
+
+    def apply_telling(overrides: list[Any], cfg: DictConfig) -> None:
+        try:
+            apply(overrides, cfg)
+        except ConfigCompositionException as error:
+            match = re.match(r"Could not override '(.+)'", str(error))
+            if match is None:
+                raise
+            key, keys = match[1], list(find_keys(OmegaConf.to_container(cfg)))
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+            advice = f"did you mean {near[0]}?" if near else f"no YAML file has it; +{key}=… adds it"
+            raise ConfigCompositionException(f"Could not override '{key}': {advice}") from error
+
+    if load.__module__ != __name__:
+        ConfigLoaderImpl.load_configuration = load_telling  # type: ignore[method-assign]
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_telling)  # type: ignore[method-assign]
+
+
+def find_keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested settings."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        yield f"{prefix}{key}"
+        yield from find_keys(value, f"{prefix}{key}.")
 
 
 def quiet_tensorboard() -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.rundir.outside import open_file, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,7 @@ RAW_FILES = {
     "t10k-images-idx3-ubyte": (IMAGES_MAGIC, 10_000, "2646ac647ad5339dbf082846283269ea"),
     "t10k-labels-idx1-ubyte": (LABELS_MAGIC, 10_000, "27ae3e4e09519cfbb04c329615203637"),
 }
+LARGEST = 2**30  # bytes of a file of these; EMNIST's largest has half as many
 DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download is given up
 DOWNLOADS = {  # of some size, told before they are fetched
     "emnist_letters": "some 560 MB, with all of EMNIST",
@@ -407,13 +409,13 @@ def make_raw_folder(raw: Path) -> None:
 
 def find_fault(path: Path, md5: str) -> str | None:
     """What is wrong with a file, as a predicate ("is …"), or None where its content is right."""
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
+    if path.is_dir():
         return "is a folder"
+    try:
+        content = read_file(path, most=LARGEST)
     except FileNotFoundError:
         return "is a dangling link"
-    except PermissionError:
+    except OSError:
         return "can't be read"
     if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
         return None
@@ -426,7 +428,7 @@ def is_idx(path: Path, magic: int, count: int, allowed: range = range(256)) -> b
     The format: http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path, most=LARGEST)
     except OSError:
         return False
     shape = (count, 28, 28) if magic == IMAGES_MAGIC else (count,)
@@ -440,7 +442,7 @@ def is_idx(path: Path, magic: int, count: int, allowed: range = range(256)) -> b
 def read_count(path: Path) -> int:
     """The number of items that an IDX file's header tells; 0 where there is none."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return int.from_bytes(file.read(8)[4:], "big")
     except OSError:
         return 0

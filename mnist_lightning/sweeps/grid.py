@@ -25,13 +25,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mnist_lightning.cli import CommandError, quote, typed
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import SEED, read_multirun
+from mnist_lightning.sweeps.results import SEED, read_multirun, read_sweep
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
@@ -94,11 +94,21 @@ class GridSweeper(BasicSweeper):
         with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
             remove_leftovers(self.sweep_dir, age=LONG_LEFT)
             if not self.resumed:
-                OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
+                self.write_multirun()
             returns = self.launch_all()
         self.hydra_context.callbacks.on_multirun_end(config=self.config)
         self.finish()
         return returns
+
+    def write_multirun(self) -> None:
+        """
+        Raises:
+            CommandError: the sweep's folder can't be written; no job has started.
+        """
+        try:
+            write_atomic(self.sweep_dir / MULTIRUN, OmegaConf.to_yaml(self.config).encode())
+        except OSError as error:
+            raise CommandError(str(error)) from error
 
     def prepare(self, arguments: list[str]) -> None:
         """Know the jobs, and check them all.
@@ -249,16 +259,24 @@ class GridSweeper(BasicSweeper):
         """Write the report, show the top of its table.
 
         Raises:
-            SystemExit: jobs failed.
+            SystemExit: jobs failed, or the report can't be written.
         """
         from mnist_lightning.sweeps.report import summarize, write_report
 
-        sweep = write_report(self.sweep_dir)
+        unwritten: OSError | None = None
+        try:
+            sweep = write_report(self.sweep_dir)
+        except OSError as error:  # a full disk: what the jobs have left is told all the same
+            unwritten, sweep = error, read_sweep(self.sweep_dir)
         print(summarize(sweep), flush=True)
+        if unwritten:
+            print(f"the report is not of this moment: {unwritten}", file=sys.stderr)
         names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
         if names:
             count = len(sweep.jobs) + len(self.lost)
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
+        if unwritten:
+            sys.exit(1)
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:

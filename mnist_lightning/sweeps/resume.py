@@ -17,6 +17,7 @@ from mnist_lightning.cli import quote, quote_paths, retype
 from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
+from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
@@ -121,7 +122,7 @@ def check_overrides(source: Path, overrides: list[str]) -> None:
         try:
             parsed = OverridesParser.create().parse_override(text)
             right = not text.startswith("-") and is_harmless(parsed, text, source)
-        except HydraException:
+        except (HydraException, OSError):
             right = False
         if not right:
             raise trust.TrustError(
@@ -137,7 +138,7 @@ def is_harmless(parsed: Override, text: str, folder: Path) -> bool:
     if key.split(".")[0].split("/")[0] == "hydra":
         return re.fullmatch(HYDRA, text) is not None
     if key == "data.data_dir":  # it would be filled where something is missing
-        path = Path(str(parsed.value())).expanduser()
+        path = expand_home(str(parsed.value()))
         return not parsed.is_sweep_override() and any(find_source(name, path).is_whole() for name in KNOWN)
     value = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else parsed.value()
     inside = (trust.stays_inside(inner, one, folder) for inner, one in trust.find_texts(value, key))

@@ -12,11 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mnist_lightning.config import ConfigError
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.resume import check_overrides
-from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
@@ -125,14 +127,22 @@ class OptunaSweeper(GridSweeper):
         import optuna
 
         assert self.config is not None
+        mode = self.find_mode()
         if self.storage is None:
-            self.storage = str(self.sweep_dir.absolute() / "optuna.journal")
-        return optuna.create_study(
-            storage=open_storage(self.storage),
-            study_name=self.study_name,
-            direction="maximize" if self.find_mode() == "max" else "minimize",
-            load_if_exists=True,
-        )
+            mend_journal(self.sweep_dir)
+        storage = find_storage(self.storage, self.sweep_dir)
+        try:
+            return optuna.create_study(
+                storage=open_storage(storage),
+                study_name=self.study_name,
+                direction="maximize" if mode == "max" else "minimize",
+                load_if_exists=True,
+            )
+        except (
+            Exception
+        ) as error:  # Optuna raises many kinds for damaged journals, a database's driver its own
+            cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            raise ConfigError(f"the study in {storage} can't be used: {cause}") from error
 
     def find_mode(self) -> str:
         """
@@ -170,12 +180,12 @@ class OptunaSweeper(GridSweeper):
         job_dir = self.job_dir(trial.number, job)
         job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
-            "storage": self.storage,
+            "storage": self.storage,  # None: the search's own, wherever its folder lies
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
         }
-        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
         """This sweep's trials that an interruption has left running, to go on with."""
@@ -183,26 +193,41 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            saved = self.find_trial(frozen)
-            if saved is not None:
-                check_overrides(self.sweep_dir, saved["overrides"])
-                self.check_jobs([saved["overrides"]])
-                self.trials[frozen.number] = Trial(study, saved["id"])
-                self.note_trial(
-                    self.trials[frozen.number], saved["overrides"]
-                )  # with this sweep's own storage
-                if self.is_finished(frozen.number, saved["overrides"]):
-                    self.tell(study, frozen.number, saved["overrides"])
-                else:
-                    unfinished.append((frozen.number, saved["overrides"]))
+            try:
+                saved = self.find_trial(frozen)
+            except OSError as error:
+                log.warning("trial %d is given up: %s", frozen.number, error)
+                study.tell(frozen.number, state=TrialState.FAIL)
+                continue
+            if saved is None:
+                continue
+            job = saved["overrides"]
+            check_overrides(self.sweep_dir, job)
+            self.check_jobs([job])
+            trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
+            self.note_trial(trial, job)  # with this sweep's own storage
+            if self.is_finished(frozen.number, job):
+                self.tell(study, frozen.number, job)
+            else:
+                unfinished.append((frozen.number, job))
         return unfinished
 
     def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
-        """What ``note_trial`` has left of it in this sweep's folder."""
+        """What ``note_trial`` has left of it in this sweep's folder, "overrides" as texts.
+
+        Raises:
+            OSError: it is not among what can be read, and a file is damaged.
+        """
+        damaged: OSError | None = None
         for file in self.sweep_dir.rglob(TRIAL):
-            saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if saved["id"] == trial_id(trial):
-                return saved
+            try:
+                saved = read_json(file)
+                if saved["id"] == trial_id(trial):
+                    return saved | {"overrides": [str(override) for override in saved["overrides"]]}
+            except (OSError, KeyError, TypeError) as error:
+                damaged = OSError(f"{file} is damaged: {error}")
+        if damaged is not None:
+            raise damaged
         return None
 
     def tell(self, study: "Study", number: int, job: Job) -> None:
@@ -211,11 +236,12 @@ class OptunaSweeper(GridSweeper):
 
         assert self.config is not None
         status = read(self.job_dir(number, job))
-        if status is not None and status.state == "completed":
-            study.tell(self.trials[number], status.metrics[self.config.monitor.metric])
+        value = None if status is None else status.metrics.get(self.config.monitor.metric)
+        if status is not None and status.state == "completed" and value is not None:
+            study.tell(self.trials[number], value)
         elif status is not None and status.state == "pruned":
             study.tell(self.trials[number], state=TrialState.PRUNED)
-        elif status is None or status.state == "failed":
+        elif status is None or status.state in ("failed", "completed"):
             self.trials[number].set_user_attr("error", status.error if status else "left no status")
             study.tell(self.trials[number], state=TrialState.FAIL)
 
