@@ -1,6 +1,7 @@
 """What the commands share: paths on the command line as people type them, errors in a line."""
 
 import contextlib
+import gc
 import os
 import re
 import shlex
@@ -30,8 +31,11 @@ typed: list[str] = []
 def begin() -> None:
     """What every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
+    gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
+    workarounds.keep_memory()
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
+    workarounds.compose_once()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):

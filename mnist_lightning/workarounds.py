@@ -4,14 +4,19 @@ uses a name that it does not promise to keep.  Why, and for which release.
 Commands install what changes a library; importing this package changes nothing.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -37,6 +42,65 @@ def read_yaml_by_libyaml() -> None:
     """
     if hasattr(yaml, "CSafeLoader"):
         yaml.SafeLoader = yaml.CSafeLoader
+
+
+def compose_once() -> None:
+    """Keep Hydra 1.3 from composing all settings twice, the first time only to read ``hydra.mode`` of them.
+
+    What the first composing gave, settings or an error, is handed out when Hydra asks for the same again,
+    with the one word that it has added to the command line since.
+    """
+    from hydra._internal.hydra import Hydra
+
+    plain = Hydra.get_mode
+    if plain.__module__ == __name__:
+        return
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        mode = RunMode.RUN if {"-m", "--multirun"}.isdisjoint(sys.argv) else RunMode.MULTIRUN
+        wanted = {"config_name": config_name, "run_mode": mode}
+        wanted |= {"from_shell": True, "validate_sweep_overrides": True}
+        compose, typed = hydra.config_loader.load_configuration, list(overrides)
+        first: DictConfig | Exception
+        try:
+            first = compose(overrides=overrides, **wanted)
+            said = first.hydra.mode
+        except Exception as error:
+            first, said = error, plain(hydra, config_name, overrides)
+
+        def give_first(overrides: list[str], **arguments: Any) -> DictConfig:
+            del hydra.config_loader.load_configuration  # once
+            added = overrides[len(typed) :]
+            if arguments != wanted or overrides[: len(typed)] != typed or added not in ([], [word]):
+                return compose(overrides=overrides, **arguments)
+            if isinstance(first, Exception):
+                raise first
+            first.hydra.overrides.hydra.extend(added)
+            first.hydra.mode = mode
+            return first
+
+        word = f"hydra.mode={mode.name}"
+        if said in (None, mode):
+            hydra.config_loader.load_configuration = give_first
+        return said
+
+    Hydra.get_mode = get_mode
+
+
+def keep_memory() -> None:
+    """Let glibc keep for the next step the memory that a step gives back: getting its pages anew from the
+    system takes a fifth of a small net's step.
+
+    Larger blocks, a data set's, still come and go as they are asked for.  Where the user has set glibc's
+    variables, and where there is no glibc, nothing changes.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # as a Mac, musl and Windows answer
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_threshold, 2**25)  # the most that all releases of glibc take
+        mallopt(m_trim_threshold, 2**28)
 
 
 def quiet_tensorboard() -> None:
