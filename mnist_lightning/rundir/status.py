@@ -11,14 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 FILE, LOCK = "status.json", ".lock"
 GLANCE = 0.02  # seconds that a look at a lock may hold it
+_held: dict[Path, "FileLock"] = {}  # see hold
 Metrics = dict[str, float]
 
 
@@ -86,12 +91,15 @@ def read(run_dir: Path) -> Status | None:
 
 
 @contextmanager
-def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterator[Status]:
+def track(
+    run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, resumed: bool = False
+) -> Iterator[Status]:
     """Keep ``status.json`` while a run goes on, and hold the run's folder against a second process.
 
     Args:
         run_dir: exists.
         overrides: of the run's command line.
+        resumed: whether the run goes on with what lies in its folder: then its first command line stays.
         in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
             the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
             the frames of its causes, with the run's tensors, are let go.
@@ -102,7 +110,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
     if not is_main_process():
         yield Status()
         return
-    before = None if in_sweep else read(run_dir)
+    before = read(run_dir) if resumed and not in_sweep else None
     status = Status(overrides=before.overrides if before else list(overrides))  # not "resume="
     status.started = time.time()
     start = time.monotonic() - threads.waited
@@ -171,20 +179,33 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         CommandError: another process holds it.
     """
+    hold(folder)
+    mutex = _held.pop(folder.absolute(), None)
+    try:
+        yield
+    finally:
+        if mutex is not None:
+            mutex.release()
+
+
+def hold(folder: Path) -> None:
+    """Hold a folder until a ``lock`` of it ends, or this process does.
+
+    Raises:
+        CommandError: another process holds it.
+    """
     from filelock import FileLock, Timeout
 
+    if folder.absolute() in _held:
+        return
     mutex = FileLock(folder / LOCK, timeout=GLANCE * 10, poll_interval=GLANCE, thread_local=False)
     try:
         mutex.acquire()
     except Timeout as error:
         raise CommandError(f"another process is at work in {folder}") from error
     except OSError:  # a full disk: see track
-        yield
         return
-    try:
-        yield
-    finally:
-        mutex.release()
+    _held[folder.absolute()] = mutex
 
 
 def is_locked(folder: Path) -> bool:

@@ -241,10 +241,15 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> T
             "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
             " start such runs one by one"
         )
-    if compared and not settings.data.has_validation:
+    if compared and not settings.validates:
+        why, instead = (
+            ("trainer.limit_val_batches=0 validates nothing", "leave that out")
+            if settings.data.has_validation
+            else ("data.val_size=0 leaves no validation split", "set data.val_size=5000")
+        )
         raise ConfigError(
-            f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
-            " validation split: set data.val_size=5000, or let nothing but the seed vary"
+            f"a multirun compares its settings by {settings.monitor.metric}, and {why}: {instead}, or let"
+            " nothing but the seed vary"
         )
     return settings
 
