@@ -34,7 +34,6 @@ def begin() -> None:
     """What every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
-    workarounds.keep_memory()
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
     workarounds.compose_once()

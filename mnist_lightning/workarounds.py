@@ -4,8 +4,6 @@ uses a name that it does not promise to keep.  Why, and for which release.
 Commands install what changes a library; importing this package changes nothing.
 """
 
-import contextlib
-import ctypes
 import logging
 import os
 import sys
@@ -91,22 +89,6 @@ def compose_once() -> None:
         return said
 
     Hydra.get_mode = get_mode  # type: ignore[assignment, method-assign]
-
-
-def keep_memory() -> None:
-    """Let glibc keep for the next step the memory that a step gives back: getting its pages anew from the
-    system takes a fifth of a small net's step.
-
-    Larger blocks, a data set's, still come and go as they are asked for.  Where the user has set glibc's
-    variables, and where there is no glibc, nothing changes.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # as a Mac, musl and Windows answer
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_threshold, 2**25)  # the most that all releases of glibc take
-        mallopt(m_trim_threshold, 2**28)
 
 
 def quiet_tensorboard() -> None:
