@@ -450,7 +450,7 @@ class DigitClassifier(L.LightningModule):
 
     def _is_in_step(self) -> bool:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.processed < progress.ready
+        return bool(progress.processed < progress.ready)  # type: ignore[attr-defined]
 
     def _last_step(self) -> int:
         """The number of the latest optimizer step, or of the one under way; from 1, over all epochs."""

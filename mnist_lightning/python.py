@@ -25,7 +25,7 @@ from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.claim import prepare
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.notebook import in_notebook, to_table
-from mnist_lightning.rundir.status import read, show_with_unit
+from mnist_lightning.rundir.status import let_go, read, show_with_unit
 from mnist_lightning.sweeps.resume import rewrite_arguments
 
 if TYPE_CHECKING:
@@ -205,11 +205,6 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
 
     with ALONE, short_errors():
         config, loader = compose_run(overrides)
-        errors: list[Exception] = []
-        try:
-            prepare(config, "run")
-        except SystemExit:  # it was to be resumed, and has finished
-            return Run(str(config.hydra.run.dir))
         settings = check(config, Train)
         strategy = str(settings.trainer.get("strategy", "auto"))
         if strategy != "auto":
@@ -217,7 +212,12 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
                 f"trainer.strategy={strategy} starts more processes, which a command line can:"
                 f" python -m mnist_lightning.train {' '.join(overrides)}"
             )
+        try:
+            prepare(config, "run")
+        except SystemExit:  # it was to be resumed, and has finished
+            return Run(str(config.hydra.run.dir))
         folder = Path(str(config.hydra.run.dir))
+        errors: list[Exception] = []
 
         def job(_: DictConfig) -> None:
             try:
@@ -226,6 +226,7 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
                 errors.append(error)
 
         with ExitStack() as stack:
+            stack.callback(let_go, folder)  # where the run has not come so far
             stack.enter_context(workarounds.process_as_it_was())
             stack.enter_context(workarounds.hydra_as_it_was())
             stack.enter_context(told(folder / "train.log"))

@@ -426,7 +426,9 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
-    tests = {key: value for key, value in metrics.items() if key.startswith("test/")}
+    tests = {
+        key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
+    }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             with logger.ending() as writer:

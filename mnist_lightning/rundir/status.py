@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
+from mnist_lightning.rundir.outside import as_text, check_inside, is_number, read_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 FILE, LOCK = "status.json", ".lock"
+STATES = ("running", "completed", "failed", "interrupted", "pruned")
+LATEST = 2**34  # seconds since 1970, in the year 2514
 GLANCE = 0.02  # seconds that a look at a lock may hold it
 _held: dict[Path, "FileLock"] = {}  # see hold
 Metrics = dict[str, float]
@@ -77,16 +80,40 @@ def show_with_unit(metric: str, value: float) -> str:
 
 
 def read(run_dir: Path) -> Status | None:
-    """A run's status, or None where it left none that can be read.
+    """A run's status, or None where it has left none; of one that is damaged, that it is.
 
     A run that says "running" while no process holds its folder was killed: it is "interrupted".
     """
-    try:
-        status = Status(**json.loads((run_dir / FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+    if not os.path.lexists(run_dir / FILE):
         return None
+    try:
+        status = parse(read_json(run_dir / FILE))
+    except (OSError, TypeError):
+        status = Status("interrupted", f"its {FILE} is damaged")
     if status.state == "running" and not is_locked(run_dir):
         status.state, status.error = "interrupted", "its process is gone"
+    return status
+
+
+def parse(saved: dict[str, Any]) -> Status:
+    """What a ``status.json`` says, its texts as text.
+
+    Raises:
+        TypeError: it says what no run does.
+    """
+    status = Status(**saved)
+    overrides, metrics = status.overrides, status.metrics
+    if (
+        status.state not in STATES
+        or not all(one is None or isinstance(one, str) for one in (status.error, status.monitor, status.mode))
+        or not (isinstance(overrides, list) and all(isinstance(one, str) for one in overrides))
+        or not (isinstance(metrics, dict) and all(map(is_number, metrics.values())))
+        or not all(is_number(one) and 0 <= one < LATEST for one in (status.started, status.seconds))
+    ):
+        raise TypeError("values of other types")
+    status.error = None if status.error is None else as_text(status.error)
+    status.overrides = [as_text(one) for one in overrides]
+    status.metrics = {as_text(name): value for name, value in metrics.items()}
     return status
 
 
@@ -178,9 +205,10 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         CommandError: another process holds it.
+        OSError: what is to hold it is a link that leads elsewhere.
     """
     hold(folder)
-    mutex = _held.pop(folder.absolute(), None)
+    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
     try:
         yield
     finally:
@@ -198,6 +226,7 @@ def hold(folder: Path) -> None:
 
     if folder.absolute() in _held:
         return
+    check_inside(folder, [LOCK])
     mutex = FileLock(folder / LOCK, timeout=GLANCE * 10, poll_interval=GLANCE, thread_local=False)
     try:
         mutex.acquire()
@@ -208,9 +237,16 @@ def hold(folder: Path) -> None:
     _held[folder.absolute()] = mutex
 
 
+def let_go(folder: Path) -> None:
+    """End what ``hold`` has begun, where no ``lock`` has taken it over."""
+    mutex = _held.pop(folder.absolute(), None)
+    if mutex is not None:
+        mutex.release()
+
+
 def is_locked(folder: Path) -> bool:
     """Whether a process holds a folder; False also where that can't be found out."""
-    if not (folder / LOCK).is_file():
+    if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         return False
     from filelock import FileLock, Timeout
 

@@ -26,11 +26,12 @@ from mnist_lightning.cli import CommandError, typed
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
+from mnist_lightning.sweeps.results import SEED, read_multirun
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
