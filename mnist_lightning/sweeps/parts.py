@@ -7,7 +7,6 @@ be right; all else is imported and held against its signature once, whatever the
 import functools
 import logging
 import multiprocessing
-import os
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from hydra.errors import CompactHydraException
 
 from mnist_lightning.config import CONF_DIR, ConfigError, Train
+from mnist_lightning.sweeps.processes import FORKS
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def check_parts(parts: Parts) -> str | None:
     if not parts["settings"]:
         return None
     log.info("looking at %s …", ", ".join(str(one["_target_"]) for one in parts["settings"].values()))
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    context = multiprocessing.get_context("fork") if FORKS else multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(parts, theirs), daemon=True)  # type: ignore[attr-defined]
+    process = context.Process(target=answer, args=(parts, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
