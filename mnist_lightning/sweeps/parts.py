@@ -89,7 +89,8 @@ def check_parts(parts: Parts) -> str | None:
         mode, error = ours.recv()
     except EOFError:
         process.join()
-        mode, error = None, f"its process left with code {process.exitcode}"
+        keys = ", ".join(parts["settings"])
+        mode, error = None, f"{keys}: the process that looks at them has left with code {process.exitcode}"
     process.join()
     if error:
         raise ConfigError(error)
