@@ -442,6 +442,8 @@ class Visualize:
 class Export:
     """One run of ``python -m mnist_lightning.export``; None is explained in ``conf/export.yaml``."""
 
+    format: str
+    film: bool
     run: str
     checkpoint: str | None
     data_dir: str | None
@@ -450,6 +452,9 @@ class Export:
     threads: int | None
 
     def __post_init__(self) -> None:
+        one_of("format", self.format, ("onnx", "html"))
+        require(not self.film or self.format == "html", "film=true is for the page: add format=html")
+        require(not self.film or self.checkpoint is None, "film=true wants a run: a checkpoint has no film")
         check_source(self.run, self.checkpoint)
         check_threads(self.threads)
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check, register
-from mnist_lightning.images.known import KNOWN
+from mnist_lightning.images.known import draws_like_mnist
 from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def predict(settings: Predict) -> int:
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names, classes = classifier.class_names, classifier.names_classes
     data = checkpoint["datamodule_hyper_parameters"]
-    known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
-    as_mnist = known is not None and known.handwriting
+    as_mnist = draws_like_mnist(data)
     folder = Path(settings.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"net: {path}")
