@@ -133,7 +133,8 @@ KINDS: dict[str, Render] = {
 
 def through_predict(picture: Image.Image, folder: Path) -> Digit:
     """What the net sees of a picture file; all paper where no digit is found in it."""
-    from mnist_lightning.images.handwriting import NoDigit, read_image, to_mnist
+    from mnist_lightning.images.handwriting import read_image, to_mnist
+    from mnist_lightning.images.normalize import NoDigit
 
     path = folder / "picture.png"
     picture.save(path, compress_level=1)

@@ -53,7 +53,7 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.images.handwriting import NoDigit
+    from mnist_lightning.images.normalize import NoDigit
     from mnist_lightning.images.pictures import SUFFIXES
 
     path = find_checkpoint(settings.run, settings.checkpoint)

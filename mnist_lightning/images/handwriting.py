@@ -1,10 +1,6 @@
-"""From a picture of a handwritten digit to an image like MNIST's own.
+"""From a picture of a handwritten digit to its ink; ``normalize`` makes of that an image like MNIST's own.
 
-MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio",
-grey from anti-aliasing, and "centered in a 28x28 image by computing the center of mass of the pixels, and
-translating the image so as to position this point at the center" (LeCun, Cortes, Burges,
-http://yann.lecun.com/exdb/mnist/).  They are ink (high) on paper (0).  A net that learned such images
-misreads others, however clear they are.
+A net that learned MNIST's images misreads others, however clear they are.
 """
 
 from pathlib import Path
@@ -13,19 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mnist_lightning.images.normalize import Floats, NoDigit, normalize
 from mnist_lightning.images.pictures import open_picture
 
-SIDE = 28
-BOX = 20
-CENTER = 14.0  # pixel index where MNIST's centres of mass lie, to half a pixel
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
 MIN_CONTRAST = 12.0  # grey levels between ink and paper, of 255
-
-Floats = NDArray[np.floating]
-
-
-class NoDigit(ValueError):
-    """A picture in which nothing stands out that could be a digit."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -45,9 +33,7 @@ def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
     Raises:
         NoDigit: nothing stands out from the background.
     """
-    ink = find_ink(picture)
-    rows, columns = _box(ink)
-    return center(fit(ink[rows, columns]))
+    return normalize(find_ink(picture))
 
 
 def find_ink(picture: Image.Image) -> Floats:
@@ -76,29 +62,6 @@ def find_ink(picture: Image.Image) -> Floats:
         )
         ink = _separate(np.asarray(_shrink(picture.crop(surroundings)), dtype=float))
     return ink
-
-
-def fit(ink: Floats) -> Floats:
-    """Scale to the 20x20 box with its aspect; the darkest stroke becomes 1.  (H, W) -> (h, w)"""
-    height, width = ink.shape
-    scale = BOX / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resampling = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
-    scaled = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, resampling))
-    return np.clip(scaled / max(float(np.quantile(scaled, 0.98)), 1e-6), 0.0, 1.0)
-
-
-def center(digit: Floats) -> NDArray[np.uint8]:
-    """Put the centre of mass into the middle.  (h, w) in [0, 1], at most 20x20 -> (28, 28) uint8"""
-    image = np.zeros((SIDE, SIDE))
-    corner = []
-    for axis in (0, 1):
-        profile = digit.sum(axis=1 - axis)
-        mass = float((profile * np.arange(len(profile))).sum() / profile.sum())
-        corner.append(int(np.clip(round(CENTER - mass), 0, SIDE - digit.shape[axis])))
-    top, left = corner
-    image[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
-    return (255 * image).round().astype(np.uint8)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
