@@ -282,6 +282,7 @@ class Train:
     trainer: Any
     callbacks: Any
     logger: Any
+    watch: bool
     threads: int | None
 
     def __post_init__(self) -> None:
@@ -408,6 +409,40 @@ class Predict:
 
 
 @dataclass
+class Explain:
+    """One run of ``python -m mnist_lightning.explain``; None is explained in ``conf/explain.yaml``."""
+
+    images: Any  # str or list of str
+    index: Any  # int or list of int
+    mistakes: int
+    split: str
+    run: str
+    checkpoint: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+    output: str
+    threads: int | None
+    show: bool
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        one_of("split", self.split, SPLITS)
+        at_least("mistakes", self.mistakes, 0)
+        self.index = self.index if isinstance(self.index, list) else [self.index]
+        for number in self.index:
+            check_number("index", number, *NOT_NEGATIVE, whole=True)
+        asked = [self.images != [], self.index != [], self.mistakes > 0]
+        require(
+            sum(asked) == 1,
+            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"
+            + (", not several" if sum(asked) else ""),
+        )
+        if self.images != []:
+            self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
+        check_source(self.run, self.checkpoint)
+
+
+@dataclass
 class Compare:
     """One run of ``python -m mnist_lightning.compare``."""
 
@@ -430,6 +465,7 @@ class Visualize:
     """One run of ``python -m mnist_lightning.visualize``."""
 
     data: Data
+    film: str | None
     output: str
     threads: int | None
     show: bool
@@ -506,7 +542,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

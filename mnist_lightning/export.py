@@ -114,7 +114,7 @@ def export_page(settings: Export) -> None:
             probabilities[torch.tensor(chosen, dtype=torch.long)].argmax(dim=1),
         ),
         handwriting=draws_like_mnist(data),
-        film=film and pack_film(film),
+        film=None if film is None else pack_film(film),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, content)

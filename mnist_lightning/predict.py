@@ -1,7 +1,6 @@
 """What is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
 
 import csv
-import glob
 import logging
 import sys
 from pathlib import Path
@@ -17,12 +16,7 @@ from mnist_lightning.images.known import draws_like_mnist
 from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 register()
@@ -53,11 +47,12 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
+    from mnist_lightning.images.handwriting import read_pixels
     from mnist_lightning.images.normalize import NoDigit
-    from mnist_lightning.images.pictures import SUFFIXES
+    from mnist_lightning.images.pictures import find_files
 
     path = find_checkpoint(settings.run, settings.checkpoint)
-    files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
+    files = [file for name in settings.images for file in find_files(name)]
     log.info("loading torch and Lightning …")
     import numpy as np
     import torch
@@ -113,49 +108,6 @@ def predict(settings: Predict) -> int:
     if settings.show:
         figures.show(drawings.values())
     return failures
-
-
-def read_pixels(
-    file: Path, image_shape: "Sequence[int]", *, as_mnist: bool
-) -> "tuple[Image, NDArray[np.uint8]]":
-    """A picture, for people to look at, and the image that is made of it for a net.
-
-    Args:
-        image_shape: (C, H, W) of the net's images.
-        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
-            is resized, as ``data=folder`` does it.
-
-    Returns:
-        The picture, RGB, and (H, W) or (H, W, 3) uint8.
-
-    Raises:
-        OSError: the file can't be read.
-        NoDigit: nothing stands out from the background.
-    """
-    from mnist_lightning.images.handwriting import read_image, to_mnist
-    from mnist_lightning.images.pictures import read_picture
-
-    picture = read_image(file)
-    if as_mnist:
-        return picture, to_mnist(picture)
-    channels, height, width = image_shape
-    return picture, read_picture(file, size=(height, width), grey=channels == 1)
-
-
-def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
-
-    A name that matches nothing stands for itself, so that it is told with the files that fail.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
-        if not pictures:
-            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(suffixes)})")
-        return pictures
-    if path.exists():
-        return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
 
 
 if __name__ == "__main__":

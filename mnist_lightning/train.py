@@ -286,7 +286,13 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
             offered = facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
             made.append(make(whole, f"callbacks.{name}", **offered))
-    return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
+    if settings.ema_decay is not None:
+        made.append(ExponentialMovingAverage(decay=settings.ema_decay))
+    if settings.watch:
+        from mnist_lightning.callbacks.watch import WatchPage
+
+        made.append(WatchPage(path=str(run_dir / "page.html")))
+    return made
 
 
 def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.loggers.Logger]":
@@ -404,6 +410,7 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
     ]
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and "hidden" in settings.model
+    can_draw = not foreign and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     if "train_seconds" in metrics:
         lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
@@ -417,6 +424,7 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
             "  tensorboard --logdir logs",
             *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
             *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
+            *(["  python -m mnist_lightning.export format=html   # a page to draw on"] * can_draw),
             f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}{trust}   # if interrupted",
         ]
     )

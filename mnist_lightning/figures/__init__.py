@@ -10,14 +10,18 @@ from mnist_lightning.figures.counts import (
     pixel_histogram,
     reliability_diagram,
 )
+from mnist_lightning.figures.explanations import explanation
+from mnist_lightning.figures.film import film_frames
 from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction
-from mnist_lightning.figures.style import save, show, to_array
+from mnist_lightning.figures.style import save, save_animation, show, to_array
 
 __all__ = [
     "Curve",
     "class_counts",
     "confusion_matrix",
     "curves",
+    "explanation",
+    "film_frames",
     "first_layer",
     "heat_map",
     "images",
@@ -29,6 +33,7 @@ __all__ = [
     "prediction",
     "reliability_diagram",
     "save",
+    "save_animation",
     "show",
     "to_array",
 ]

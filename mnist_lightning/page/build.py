@@ -72,16 +72,16 @@ def read_layers(classifier: DigitClassifier) -> list[Layer]:
         norm, activation = None, "none"
         for other in others:
             if isinstance(other, nn.BatchNorm1d):
-                mean, var = _known(other.running_mean).double(), _known(other.running_var).double()
+                means, var = _known(other.running_mean).double(), _known(other.running_var).double()
                 factor = other.weight.detach().double() / torch.sqrt(var + other.eps)
                 weights = weights * factor[:, None]
-                biases = (biases - mean) * factor + other.bias.detach().double()
+                biases = (biases - means) * factor + other.bias.detach().double()
             elif isinstance(other, nn.LayerNorm):
                 norm = (_to_array(other.weight), _to_array(other.bias), float(other.eps))
             else:
                 activation = NAME_OF[type(other)]
         if not found:
-            mean, std = (float(one) for one in (classifier.preprocess.mean, classifier.preprocess.std))
+            mean, std = classifier.preprocess.mean.item(), classifier.preprocess.std.item()
             biases = biases - weights.sum(dim=1) * (mean / std)
             weights = weights * (255 / std)
         scales = (weights.abs().amax(dim=1) / LEVELS).clamp(min=1e-30)
@@ -139,7 +139,7 @@ def compare_layers(layers: Sequence[Layer], classifier: DigitClassifier, images:
         for part in torch.split(images, 500):
             seen = classifier.preprocess.to_pixels(part)
             own = classifier.net((seen - classifier.preprocess.mean) / classifier.preprocess.std)
-            page = torch.from_numpy(run_layers(layers, seen.flatten(1).numpy() / 255))
+            page = torch.from_numpy(run_layers(layers, (seen / 255).flatten(1).numpy()))
             same += int((own.argmax(dim=1) == page.argmax(dim=1)).sum())
             distance = (own.softmax(dim=1) - page.softmax(dim=1)).abs().max()
             difference = max(difference, float(distance))

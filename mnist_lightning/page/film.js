@@ -95,7 +95,6 @@ function showCurves() {
   const every = Math.max(1, Math.ceil(last / 8));
   for (let epoch = 0; epoch <= last; epoch += every)
     context.fillText(epoch, place(epoch, 1)[0] - 6, canvas.height - 12);
-  context.fillText("epoch", canvas.width - 60, canvas.height - 12);
   const line = (losses, name, width) => {
     context.strokeStyle = context.fillStyle = color(name);
     context.lineWidth = width;

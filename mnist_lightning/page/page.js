@@ -8,7 +8,7 @@ const data = JSON.parse($("data").textContent);
 const net = readNet(data), [HEIGHT, WIDTH] = data.shape, LAST = net.layers.length - 1;
 
 // The drawing: strokes of points, in pixels of the field
-let strokes = [], ink = new Float64Array(FIELD * FIELD), sample = null, chosen = null, picked = null;
+let strokes = [], ink = makeInk(FIELD, FIELD), sample = null, chosen = null, picked = null;
 // What is seen: grey levels, the passes of the net, probabilities, and what is worked out only when asked for
 let seen = null;
 
@@ -52,12 +52,12 @@ function addSegment([x0, y0], [x1, y1], radius) {
       const along = length ? Math.min(1, Math.max(0, (x * dx + y * dy) / length)) : 0;
       const value = Math.min(1, Math.max(0, radius + 0.5 - Math.hypot(x - along * dx, y - along * dy)));
       const place = row * FIELD + column;
-      if (value > ink[place]) ink[place] = value;
+      if (value > ink.values[place]) ink.values[place] = value;
     }
 }
 
 function redraw() {
-  ink.fill(0);
+  ink.values.fill(0);
   for (const {points, radius} of strokes)
     points.forEach((point, i) => addSegment(points[Math.max(0, i - 1)], point, radius));
 }
@@ -108,7 +108,8 @@ function extend(points) {
 
 function drawnImage() {
   if (!strokes.length) return null;
-  return data.handwriting ? prepare(ink, FIELD, FIELD) : shrink(ink, FIELD, FIELD, WIDTH, HEIGHT);
+  if (data.handwriting) return normalize(ink);
+  return Uint8Array.from(resize(ink, WIDTH, HEIGHT).values, value => Math.floor(255 * value + 0.5));
 }
 
 function update() {

@@ -1,0 +1,195 @@
+"""Why does a net answer as it does?  python -m mnist_lightning.explain mistakes=12"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning import threads
+from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Explain, check, register
+from mnist_lightning.images.known import draws_like_mnist
+from mnist_lightning.rundir.find import find_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.data import Images
+    from mnist_lightning.evaluation.explanation import Explanation
+
+log = logging.getLogger(__name__)
+register()
+
+
+def main() -> None:
+    begin()
+    quote_paths(["images", "run", "checkpoint", "data_dir", "output"])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="explain")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        failures = explain(check(cfg, Explain))
+    if failures:
+        sys.exit(1)
+
+
+def explain(settings: Explain) -> int:
+    """Print a sentence and draw a figure for each image.
+
+    A picture that can't be read gets a line on stderr, and the others go on.
+
+    Returns:
+        The number of such pictures.
+
+    Raises:
+        CommandError: the net names no classes, or an index is beyond the split.
+        OSError: the checkpoint or the data can't be read, or the output can't be written.
+    """
+    path = find_checkpoint(settings.run, settings.checkpoint)
+    log.info("loading torch and Lightning …")
+    from mnist_lightning import figures
+    from mnist_lightning.evaluation import explanation
+    from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
+
+    classifier, checkpoint = load_classifier(path, trust=settings.trust)
+    if not classifier.names_classes:
+        raise CommandError(f"{path}: explain is for nets that name classes, and this one gives a number")
+
+    def load(split: str) -> "Images":
+        return load_split(path, checkpoint, split, data_dir=settings.data_dir, trust=settings.trust)
+
+    training = load("train")
+    folder = Path(settings.output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"net: {path}")
+    failures, drawings = 0, []
+    with threads.use(choose_threads([classifier], len(training), settings.threads)):
+        if settings.images:
+            found = _read_pictures(settings.images, classifier, checkpoint["datamodule_hyper_parameters"])
+        else:
+            found = _choose_images(settings, classifier, load(settings.split))
+        for number, (name, given) in enumerate(found, start=1):
+            if isinstance(given, str):
+                failures += 1
+                print(f"{name}: {given}", file=sys.stderr, flush=True)
+                continue
+            image, label = given
+            one = explanation.explain(classifier, image, training=training)
+            told = name if label is None else f"{name}, a {classifier.class_names[label]}"
+            print(f"{told}: {one}", flush=True)
+            drawing = draw(one, title=f"{told}: {one}")
+            figures.save({f"{number:03}_{Path(name).stem.replace(' ', '_')}": drawing}, folder)
+            if settings.show:
+                drawings.append(drawing)
+    first = f" ({one.method})" if number > failures else ""
+    print(f"\n{number - failures} of {number} explained{first}; a figure for each is in {folder}")
+    if settings.show:
+        figures.show(drawings)
+    return failures
+
+
+def _read_pictures(
+    names: list[str], classifier: "DigitClassifier", data: "dict[str, Any]"
+) -> "Iterator[tuple[str, tuple[Tensor, int | None] | str]]":
+    """Each file's name, and its image, or why it can't be read."""
+    import torch
+
+    from mnist_lightning.images.handwriting import read_pixels
+    from mnist_lightning.images.normalize import NoDigit
+    from mnist_lightning.images.pictures import find_files
+
+    as_mnist = draws_like_mnist(data)
+    for file in [file for name in names for file in find_files(name)]:
+        try:
+            _, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
+        except (OSError, NoDigit, MemoryError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            yield str(file), reason or type(error).__name__
+        else:
+            yield str(file), (torch.from_numpy(seen.copy()), None)
+
+
+def _choose_images(
+    settings: Explain, classifier: "DigitClassifier", split: "Images"
+) -> "Iterator[tuple[str, tuple[Tensor, int | None] | str]]":
+    """The images of a split that are asked for, with their labels.
+
+    Raises:
+        CommandError: an index is beyond the split, or nothing is misread.
+    """
+    from mnist_lightning.evaluation.trained import compute_outputs
+
+    indices = settings.index
+    for index in indices:
+        if index >= len(split):
+            raise CommandError(f"index={index}: {settings.split} has images 0 to {len(split) - 1}")
+    if settings.mistakes:
+        probabilities = compute_outputs(classifier, split.images).softmax(dim=1)
+        confidences, answers = probabilities.max(dim=1)
+        wrong = (answers != split.labels).nonzero().squeeze(1)
+        if not len(wrong):
+            raise CommandError(f"mistakes={settings.mistakes}: no image of {settings.split} is misread")
+        order = confidences[wrong].argsort(descending=True, stable=True)
+        indices = wrong[order][: settings.mistakes].tolist()
+    for index in indices:
+        yield f"{settings.split} {index}", (split.images[index], int(split.labels[index]))
+
+
+def draw(one: "Explanation", *, title: str) -> "Figure":
+    """The figure of an explanation."""
+    import numpy as np
+
+    from mnist_lightning import figures
+    from mnist_lightning.figures.explanations import NUM_UNITS
+
+    names, (first, second) = one.class_names, one.ranking[:2]
+
+    def picture(image: "Tensor") -> "Any":
+        return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
+
+    change = None
+    if one.change is not None:
+        count = len(one.change.pixels)
+        told = f"{count} pixel{'s' * (count > 1)}: {names[one.change.label]}"
+        change = (picture(one.change.image), told)
+    units = None
+    if one.units is not None:
+        decided = one.units.adds[first] - one.units.adds[second]
+        chosen = decided.abs().argsort(descending=True, stable=True)[:NUM_UNITS]
+        captions = [f"unit {int(unit) + 1}: {decided[unit]:+.2f}".replace("-", "−") for unit in chosen]
+        pictures = [picture(weights) for weights in one.units.weights[chosen]]
+        line = f"units of the first layer that decided: what each adds to {names[first]} over {names[second]}"
+        units = (np.stack(pictures), captions, line)
+    nearest = None
+    if one.nearest is not None:
+        images = one.nearest.images
+        nearest = (images.numpy(), [names[label] for label in one.nearest.labels.tolist()])
+
+    def tell(label: int) -> str:
+        rest, total = float(one.rest[label]), float(one.logits[label])
+        return f"for {names[label]}: {rest:.1f} {total - rest:+.1f} = {total:.1f}".replace("-", "−")
+
+    what = "a blank image's logit" if one.is_exact else "the rest"
+    return figures.explanation(
+        picture(one.seen),
+        {tell(label): one.pixels[label].numpy() for label in (first, second)},
+        change=change,
+        units=units,
+        nearest=nearest,
+        title=title,
+        note=f"blue: for it, red: against it; {what} + what the pixels add = the logit ({one.method})",
+    )
+
+
+if __name__ == "__main__":
+    main()
