@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Evaluate, check, register
+from mnist_lightning.config import CONF_DIR, Evaluate, check
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.status import show_with_unit
 
@@ -25,14 +26,13 @@ if TYPE_CHECKING:
     from mnist_lightning.evaluation.scores import Evaluation
 
 log = logging.getLogger(__name__)
-register()
 
 NUM_MISTAKES = 40  # on the sheet
 
 
 def main() -> None:
     begin()
-    quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["run", "runs", "checkpoint", "data_dir", "output"], sys.argv[1:])
     run()
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Explain, check, register
+from mnist_lightning.config import CONF_DIR, Explain, check
 from mnist_lightning.images.known import draws_like_mnist
 from mnist_lightning.rundir.find import find_checkpoint
 
@@ -18,20 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from matplotlib.figure import Figure
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import Images
-    from mnist_lightning.evaluation.explanation import Explanation
 
 log = logging.getLogger(__name__)
-register()
 
 
 def main() -> None:
     begin()
-    quote_paths(["images", "run", "checkpoint", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["images", "run", "checkpoint", "data_dir", "output"], sys.argv[1:])
     run()
 
 
@@ -87,7 +84,7 @@ def explain(settings: Explain) -> int:
             one = explanation.explain(classifier, image, training=training)
             told = name if label is None else f"{name}, a {classifier.class_names[label]}"
             print(f"{told}: {one}", flush=True)
-            drawing = draw(one, title=f"{told}: {one}")
+            drawing = one.draw(title=f"{told}: {one}")
             figures.save({f"{number:03}_{Path(name).stem.replace(' ', '_')}": drawing}, folder)
             if settings.show:
                 drawings.append(drawing)
@@ -143,52 +140,6 @@ def _choose_images(
         indices = wrong[order][: settings.mistakes].tolist()
     for index in indices:
         yield f"{settings.split} {index}", (split.images[index], int(split.labels[index]))
-
-
-def draw(one: "Explanation", *, title: str) -> "Figure":
-    """The figure of an explanation."""
-    import numpy as np
-
-    from mnist_lightning import figures
-    from mnist_lightning.figures.explanations import NUM_UNITS
-
-    names, (first, second) = one.class_names, one.ranking[:2]
-
-    def picture(image: "Tensor") -> "Any":
-        return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
-
-    change = None
-    if one.change is not None:
-        count = len(one.change.pixels)
-        told = f"{count} pixel{'s' * (count > 1)}: {names[one.change.label]}"
-        change = (picture(one.change.image), told)
-    units = None
-    if one.units is not None:
-        decided = one.units.adds[first] - one.units.adds[second]
-        chosen = decided.abs().argsort(descending=True, stable=True)[:NUM_UNITS]
-        captions = [f"unit {int(unit) + 1}: {decided[unit]:+.2f}".replace("-", "−") for unit in chosen]
-        pictures = [picture(weights) for weights in one.units.weights[chosen]]
-        line = f"units of the first layer that decided: what each adds to {names[first]} over {names[second]}"
-        units = (np.stack(pictures), captions, line)
-    nearest = None
-    if one.nearest is not None:
-        images = one.nearest.images
-        nearest = (images.numpy(), [names[label] for label in one.nearest.labels.tolist()])
-
-    def tell(label: int) -> str:
-        rest, total = float(one.rest[label]), float(one.logits[label])
-        return f"for {names[label]}: {rest:.1f} {total - rest:+.1f} = {total:.1f}".replace("-", "−")
-
-    what = "a blank image's logit" if one.is_exact else "the rest"
-    return figures.explanation(
-        picture(one.seen),
-        {tell(label): one.pixels[label].numpy() for label in (first, second)},
-        change=change,
-        units=units,
-        nearest=nearest,
-        title=title,
-        note=f"blue: for it, red: against it; {what} + what the pixels add = the logit ({one.method})",
-    )
 
 
 if __name__ == "__main__":

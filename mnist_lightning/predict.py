@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Predict, check, register
+from mnist_lightning.config import CONF_DIR, Predict, check
 from mnist_lightning.images.known import draws_like_mnist
 from mnist_lightning.rundir.find import find_checkpoint
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-register()
 
 
 def main() -> None:
     begin()
-    quote_paths(["images", "run", "checkpoint", "output"])
+    sys.argv[1:] = quote_paths(["images", "run", "checkpoint", "output"], sys.argv[1:])
     run()
 
 

@@ -11,6 +11,8 @@ import gc
 import json
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +167,29 @@ def start(preloaded: Preloaded, environment: dict[str, str]) -> Iterator[Start]:
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def wheel(once: Once) -> Path:
+    """The wheel of this checkout."""
+
+    def make(folder: Path) -> None:
+        build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY))
+        subprocess.run([sys.executable, *build], check=True, capture_output=True)
+
+    return next(once("wheel", make).glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, once: Once) -> Path:
+    """The folder in which it is unpacked: on PYTHONPATH it goes before the checkout."""
+    return once("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
+
+
+@pytest.fixture
+def from_wheel(installed: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run what is installed, not the checkout."""
+    monkeypatch.setitem(environment, "PYTHONPATH", str(installed))
+
+
 @dataclass
 class DefaultRun:
     """``python -m mnist_lightning.train`` with nothing said."""
@@ -216,6 +241,8 @@ def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
         settings = settle(run_dir, f"data.data_dir='{data_dir}'", *overrides)
         if pictures := settings.callbacks.get("pictures"):
             pictures["enabled"] = False
+        if (film := settings.callbacks.get("film")) and "callbacks.film.enabled=true" not in overrides:
+            film["enabled"] = False
         return dict(train(settings, run_dir, test=test))
 
     return run

@@ -29,15 +29,20 @@ MAY_IMPORT = {
     "figures": set(),
     "threads": {"network"},
     "config": {"images", "settings_help", "targets"},
-    "cli": {"rundir", "threads", "workarounds"},
+    "cli": {"config", "rundir", "threads", "workarounds"},
     "trust": {"cli", "config", "targets"},
     "images": {"rundir", "targets"},
     "data": {"images"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
-    "evaluation": {"classifier", "data", "images", "network", "rundir", "targets", "threads", "trust"},
+    "evaluation": {
+        *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
+    },
     "page": {"classifier", "network"},
     "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps"},
+    "python": COMMANDS - {"train"}
+    | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
+    | {"rundir", "sweeps", "threads", "workarounds"},
     "sweeps": {
         *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
         *("targets", "threads", "trust", "workarounds"),
@@ -81,8 +86,10 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def test_no_command_is_imported() -> None:
+    """But by what people call from Python, which calls what the commands call."""
     for name, path in MODULES.items():
-        assert not (ours(path) - {name}) & COMMANDS, name
+        if name != "python":
+            assert not (ours(path) - {name}) & COMMANDS, name
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - COMMANDS))
@@ -99,6 +106,8 @@ def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
 def test_only_the_edge_knows_the_config() -> None:
     knowing = {name for name, path in MODULES.items() if "config" in ours(path)}
     edge = {
+        "cli",
+        "python",
         "trust",
         "rundir.claim",
         "rundir.resume",

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, Run
+from test_film import make_film
 
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.explanation import explain
@@ -21,6 +23,7 @@ from mnist_lightning.images.normalize import normalize
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.network import FeedForward
 from mnist_lightning.page.build import choose_samples, make_page
+from mnist_lightning.rundir.film import pack_film
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -375,6 +378,58 @@ def test_any_net_of_grey_images_runs(
     draw(page, write_strokes(0, 2))
     page.wait_for_timeout(100)
     assert page.evaluate("seen.grey.length") == 12 * 9
+
+
+@pytest.fixture
+def small() -> tuple[DigitClassifier, torch.Tensor]:
+    torch.manual_seed(0)
+    classifier = DigitClassifier(
+        FeedForward([6], image_shape=(1, 9, 7), num_classes=3), image_shape=(1, 9, 7), class_names=list("abc")
+    )
+    classifier.check()
+    return classifier.eval(), torch.randint(0, 256, (5, 9, 7), dtype=torch.uint8)
+
+
+def test_the_film_plays(small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open) -> None:
+    page = show(write_page(tmp_path / "page.html", *small, film=pack_film(make_film(6))))
+    script = "Array.from($('film-units').getContext('2d').getImageData(0, 0, 40, 9).data)"
+
+    def look() -> tuple[str, list[int]]:
+        return page.locator("#when").text_content(), page.evaluate(script)
+
+    end = look()
+    assert end[0].startswith("step 5 of 5, epoch 5.0, loss 0.1")
+    assert page.locator("#film-images button").count() == 5
+    page.locator("#moment").focus()
+    page.keyboard.press("Home")
+    start = look()
+    assert start[0].startswith("step 0 of 5")
+    assert start[1] != end[1]
+    page.locator("#film-images button").nth(2).click()
+    assert look()[1] != start[1], "the units that it lights"
+    page.locator("#play").click()
+    assert page.locator("#play").text_content() == "Pause"
+    page.wait_for_function("document.getElementById('when').textContent.startsWith('step 5')")
+    page.wait_for_function("document.getElementById('play').textContent === 'Play'")
+
+
+def test_a_page_of_a_training_loads_itself_and_keeps_the_drawing(
+    small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open
+) -> None:
+    path = write_page(tmp_path / "page.html", *small, live=time.time(), about="after 1 steps")
+    page = show(path)
+    draw(page, write_strokes(0, 2))
+    page.wait_for_timeout(100)
+    before = page.evaluate("[strokes, Array.from(seen.grey)]")
+    write_page(path, *small, live=time.time(), about="after 2 steps")
+    page.wait_for_function("document.getElementById('about').textContent === 'after 2 steps'", timeout=10_000)
+    assert page.evaluate("[strokes, Array.from(seen.grey)]") == before
+    write_page(path, *small, live=0.0, about="the end")
+    page.wait_for_function("document.getElementById('about').textContent === 'the end'", timeout=10_000)
+    assert page.evaluate("strokes.length") == len(before[0])
+    page.evaluate("window.stays = true")
+    page.wait_for_timeout(2_500)
+    assert page.evaluate("window.stays"), "the last edition stays"
 
 
 def test_samples_are_mistakes_first_and_every_class() -> None:

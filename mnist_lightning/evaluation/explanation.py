@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,11 @@ from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import Images, eval_batch_size
 from mnist_lightning.network import ACTIVATIONS, FeedForward
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+NUM_UNITS = 6  # that are drawn
 INK = 128.0  # grey levels: what is darker is a stroke, beside which new ink may be put
 FAINT = 25.0  # what is fainter is no part of the figure
 NUM_NEAREST = 5
@@ -151,6 +158,51 @@ class Explanation:
         name = self.class_names[self.erased.label]
         share = 100 * self.erased.probability
         return f"{told}; without its {self.erased.part} it would be read as {name} ({share:.1f} %)"
+
+    def draw(self, *, title: str | None = None) -> "Figure":
+        """The figure of it.
+
+        Args:
+            title: None: the sentence.
+        """
+        from mnist_lightning import figures
+
+        names, (first, second) = self.class_names, self.ranking[:2]
+
+        def picture(image: Tensor) -> "NDArray[np.float32]":
+            return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
+
+        def tell(label: int) -> str:
+            rest, total = float(self.rest[label]), float(self.logits[label])
+            return f"for {names[label]}: {rest:.1f} {total - rest:+.1f} = {total:.1f}".replace("-", "−")
+
+        change = None
+        if self.change is not None:
+            count = len(self.change.pixels)
+            told = f"{count} pixel{'s' * (count > 1)}: {names[self.change.label]}"
+            change = (picture(self.change.image), told)
+        units = None
+        if self.units is not None:
+            decided = self.units.adds[first] - self.units.adds[second]
+            chosen = decided.abs().argsort(descending=True, stable=True)[:NUM_UNITS]
+            captions = [f"unit {int(unit) + 1}: {decided[unit]:+.2f}".replace("-", "−") for unit in chosen]
+            pictures = np.stack([picture(weights) for weights in self.units.weights[chosen]])
+            line = "units of the first layer that decided: what each adds to"
+            units = (pictures, captions, f"{line} {names[first]} over {names[second]}")
+        nearest = None
+        if self.nearest is not None:
+            labels = [names[label] for label in self.nearest.labels.tolist()]
+            nearest = (self.nearest.images.numpy(), labels)
+        what = "a blank image's logit" if self.is_exact else "the rest"
+        return figures.explanation(
+            picture(self.seen),
+            {tell(label): self.pixels[label].numpy() for label in (first, second)},
+            change=change,
+            units=units,
+            nearest=nearest,
+            title=str(self) if title is None else title,
+            note=f"blue: for it, red: against it; {what} + what the pixels add = the logit ({self.method})",
+        )
 
 
 def explain(classifier: DigitClassifier, image: Tensor, *, training: Images | None = None) -> Explanation:

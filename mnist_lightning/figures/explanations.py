@@ -1,5 +1,6 @@
 """Why a net answers as it does, for one image."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from mnist_lightning.figures.style import BLUE, GREY, PAPER, VERMILION, WIDTH, Array, shorten, styled
 
-NUM_UNITS = 6
+LINE = 105  # letters of a title
 
 
 @styled
@@ -54,7 +55,7 @@ def explanation(
         for axes, image, caption in zip(_panels(parts[-1], len(images)), images, captions, strict=True):
             axes.imshow(image, cmap=PAPER, vmin=0, vmax=255)
             axes.set_title(shorten(caption, 20), fontsize=8, loc="center")
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, LINE), x=0.01, ha="left", fontsize=10)
     return figure
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import FILE, Status, read
 
 SEED = "seed"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
 @dataclass(frozen=True)
