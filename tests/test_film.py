@@ -8,15 +8,20 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from conftest import Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
+from torch import nn
 
 from mnist_lightning.callbacks.film import NUM_MOMENTS, plan
+from mnist_lightning.callbacks.watch import WatchPage
+from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.trained import load_classifier
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.film import Film, pack_film, read_film, write_film
 
 Fit = Callable[..., dict[str, object]]
@@ -161,14 +166,15 @@ def test_watch_writes_the_page_and_ends_it(fit: Fit, tmp_path: Path, command: Ru
     ]
 
 
-def test_watch_tells_of_a_net_that_the_page_can_not_run(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import REPOSITORY
-
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tests" / "own"))
-    with pytest.raises(
-        MisconfigurationException, match=r"watch=true: the page runs FeedForward nets.*ConvNet"
+def test_watch_tells_of_a_net_that_the_page_can_not_run() -> None:
+    colour = DigitClassifier(FeedForward([4], image_shape=(3, 5, 5)), image_shape=(3, 5, 5))
+    own = DigitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+    for classifier, told in (
+        (colour, "are in colour"),
+        (own, "and this is torch.nn.modules.container.Sequential"),
     ):
-        fit("model={_target_: my_parts.ConvNet, channels: 2}", "watch=true", "logger=none")
+        with pytest.raises(MisconfigurationException, match=f"^watch=true: the page .*{told}"):
+            WatchPage(path="page.html").on_fit_start(L.Trainer(logger=False), classifier)
 
 
 def test_a_film_that_is_not_there_is_told(trained_run: Path, tmp_path: Path, command: Run) -> None:

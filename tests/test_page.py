@@ -84,7 +84,8 @@ def show(browser: Any) -> Iterator[Open]:
 
     yield show
     assert {url for url in requests if not url.startswith("file://")} == set()
-    assert complaints == []
+    reading = "Canvas2D: Multiple readback"  # which the tests do, not the page
+    assert [one for one in complaints if not one.startswith(reading)] == []
     for context in contexts:
         context.close()
 
@@ -409,8 +410,8 @@ def test_the_film_plays(small: tuple[DigitClassifier, torch.Tensor], tmp_path: P
     assert look()[1] != start[1], "the units that it lights"
     page.locator("#play").click()
     assert page.locator("#play").text_content() == "Pause"
-    page.wait_for_function("document.getElementById('when').textContent.startsWith('step 5')")
-    page.wait_for_function("document.getElementById('play').textContent === 'Play'")
+    page.locator("#when", has_text="step 5 of 5").wait_for()
+    page.locator("#play", has_text="Play").wait_for()
 
 
 def test_a_page_of_a_training_loads_itself_and_keeps_the_drawing(
@@ -422,10 +423,10 @@ def test_a_page_of_a_training_loads_itself_and_keeps_the_drawing(
     page.wait_for_timeout(100)
     before = page.evaluate("[strokes, Array.from(seen.grey)]")
     write_page(path, *small, live=time.time(), about="after 2 steps")
-    page.wait_for_function("document.getElementById('about').textContent === 'after 2 steps'", timeout=10_000)
+    page.locator("#about", has_text="after 2 steps").wait_for()
     assert page.evaluate("[strokes, Array.from(seen.grey)]") == before
     write_page(path, *small, live=0.0, about="the end")
-    page.wait_for_function("document.getElementById('about').textContent === 'the end'", timeout=10_000)
+    page.locator("#about", has_text="the end").wait_for()
     assert page.evaluate("strokes.length") == len(before[0])
     page.evaluate("window.stays = true")
     page.wait_for_timeout(2_500)
