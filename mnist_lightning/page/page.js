@@ -269,6 +269,7 @@ function makeLayers() {
 
 function showUnits() {
   const canvases = $("layers").querySelectorAll("canvas");
+  const [line, lit, against, text] = ["line", "lit", "against", "text"].map(color);
   canvases.forEach((canvas, number) => {
     const values = seen.passes[number].values, count = values.length, size = cellSize(count);
     const columns = canvas.columns = Math.max(1, Math.min(count, Math.floor($("layers").clientWidth / size)));
@@ -279,16 +280,17 @@ function showUnits() {
     context.scale(density, density);
     for (let unit = 0; unit < count; unit++) {
       const x = unit % columns * size, y = Math.floor(unit / columns) * size;
-      context.fillStyle = color("line");
+      context.fillStyle = line;
       context.globalAlpha = 0.45;
       context.fillRect(x, y, size - 1, size - 1);
-      context.globalAlpha = seen.blank ? 0 : Math.sqrt(Math.abs(values[unit]) / most);
-      context.fillStyle = color(values[unit] < 0 ? "against" : "lit");
+      if (seen.blank || !values[unit]) continue;
+      context.globalAlpha = Math.sqrt(Math.abs(values[unit]) / most);
+      context.fillStyle = values[unit] < 0 ? against : lit;
       context.fillRect(x, y, size - 1, size - 1);
     }
     context.globalAlpha = 1;
     if (picked?.layer === number) {
-      context.strokeStyle = color("text");
+      context.strokeStyle = text;
       context.lineWidth = 2;
       context.strokeRect(picked.unit % columns * size, Math.floor(picked.unit / columns) * size, size - 1, size - 1);
     }
