@@ -40,6 +40,7 @@ RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in it
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
 RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
+DIGITS = tuple(name for name, known in KNOWN.items() if known.class_names == tuple("0123456789"))
 PREPROCESS = ("mean", "std", "deskew", "augment")
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
@@ -59,10 +60,12 @@ class Augment:
     shift: float
     elastic: float
     smoothness: float
+    flags: float
 
     def __post_init__(self) -> None:
         for key, most, unit in (("rotation", 180, " degrees"), ("scale", 0.9, ""), ("shear", 60, " degrees")):
             self._check(key, 0, most, unit)
+        self._check("flags", 0, 1, "")
 
     def check_shape(self, height: int, width: int) -> None:
         """
@@ -79,7 +82,7 @@ class Augment:
 
     @property
     def deforms(self) -> bool:
-        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic))
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.flags))
 
 
 @dataclass
@@ -119,6 +122,11 @@ class Data:
             if known.num_train is not None:
                 check_sizes(known.num_train, batch_size=self.batch_size, val_size=self.val_size)
         at_least("data.val_size", self.val_size or 0, 0)
+        require(
+            not self.augment.flags or (self.source is None and self.name in DIGITS),
+            f"data.augment.flags draws at the digits 1: it is for data={'/'.join(DIGITS)},"
+            f" not for data={self.name}",
+        )
 
     def _check_source(self) -> None:
         self.source = self.source or None

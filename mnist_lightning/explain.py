@@ -131,7 +131,7 @@ def _choose_images(
         if index >= len(split):
             raise CommandError(f"index={index}: {settings.split} has images 0 to {len(split) - 1}")
     if settings.mistakes:
-        probabilities = compute_outputs(classifier, split.images).softmax(dim=1)
+        probabilities = classifier.to_probabilities(compute_outputs(classifier, split.images))
         confidences, answers = probabilities.max(dim=1)
         wrong = (answers != split.labels).nonzero().squeeze(1)
         if not len(wrong):

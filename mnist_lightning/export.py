@@ -97,7 +97,7 @@ def export_page(settings: Export) -> None:
     )
     images = checked.images[:NUM_CHECKED]
     with threads.use(choose_threads([classifier], len(split), settings.threads)):
-        probabilities = compute_outputs(classifier, split.images).softmax(dim=1)
+        probabilities = classifier.to_probabilities(compute_outputs(classifier, split.images))
         chosen = choose_samples(probabilities, split.labels, classifier.image_shape)
         same, difference = compare_layers(layers, classifier, images)
     correct = float((probabilities.argmax(dim=1) == split.labels).double().mean())
@@ -172,7 +172,9 @@ def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
     """
     import torch
 
-    last = [torch.nn.Softmax(dim=1)] if classifier.names_classes else []
+    from mnist_lightning.classifier import Probabilities
+
+    last = [Probabilities(classifier.temperature)] if classifier.names_classes else []
     net = torch.nn.Sequential(classifier.preprocess, classifier.net, *last).eval()
     try:
         with _quiet():
@@ -203,7 +205,7 @@ def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (theirs,) = session.run([name_output(classifier)], {"images": images.numpy()})
     ours = compute_outputs(classifier, images)
-    ours = ours.softmax(dim=1) if classifier.names_classes else ours
+    ours = classifier.to_probabilities(ours) if classifier.names_classes else ours
     return float(np.abs(theirs - ours.numpy()).max())
 
 

@@ -72,7 +72,7 @@ def predict(settings: Predict) -> int:
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
     with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
-        header = ["file", "prediction", "probability", *(f"p({name})" for name in names)]
+        header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names)]
         writer.writerow(header if classes else ["file", "output"])
         for number, file in enumerate(files, start=1):
             try:
@@ -87,12 +87,19 @@ def predict(settings: Predict) -> int:
                 print(f"{file!s:{width}}  {outputs.item():.4f}", flush=True)
                 writer.writerow([file, f"{outputs.item():.6f}"])
                 continue
-            probabilities = outputs.softmax(dim=0).numpy()
+            probabilities = classifier.to_probabilities(outputs[None])[0].numpy()
             best = int(probabilities.argmax())
             line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
+            is_sure = bool(probabilities[best] >= classifier.sure)
+            if not is_sure:
+                second = int(probabilities.argsort()[-2])
+                line += f"  not sure: perhaps {names[second]}, {100 * probabilities[second]:.1f} %"
             print(f"{file!s:{width}}  {line}", flush=True)
             writer.writerow(
-                [file, names[best], f"{probabilities[best]:.6f}", *(f"{p:.6f}" for p in probabilities)]
+                [
+                    *(file, names[best], f"{probabilities[best]:.6f}", "sure" if is_sure else "not sure"),
+                    *(f"{p:.6f}" for p in probabilities),
+                ]
             )
             picture.thumbnail((480, 480))
             drawing = figures.prediction(

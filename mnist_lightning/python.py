@@ -403,14 +403,15 @@ class TrainedNet:
         import numpy as np
         import torch
 
-        from mnist_lightning.evaluation.trained import log_probabilities
+        from mnist_lightning.evaluation.trained import compute_outputs
 
         if not self.classifier.names_classes:
             raise ValueError(f"{self.path} gives a number for each image, no classes: net.classifier(images)")
         stored, single = self._prepare(images)
         if len(stored):
             with self._computing(len(stored)):
-                probabilities = log_probabilities(self.classifier, torch.from_numpy(stored)).exp().numpy()
+                outputs = compute_outputs(self.classifier, torch.from_numpy(stored))
+                probabilities = self.classifier.to_probabilities(outputs).numpy()
         else:
             probabilities = np.empty((0, len(self.class_names)), np.float32)
         labels = probabilities.argmax(axis=1)
@@ -528,7 +529,9 @@ class TrainedNet:
             return Scores(
                 {"split": split, "images": len(images)} | own, {}, "\n".join(lines), self.class_names
             )
-        evaluation: Evaluation = score(images.labels.numpy(), outputs.log_softmax(dim=1).numpy())
+        evaluation: Evaluation = score(
+            images.labels.numpy(), outputs.log_softmax(dim=1).numpy(), self.classifier.temperature
+        )
         title = f"{self.data.name} {split}"
         return Scores(
             {"split": split, "images": len(images)} | to_metrics(evaluation) | {"own": own},

@@ -210,7 +210,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
-            save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            if split == "val" and ckpt_path and settings.validates:
+                save_confidence(ckpt_path, outputs, images.labels)
         metrics |= last
         metrics |= {
             "epochs": trainer.current_epoch,
@@ -370,19 +372,40 @@ def compiler_errors() -> Iterator[None]:
         ) from error
 
 
-def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> None:
+def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
     """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
+
+    Returns:
+        (N, C) the net's outputs.
     """
     import numpy as np
 
     from mnist_lightning.evaluation.trained import compute_outputs
 
-    predictions = compute_outputs(classifier.eval(), images).argmax(1)
-    np.save(path, np.packbits((predictions == labels).numpy()))
+    outputs = compute_outputs(classifier.eval(), images)
+    np.save(path, np.packbits((outputs.argmax(1) == labels).numpy()))
+    return outputs
+
+
+def save_confidence(path: Path, outputs: "Tensor", labels: "Tensor") -> None:
+    """Keep in a checkpoint how sure its net may be, fitted on its validation images.  It is replaced whole.
+
+    Args:
+        path: of the checkpoint.
+        outputs: (N, C) float, of the validation images.
+        labels: (N,) int64.
+
+    Raises:
+        OSError: the file can't be read or written.
+    """
+    from mnist_lightning.evaluation import confidence
+    from mnist_lightning.rundir.checkpoint import load, serialize
+
+    write_atomic(path, serialize(load(path) | {"confidence": confidence.fit(outputs, labels)}))
 
 
 @functools.cache

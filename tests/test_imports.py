@@ -39,7 +39,7 @@ MAY_IMPORT = {
         *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
     },
     "page": {"classifier", "network"},
-    "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps"},
+    "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps", "workarounds"},
     "python": COMMANDS - {"train"}
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},

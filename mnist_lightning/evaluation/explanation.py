@@ -113,6 +113,7 @@ class Explanation:
         seen: (C, H, W) float32 in [0, 255], the pixels that the net sees.
         class_names: by label.
         logits: (num_classes,) float64.
+        probabilities: (num_classes,) float64, at the net's temperature.
         is_exact: whether ``pixels`` and ``rest`` are the exact decomposition; else gradient × input.
         pixels: (num_classes, H, W) float64, what each pixel adds to each logit; a black one adds nothing.
         rest: (num_classes,) float64.  If exact, the logits of a blank image; else what the pixels leave over.
@@ -126,6 +127,7 @@ class Explanation:
     seen: Tensor
     class_names: Sequence[str]
     logits: Tensor
+    probabilities: Tensor
     is_exact: bool
     pixels: Tensor
     rest: Tensor
@@ -133,11 +135,6 @@ class Explanation:
     change: Change | None
     erased: Erased | None
     nearest: Nearest | None
-
-    @property
-    def probabilities(self) -> Tensor:
-        """(num_classes,) float64"""
-        return self.logits.softmax(dim=0)
 
     @property
     def ranking(self) -> list[int]:
@@ -238,6 +235,7 @@ def explain(classifier: DigitClassifier, image: Tensor, *, training: Images | No
         seen=seen.cpu(),
         class_names=classifier.class_names,
         logits=logits.cpu(),
+        probabilities=classifier.to_probabilities(logits[None])[0].cpu(),
         is_exact=exact,
         pixels=pixels.cpu(),
         rest=(blank if exact else logits - pixels.sum(dim=(1, 2))).cpu(),
@@ -381,7 +379,7 @@ def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
         if lead(without[None])[0] > 0:
             image = without
             done.remove((y, x))
-    probabilities = ask(classifier, image[None])[0].softmax(dim=0)
+    probabilities = classifier.to_probabilities(ask(classifier, image[None]))[0]
     answer = int(probabilities.argmax())
     return Change(image, done, answer, float(probabilities[answer]))
 
@@ -411,7 +409,7 @@ def find_erased(classifier: DigitClassifier, seen: Tensor) -> Erased | None:
     shares = (masks * level).sum(dim=(1, 2)) / level.sum()
     images = torch.where(masks[:, None], 0.0, seen)
     before = int(ask(classifier, seen[None]).argmax())
-    probabilities, labels = ask(classifier, images).softmax(dim=1).max(dim=1)
+    probabilities, labels = classifier.to_probabilities(ask(classifier, images)).max(dim=1)
     turned = (labels != before) & (probabilities > 0.5) & (shares > 0) & (shares <= MOST_ERASED)
     if not turned.any():
         return None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
+from mnist_lightning.evaluation import confidence
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_newest, load
@@ -50,6 +51,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     try:
         classifier = rebuild(recipe, checkpoint["state_dict"])
+        confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except (

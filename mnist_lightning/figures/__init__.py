@@ -9,6 +9,7 @@ from mnist_lightning.figures.counts import (
     confusion_matrix,
     pixel_histogram,
     reliability_diagram,
+    risk_coverage,
 )
 from mnist_lightning.figures.explanations import explanation
 from mnist_lightning.figures.film import film_frames
@@ -32,6 +33,7 @@ __all__ = [
     "pixel_histogram",
     "prediction",
     "reliability_diagram",
+    "risk_coverage",
     "save",
     "save_animation",
     "show",

@@ -141,7 +141,7 @@ def compare_layers(layers: Sequence[Layer], classifier: DigitClassifier, images:
             own = classifier.net((seen - classifier.preprocess.mean) / classifier.preprocess.std)
             page = torch.from_numpy(run_layers(layers, (seen / 255).flatten(1).numpy()))
             same += int((own.argmax(dim=1) == page.argmax(dim=1)).sum())
-            distance = (own.softmax(dim=1) - page.softmax(dim=1)).abs().max()
+            distance = (classifier.to_probabilities(own) - classifier.to_probabilities(page)).abs().max()
             difference = max(difference, float(distance))
     return same, difference
 
@@ -202,7 +202,8 @@ def make_page(
         "shape": list(classifier.image_shape[1:]),
         "deskew": classifier.preprocess.deskew,
         "handwriting": handwriting,
-        "temperature": 1.0,
+        "temperature": classifier.temperature,
+        "sure": classifier.sure,
         "layers": [_pack_layer(layer) for layer in read_layers(classifier)],
         "samples": {
             "images": encode(images.cpu().numpy()),

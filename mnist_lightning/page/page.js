@@ -187,10 +187,10 @@ function ranking() {
 
 function showAnswer() {
   const [first, second] = ranking(), name = label => data.classes[label];
+  const tell = label => `${name(label)}, ${percent(seen.probabilities[label])}`;
   const answer = seen.blank ? "Draw something"
-    : `${name(first)}, ${percent(seen.probabilities[first])}`;
+    : seen.probabilities[first] < data.sure ? `Not sure: ${tell(first)}; or ${tell(second)}` : tell(first);
   if ($("answer").textContent !== answer) $("answer").textContent = answer;
-  $("answer").title = seen.blank || second === undefined ? "" : `then ${name(second)}, ${percent(seen.probabilities[second])}`;
   const shown = data.classes.length <= MOST_BARS ? data.classes.map((_, label) => label)
     : ranking().slice(0, MOST_BARS);
   const bars = $("bars");
