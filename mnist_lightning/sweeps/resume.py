@@ -3,6 +3,7 @@
 ``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
         key, sign, value = argument.lstrip("+").partition("=")
         if sign and key in MOVED:
             raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
-    names = [argument.removeprefix(KEY) for argument in arguments if argument.startswith(KEY)]
+    names = [unquote(argument.removeprefix(KEY)) for argument in arguments if argument.startswith(KEY)]
     if names and not {"-m", "--multirun"}.isdisjoint(arguments):
         arguments = resume_sweep(names[-1], arguments)
     elif names and BASE in arguments:  # a child process of a DDP run has its parent's arguments
@@ -56,6 +57,12 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
     elif names:
         arguments = resume_run(names[-1], arguments)
     return quote_paths(PATHS, arguments)
+
+
+def unquote(name: str) -> str:
+    """A folder as typed, without the quotes that a shell has left around it: Windows' cmd takes none off."""
+    quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
+    return name[1:-1] if quoted and not os.path.exists(name) else name
 
 
 def resume_sweep(name: str, arguments: list[str]) -> list[str]:
