@@ -54,6 +54,8 @@ def explain(settings: Explain) -> int:
     """
     path = find_checkpoint(settings.run, settings.checkpoint)
     log.info("loading torch and Lightning …")
+    import torch
+
     from mnist_lightning import figures
     from mnist_lightning.evaluation import explanation
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
@@ -67,29 +69,34 @@ def explain(settings: Explain) -> int:
 
     training = load("train")
     folder = Path(settings.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"net: {path}")
     failures, drawings = 0, []
+    found: list[tuple[str, Tensor, int | None]] = []
     with threads.use(choose_threads([classifier], len(training), settings.threads)):
         if settings.images:
-            found = _read_pictures(settings.images, classifier, checkpoint["datamodule_hyper_parameters"])
+            data = checkpoint["datamodule_hyper_parameters"]
+            for name, given in _read_pictures(settings.images, classifier, data):
+                if isinstance(given, str):
+                    failures += 1
+                    print(f"{name}: {given}", file=sys.stderr, flush=True)
+                else:
+                    found.append((name, given, None))
         else:
-            found = _choose_images(settings, classifier, load(settings.split))
-        for number, (name, given) in enumerate(found, start=1):
-            if isinstance(given, str):
-                failures += 1
-                print(f"{name}: {given}", file=sys.stderr, flush=True)
-                continue
-            image, label = given
-            one = explanation.explain(classifier, image, training=training)
+            found += _choose_images(settings, classifier, load(settings.split))
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"net: {path}")
+        images = [image for _, image, _ in found]
+        nearest = explanation.find_nearest(classifier, torch.stack(images), training) if images else []
+        for number, ((name, image, label), near) in enumerate(zip(found, nearest, strict=True), start=1):
+            one = explanation.explain(classifier, image, nearest=near)
             told = name if label is None else f"{name}, a {classifier.class_names[label]}"
             print(f"{told}: {one}", flush=True)
             drawing = one.draw(title=f"{told}: {one}")
             figures.save({f"{number:03}_{Path(name).stem.replace(' ', '_')}": drawing}, folder)
             if settings.show:
                 drawings.append(drawing)
-    first = f" ({one.method})" if number > failures else ""
-    print(f"\n{number - failures} of {number} explained{first}; a figure for each is in {folder}")
+    method = f" ({one.method})" if found else ""
+    total = len(found) + failures
+    print(f"\n{len(found)} of {total} explained{method}; a figure for each is in {folder}")
     if settings.show:
         figures.show(drawings)
     return failures
@@ -97,7 +104,7 @@ def explain(settings: Explain) -> int:
 
 def _read_pictures(
     names: list[str], classifier: "DigitClassifier", data: "dict[str, Any]"
-) -> "Iterator[tuple[str, tuple[Tensor, int | None] | str]]":
+) -> "Iterator[tuple[str, Tensor | str]]":
     """Each file's name, and its image, or why it can't be read."""
     import torch
 
@@ -113,12 +120,12 @@ def _read_pictures(
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             yield str(file), reason or type(error).__name__
         else:
-            yield str(file), (torch.from_numpy(seen.copy()), None)
+            yield str(file), torch.from_numpy(seen.copy())
 
 
 def _choose_images(
     settings: Explain, classifier: "DigitClassifier", split: "Images"
-) -> "Iterator[tuple[str, tuple[Tensor, int | None] | str]]":
+) -> "Iterator[tuple[str, Tensor, int]]":
     """The images of a split that are asked for, with their labels.
 
     Raises:
@@ -139,7 +146,7 @@ def _choose_images(
         order = confidences[wrong].argsort(descending=True, stable=True)
         indices = wrong[order][: settings.mistakes].tolist()
     for index in indices:
-        yield f"{settings.split} {index}", (split.images[index], int(split.labels[index]))
+        yield f"{settings.split} {index}", split.images[index], int(split.labels[index])
 
 
 if __name__ == "__main__":

@@ -495,14 +495,16 @@ class TrainedNet:
         """
         import torch
 
-        from mnist_lightning.evaluation.explanation import explain
+        from mnist_lightning.evaluation.explanation import explain, find_nearest
 
         stored, _ = self._prepare(image)
         if len(stored) != 1:
             raise ValueError(f"explain takes one image, got {len(stored)}")
         training = self.data.splits["train"] if nearest else None
         with self._computing(len(training) if training else 1):
-            return explain(self.classifier, torch.from_numpy(stored[0]), training=training)
+            asked = torch.from_numpy(stored)
+            near = find_nearest(self.classifier, asked, training)[0] if training else None
+            return explain(self.classifier, asked[0], nearest=near)
 
     def evaluate(self, split: str = "val") -> Scores:
         """How good the net is on a split of its run's data.

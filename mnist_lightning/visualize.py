@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check
-from mnist_lightning.rundir.find import find_checkpoint, find_run
+from mnist_lightning.rundir.find import find_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,12 +62,12 @@ def visualize_film(settings: Visualize) -> None:
         OSError: the run, its checkpoint or its film can't be read, or the output can't be written.
     """
     assert settings.film is not None
-    folder = find_run(settings.film)
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
     from mnist_lightning.rundir.checkpoint import load
-    from mnist_lightning.rundir.film import read_film
+    from mnist_lightning.rundir.film import find_film, read_film
 
+    folder = find_film(settings.film)
     film = read_film(folder)
     names = load(find_checkpoint(str(folder)))["hyper_parameters"]["class_names"]
     path = Path(settings.output).expanduser() / "film.gif"

@@ -11,6 +11,7 @@ from conftest import Run
 from PIL import Image
 from torch import Tensor, nn
 
+from mnist_lightning import load
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import Images
 from mnist_lightning.evaluation.explanation import PARTS, ask, explain, find_nearest
@@ -116,7 +117,8 @@ def test_a_foreign_net_is_explained_without_units() -> None:
     classifier = DigitClassifier(Own(), image_shape=(3, 10, 8), class_names=["a", "b", "c", "d"])
     classifier.check()
     training = Images(torch.randint(0, 256, (9, 10, 8, 3), dtype=torch.uint8), torch.arange(9) % 4)
-    found = explain(classifier.eval(), training.images[3], training=training)
+    image = training.images[3]
+    found = explain(classifier.eval(), image, nearest=find_nearest(classifier, image[None], training)[0])
     assert found.method == "gradient × input"
     assert found.units is None
     assert found.pixels.shape == (4, 10, 8)
@@ -240,3 +242,16 @@ def test_an_index_beyond_the_split_is_told(trained_run: Path, tmp_path: Path, co
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "index=10000: test has images 0 to 9999"
     shutil.rmtree(tmp_path / "ex", ignore_errors=True)
+
+
+def test_from_python(trained_run: Path, trained: tuple[DigitClassifier, Images]) -> None:
+    net, images = load(trained_run), trained[1].images
+    why = net.explain(images[9], nearest=False)
+    assert str(why).startswith(f"read as {int(net.predict(images[9]).labels)} (")
+    assert why.nearest is None
+    figure = why.draw()
+    texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+    assert "what the net sees" in texts
+    assert any("exact, relative to a blank image" in text for text in texts)
+    with pytest.raises(ValueError, match="explain takes one image, got 2"):
+        net.explain(images[:2], nearest=False)

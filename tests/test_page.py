@@ -237,7 +237,9 @@ def test_images_to_try_answer_as_they_say(exported: Path, show: Open) -> None:
         buttons.nth(index).focus()
         page.keyboard.press("Enter")
         answer = name.rpartition("read as ")[2]
-        assert page.locator("#answer").text_content().startswith(f"{answer}, "), name
+        assert page.locator("#answer").text_content().removeprefix("Not sure: ").startswith(f"{answer}, "), (
+            name
+        )
 
 
 def test_pixels_for_and_against_are_those_of_explain(
@@ -389,6 +391,24 @@ def small() -> tuple[DigitClassifier, torch.Tensor]:
     )
     classifier.check()
     return classifier.eval(), torch.randint(0, 256, (5, 9, 7), dtype=torch.uint8)
+
+
+def test_where_the_net_is_not_sure_the_page_says_so(
+    small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open
+) -> None:
+    classifier, images = small
+    classifier.temperature, classifier.sure = 3.0, 0.95
+    page = show(write_page(tmp_path / "page.html", classifier, images))
+    page.locator("#samples button").nth(0).click()
+    with torch.inference_mode():
+        wanted = classifier.to_probabilities(classifier(images[:1]))[0]
+    first, second = wanted.argsort(descending=True)[:2].tolist()
+    shares = [f"{100 * wanted[label]:.0f}" for label in (first, second)]
+    told = page.locator("#answer").text_content()
+    assert re.fullmatch(r"Not sure: (.), ([\d.]+) %; or (.), ([\d.]+) %", told)
+    found = re.findall(r"(.), ([\d.]+) %", told)
+    assert [name for name, _ in found] == ["abc"[first], "abc"[second]]
+    assert [float(share) for _, share in found] == pytest.approx([float(share) for share in shares], abs=1.5)
 
 
 def test_the_film_plays(small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open) -> None:

@@ -121,7 +121,7 @@ class Explanation:
         units: None for a net that is no ``FeedForward`` or has no hidden layer.
         change: the smallest that was found; None: none of at most ``MOST_CHANGES`` pixels.
         erased: the smallest part whose loss turns the answer; None: there is none.
-        nearest: None where no training images were given.
+        nearest: None where they were not looked for.
     """
 
     seen: Tensor
@@ -202,7 +202,7 @@ class Explanation:
         )
 
 
-def explain(classifier: DigitClassifier, image: Tensor, *, training: Images | None = None) -> Explanation:
+def explain(classifier: DigitClassifier, image: Tensor, *, nearest: Nearest | None = None) -> Explanation:
     """Explain the answer for one image.
 
     Of a ``FeedForward`` net of bends (ReLU or leaky ReLU, with batch norm or without) the contributions are
@@ -214,7 +214,7 @@ def explain(classifier: DigitClassifier, image: Tensor, *, training: Images | No
     Args:
         classifier: in eval mode.
         image: (H, W) or (H, W, C) uint8 or float, in [0, 255], as the data set has them.
-        training: where the nearest images are looked for; None: nowhere.
+        nearest: of ``find_nearest``, which looks for those of many images at once.
 
     Raises:
         ValueError: the net names no classes, or the image has another shape.
@@ -242,7 +242,7 @@ def explain(classifier: DigitClassifier, image: Tensor, *, training: Images | No
         units=units,
         change=find_change(classifier, seen),
         erased=find_erased(classifier, seen),
-        nearest=None if training is None else find_nearest(classifier, image[None], training)[0],
+        nearest=nearest,
     )
 
 

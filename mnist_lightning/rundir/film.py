@@ -73,6 +73,23 @@ class Film:
             raise ValueError("it shows nothing")
 
 
+def find_film(name: str, *, logs: Path = Path("logs")) -> Path:
+    """The folder of a run that keeps a film.
+
+    Args:
+        name: a run folder, or "latest": the newest with a film, wherever it lies under ``logs``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if name != "latest":
+        return Path(name).expanduser()
+    films = sorted(logs.glob(f"**/{NAME}"), key=lambda path: path.stat().st_mtime)
+    if not films:
+        raise FileNotFoundError(f"latest: no run under {logs.absolute()} has a {NAME} yet")
+    return films[-1].parent
+
+
 def write_film(path: Path, film: Film) -> None:
     """
     Raises:
