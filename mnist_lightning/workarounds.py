@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
     from optuna import Trial
+    from optuna.trial import FrozenTrial
     from torch.utils.tensorboard import SummaryWriter
 
 SET_EACH_STEP = "_current_fx_name"
@@ -167,7 +168,7 @@ def compiler_failure() -> type[Exception]:
     return BackendCompilerFailed
 
 
-def trial_id(trial: "Trial") -> int:
+def trial_id(trial: "Trial | FrozenTrial") -> int:
     """The number by which a storage knows a trial, as ``optuna.Trial`` is made from; Optuna 4 hides it."""
     return trial._trial_id
 

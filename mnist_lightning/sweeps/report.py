@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
 
@@ -39,9 +40,10 @@ class ReportEachJob(Callback):
 
 def tell_job(job_dir: Path) -> None:
     """Rewrite the tables of a job's sweep, and log the job in a line."""
-    sweep = write_tables(job_dir.parent)
+    folder = next(place for place in job_dir.parents if (place / MULTIRUN).is_file())
+    sweep = write_tables(folder)
     for job in sweep.jobs:
-        if job.name == job_dir.name:
+        if job.folder == job_dir:
             log.info("%s", tell(job, sweep))
 
 

@@ -22,6 +22,7 @@ from mnist_lightning.workarounds import trial_id
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,8 @@ class OptunaSweeper(GridSweeper):
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
             returns += self.launch(batch)
-            for number, _ in batch:
-                self.tell(study, number)
+            for number, job in batch:
+                self.tell(study, number, job)
             batch = []
         return returns
 
@@ -166,8 +167,8 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.sweep_dir / str(trial.number)
-        job_dir.mkdir(exist_ok=True)
+        job_dir = self.job_dir(trial.number, job)
+        job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
             "storage": self.storage,
             "study_name": self.study_name,
@@ -182,27 +183,34 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            file = self.sweep_dir / str(frozen.number) / TRIAL
-            if file.is_file():
-                saved = json.loads(file.read_text(encoding="utf-8"))
+            saved = self.find_trial(frozen)
+            if saved is not None:
                 check_overrides(self.sweep_dir, saved["overrides"])
                 self.check_jobs([saved["overrides"]])
                 self.trials[frozen.number] = Trial(study, saved["id"])
                 self.note_trial(
                     self.trials[frozen.number], saved["overrides"]
                 )  # with this sweep's own storage
-                if self.is_finished(frozen.number):
-                    self.tell(study, frozen.number)
+                if self.is_finished(frozen.number, saved["overrides"]):
+                    self.tell(study, frozen.number, saved["overrides"])
                 else:
                     unfinished.append((frozen.number, saved["overrides"]))
         return unfinished
 
-    def tell(self, study: "Study", number: int) -> None:
+    def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
+        """What ``note_trial`` has left of it in this sweep's folder."""
+        for file in self.sweep_dir.rglob(TRIAL):
+            saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if saved["id"] == trial_id(trial):
+                return saved
+        return None
+
+    def tell(self, study: "Study", number: int, job: Job) -> None:
         """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        status = read(self.sweep_dir / str(number))
+        status = read(self.job_dir(number, job))
         if status is not None and status.state == "completed":
             study.tell(self.trials[number], status.metrics[self.config.monitor.metric])
         elif status is not None and status.state == "pruned":
