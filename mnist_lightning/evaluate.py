@@ -1,6 +1,7 @@
 """How good a trained net is, and where it errs:  python -m mnist_lightning.evaluate [key=value …]"""
 
 import csv
+import io
 import json
 import logging
 import math
@@ -15,7 +16,10 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check
+from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import claim_output
+from mnist_lightning.rundir.outside import as_text, check_inside, expand_home
 from mnist_lightning.rundir.status import show_with_unit
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUM_MISTAKES = 40  # on the sheet
+FILES = ("metrics.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png")
 
 
 def main() -> None:
@@ -113,17 +118,13 @@ def evaluate(settings: Evaluate) -> None:
     if evaluation:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
-    folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
     metrics |= {"data": name, "split": settings.split, "images": len(split)}
     if evaluation:
         metrics |= to_metrics(evaluation) | {"temperature": temperature}
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    written = ["metrics.json", "predictions.csv"]
-    pictures: dict[str, Figure] = {}
     if evaluation:
-        write_predictions(folder / "predictions.csv", evaluation)
+        table = format_predictions(evaluation)
         pictures = draw(
             evaluation,
             split.images.numpy(),
@@ -131,12 +132,14 @@ def evaluate(settings: Evaluate) -> None:
             f"{name} {settings.split}",
             0.0 if averaged else first.sure,
         )
-        written += [path.name for path in figures.save(pictures, folder)]
     else:
-        write_outputs(folder / "predictions.csv", outputs[:, 0].numpy(), split.labels.numpy())
+        table, pictures = format_outputs(outputs[:, 0].numpy(), split.labels.numpy()), {}
+    write_atomic(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomic(folder / "predictions.csv", table.encode())
+    written = ["metrics.json", "predictions.csv", *(path.name for path in figures.save(pictures, folder))]
 
     for path in paths:
-        print(f"{'checkpoint':13} {path}")
+        print(f"{'checkpoint':13} {as_text(str(path))}")
     if settings.tta:
         print(f"{'averaged over':13} {settings.tta} deformations of each image")
     print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
@@ -158,26 +161,36 @@ def evaluate(settings: Evaluate) -> None:
         figures.show(pictures.values())
 
 
-def write_outputs(path: Path, outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> None:
+def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
     """A line an image: its index in the split, label and the net's number."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "output"])
-        for index, (label, output) in enumerate(zip(labels, outputs, strict=True)):
-            writer.writerow([index, label, f"{output:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "output"])
+    for index, (label, output) in enumerate(zip(labels, outputs, strict=True)):
+        writer.writerow([index, label, f"{output:.6f}"])
+    return text.getvalue()
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:
     """The folder to write to: the user's, the run's, one beside a lone checkpoint file, or one of several
-    runs."""
+    runs.  It is made.
+
+    Raises:
+        CommandError: files that this command has not written would be overwritten.
+        OSError: it can't be made, or leads elsewhere.
+    """
     if settings.output is not None:
-        return Path(settings.output).expanduser()
+        return claim_output(settings.output, "evaluate", FILES)
     if settings.runs:
-        return Path("logs/evaluate") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}" / settings.split
-    if settings.checkpoint is None and not Path(settings.run).expanduser().is_file():
+        home, split = Path("logs/evaluate"), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}/{settings.split}"
+    elif settings.checkpoint is None and not expand_home(settings.run).is_file():
         split = f"{settings.split}-tta{settings.tta}" if settings.tta else settings.split
-        return checkpoint.parent.parent / "evaluation" / split
-    return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split
+        home, split = checkpoint.parent.parent, f"evaluation/{split}"
+    else:
+        home, split = checkpoint.parent, f"{checkpoint.stem}-evaluation/{settings.split}"
+    check_inside(home, [str(Path(split).parent), split])
+    (home / split).mkdir(parents=True, exist_ok=True)
+    return home / split
 
 
 def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
@@ -199,14 +212,15 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
     }
 
 
-def write_predictions(path: Path, evaluation: "Evaluation") -> None:
+def format_predictions(evaluation: "Evaluation") -> str:
     """A line an image: its index in the split, label, prediction and the prediction's probability."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "prediction", "probability"])
-        columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
-        for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
-            writer.writerow([index, label, prediction, f"{probability:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "prediction", "probability"])
+    columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
+    for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+        writer.writerow([index, label, prediction, f"{probability:.6f}"])
+    return text.getvalue()
 
 
 def draw(

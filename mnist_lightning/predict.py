@@ -1,11 +1,12 @@
 """What is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
 
 import csv
-import glob
+import io
 import logging
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -13,18 +14,16 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check
-from mnist_lightning.images.known import KNOWN
+from mnist_lightning.images.known import draws_like_mnist
+from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import claim_output, shorten_stem
+from mnist_lightning.rundir.outside import as_cell, as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
-    import numpy as np
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-    from PIL.Image import Image
-
-    from mnist_lightning.images.several import Found
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,13 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
+    from mnist_lightning.images.handwriting import read_pixels
     from mnist_lightning.images.normalize import NoDigit, normalize
-    from mnist_lightning.images.pictures import SUFFIXES
+    from mnist_lightning.images.pictures import find_files
+    from mnist_lightning.images.several import read_several
 
     path = find_checkpoint(settings.run, settings.checkpoint)
-    files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
+    files = [file for name in settings.images for file in find_files(name)]
     log.info("loading torch and Lightning …")
     import numpy as np
     import torch
@@ -71,22 +72,22 @@ def predict(settings: Predict) -> int:
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names, classes = classifier.class_names, classifier.names_classes
     data = checkpoint["datamodule_hyper_parameters"]
-    known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
-    as_mnist = known is not None and known.handwriting
+    as_mnist = draws_like_mnist(data)
     if settings.layout == "many" and not (as_mnist and classes):
         raise OSError("layout=many finds handwritten characters, and this net reads others: use layout=one")
-    folder = Path(settings.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"net: {path}")
-    width = min(60, max(len(str(file)) for file in files))
+    figure_names = [f"{number:03}_{shorten_stem(file.stem)}" for number, file in enumerate(files, start=1)]
+    written = ["predictions.csv", *(f"{name}.png" for name in figure_names if classes)]
+    folder = claim_output(settings.output, "predict", written)
+    print(f"net: {as_text(str(path))}")
+    width = min(60, max(len(as_text(str(file))) for file in files))
     failures = 0
     drawings: dict[str, Figure] = {}
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
-    with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table)
+    with computing, write_table(folder / "predictions.csv") as writer:
         header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names), *BOX]
-        writer.writerow(header if classes else ["file", "output"])
-        for number, file in enumerate(files, start=1):
+        writer.writerow(map(as_cell, header) if classes else ["file", "output"])
+        for file, figure_name in zip(files, figure_names, strict=True):
+            shown = as_text(str(file))
             try:
                 several = read_several(file, settings.layout) if as_mnist and classes else None
                 if several is None:
@@ -94,7 +95,7 @@ def predict(settings: Predict) -> int:
             except (OSError, NoDigit, MemoryError) as error:
                 failures += 1
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                print(f"{file}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
+                print(f"{shown}: {as_text(reason) or type(error).__name__}", file=sys.stderr, flush=True)
                 continue
             if several is not None:
                 picture, digits = several
@@ -104,29 +105,23 @@ def predict(settings: Predict) -> int:
                 sure = each.max(axis=1) >= classifier.sure
                 marked = [answer + "?" * (not one) for answer, one in zip(answers, sure, strict=True)]
                 for row in range(digits[-1].row + 1):
-                    text = " ".join(
-                        one for one, digit in zip(marked, digits, strict=True) if digit.row == row
-                    )
-                    print(f"{'' if row else str(file):{width}}  {text}", flush=True)
+                    line = [text for text, digit in zip(marked, digits, strict=True) if digit.row == row]
+                    print(f"{'' if row else shown:{width}}  {as_text(' '.join(line))}", flush=True)
                 for digit, answer, one, row_of in zip(digits, answers, sure, each, strict=True):
-                    writer.writerow(
-                        [
-                            *(file, answer, f"{row_of.max():.6f}", "sure" if one else "not sure"),
-                            *(f"{p:.6f}" for p in row_of),
-                            *digit.box,
-                        ]
-                    )
+                    told = (f"{row_of.max():.6f}", "sure" if one else "not sure")
+                    numbers = [f"{p:.6f}" for p in row_of]
+                    writer.writerow([as_cell(str(file)), as_cell(answer), *told, *numbers, *digit.box])
                 boxes = [digit.box for digit in digits]
                 title = f"{file.name}: {len(digits)} digits"
                 drawing = figures.several(np.asarray(picture), boxes, marked, title=title)
-                figures.save({f"{number:03}_{file.stem}": drawing}, folder)
+                figures.save({figure_name: drawing}, folder)
                 if settings.show:
                     drawings[str(file)] = drawing
                 continue
             outputs = compute_outputs(classifier, torch.from_numpy(seen)[None])[0]
             if not classes:
-                print(f"{file!s:{width}}  {outputs.item():.4f}", flush=True)
-                writer.writerow([file, f"{outputs.item():.6f}"])
+                print(f"{shown:{width}}  {outputs.item():.4f}", flush=True)
+                writer.writerow([as_cell(str(file)), f"{outputs.item():.6f}"])
                 continue
             probabilities = classifier.to_probabilities(outputs[None])[0].numpy()
             best = int(probabilities.argmax())
@@ -135,91 +130,45 @@ def predict(settings: Predict) -> int:
             if not is_sure:
                 second = int(probabilities.argsort()[-2])
                 line += f"  not sure: perhaps {names[second]}, {100 * probabilities[second]:.1f} %"
-            print(f"{file!s:{width}}  {line}", flush=True)
+            print(f"{shown:{width}}  {line}", flush=True)
+            numbers = [f"{p:.6f}" for p in probabilities]
+            answer = "sure" if is_sure else "not sure"
             writer.writerow(
                 [
-                    *(file, names[best], f"{probabilities[best]:.6f}", "sure" if is_sure else "not sure"),
-                    *(f"{p:.6f}" for p in probabilities),
-                    *([""] * len(BOX)),
+                    as_cell(str(file)),
+                    as_cell(names[best]),
+                    f"{probabilities[best]:.6f}",
+                    answer,
+                    *numbers,
+                    "",
+                    "",
+                    "",
+                    "",
                 ]
             )
             picture.thumbnail((480, 480))
             drawing = figures.prediction(
                 np.asarray(picture), seen, probabilities, names, title=f"{file.name}: {line}"
             )
-            figures.save({f"{number:03}_{file.stem}": drawing}, folder)
+            figures.save({figure_name: drawing}, folder)
             if settings.show:
                 drawings[str(file)] = drawing
     done = len(files) - failures
-    drawn = " and a figure for each" if classes else ""
+    drawn = " and a figure for each" if classes and done else ""
     print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv{drawn}")
     if settings.show:
         figures.show(drawings.values())
     return failures
 
 
-def read_several(file: Path, layout: str) -> "tuple[Image, list[Found]] | None":
-    """A picture and its digits, where it is to be read as several; None: as one.
-
-    Args:
-        layout: "one", "many", or "auto": as the picture looks.
-
-    Raises:
-        OSError: the file can't be read.
-        NoDigit: nothing stands out from the background.
-    """
-    from mnist_lightning.images.handwriting import read_image
-    from mnist_lightning.images.several import find_digits, holds_several
-
-    if layout == "one":
-        return None
-    picture = read_image(file)
-    if layout == "auto" and not holds_several(picture):
-        return None
-    return picture, find_digits(picture)
-
-
-def read_pixels(
-    file: Path, image_shape: "Sequence[int]", *, as_mnist: bool
-) -> "tuple[Image, NDArray[np.uint8]]":
-    """A picture, for people to look at, and the image that is made of it for a net.
-
-    Args:
-        image_shape: (C, H, W) of the net's images.
-        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
-            is resized, as ``data=folder`` does it.
-
-    Returns:
-        The picture, RGB, and (H, W) or (H, W, 3) uint8.
-
-    Raises:
-        OSError: the file can't be read.
-        NoDigit: nothing stands out from the background.
-    """
-    from mnist_lightning.images.handwriting import read_image, to_mnist
-    from mnist_lightning.images.pictures import read_picture
-
-    picture = read_image(file)
-    if as_mnist:
-        return picture, to_mnist(picture)
-    channels, height, width = image_shape
-    return picture, read_picture(file, size=(height, width), grey=channels == 1)
-
-
-def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
-
-    A name that matches nothing stands for itself, so that it is told with the files that fail.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
-        if not pictures:
-            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(suffixes)})")
-        return pictures
-    if path.exists():
-        return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
+@contextmanager
+def write_table(path: Path) -> "Iterator[Any]":
+    """A CSV writer whose rows are in the file at the end, whatever ends it."""
+    text = io.StringIO(newline="")
+    try:
+        yield csv.writer(text)
+    finally:
+        write_atomic(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mnist_lightning"
-COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report"}
+COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "explain", "export", "report"}
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
-    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.resume", "rundir.signals", "rundir.status"),
+    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.outside", "rundir.output", "rundir.resume"),
+    *("rundir.signals", "rundir.status"),
     *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
@@ -26,17 +27,20 @@ MAY_IMPORT = {
     "network": set(),
     "losses": set(),
     "targets": set(),
-    "figures": set(),
+    "figures": {"rundir"},
     "threads": {"network"},
     "config": {"images", "settings_help", "targets"},
     "cli": {"config", "rundir", "threads", "workarounds"},
-    "trust": {"cli", "config", "targets"},
-    "images": {"rundir", "targets"},
-    "data": {"images"},
+    "trust": {"cli", "config", "rundir", "targets"},
+    "images": {"rundir", "targets", "threads"},
+    "data": {"images", "rundir"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
-    "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
-    "callbacks": {"evaluation", "figures", "rundir", "sweeps"},
+    "evaluation": {
+        *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
+    },
+    "page": {"classifier", "network"},
+    "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps", "workarounds"},
     "python": COMMANDS - {"train"}
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},

@@ -262,18 +262,18 @@ def test_mistakes_are_told_in_a_line(
 
 
 def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
-    from mnist_lightning.predict import find_files
+    from mnist_lightning.images.pictures import find_files
 
     for name in ("b.png", "a.JPG", "notes.txt", "[1].png"):
         (tmp_path / name).touch()
     (tmp_path / "none").mkdir()
-    found = [path.name for path in find_files(str(tmp_path), SUFFIXES)]
+    found = [path.name for path in find_files(str(tmp_path))]
     assert found == ["[1].png", "a.JPG", "b.png"]
-    assert [path.name for path in find_files(f"{tmp_path}/*.png", SUFFIXES)] == ["[1].png", "b.png"]
-    assert [path.name for path in find_files(f"{tmp_path}/[1].png", SUFFIXES)] == ["[1].png"]
-    assert [path.name for path in find_files(f"{tmp_path}/c.png", SUFFIXES)] == ["c.png"]
+    assert [path.name for path in find_files(f"{tmp_path}/*.png")] == ["[1].png", "b.png"]
+    assert [path.name for path in find_files(f"{tmp_path}/[1].png")] == ["[1].png"]
+    assert [path.name for path in find_files(f"{tmp_path}/c.png")] == ["c.png"]
     with pytest.raises(FileNotFoundError, match="no picture lies in this folder"):
-        find_files(str(tmp_path / "none"), SUFFIXES)
+        find_files(str(tmp_path / "none"))
 
 
 def test_the_benchmark_explains_itself(python: Run, tmp_path: Path) -> None:

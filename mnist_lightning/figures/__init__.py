@@ -11,14 +11,18 @@ from mnist_lightning.figures.counts import (
     reliability_diagram,
     risk_coverage,
 )
+from mnist_lightning.figures.explanations import explanation
+from mnist_lightning.figures.film import film_frames
 from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction, several
-from mnist_lightning.figures.style import save, show, to_array
+from mnist_lightning.figures.style import save, save_animation, show, to_array
 
 __all__ = [
     "Curve",
     "class_counts",
     "confusion_matrix",
     "curves",
+    "explanation",
+    "film_frames",
     "first_layer",
     "heat_map",
     "images",
@@ -31,6 +35,7 @@ __all__ = [
     "reliability_diagram",
     "risk_coverage",
     "save",
+    "save_animation",
     "several",
     "show",
     "to_array",

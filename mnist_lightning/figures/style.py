@@ -16,6 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
+
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
@@ -75,9 +79,9 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 
 def escape(value: Any) -> Any:
-    """The same, each $ in its texts escaped."""
+    """The same, each $ in its texts escaped, and what is no letter written out."""
     if isinstance(value, str):
-        return value.replace("$", r"\$")
+        return as_text(value, lines=True).replace("$", r"\$")
     if isinstance(value, Mapping):
         return {escape(key): escape(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
@@ -94,8 +98,31 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=STYLE["savefig.dpi"])
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
+        write_atomic(path, content.getvalue())
     return paths
+
+
+def save_animation(frames: Iterable[Array], path: Path, *, milliseconds: int = 120) -> None:
+    """Write pictures of one size as an animated GIF that begins anew at its end, after a pause.
+
+    Args:
+        frames: (H, W, 3) uint8 each.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    palette = pictures[-1].quantize(96, dither=Image.Dither.NONE)
+    reduced = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(reduced) - 1) + [20 * milliseconds]
+    content = io.BytesIO()
+    reduced[0].save(
+        content, "GIF", save_all=True, append_images=reduced[1:], duration=durations, loop=0, optimize=True
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.getvalue())
 
 
 def to_array(figure: Figure) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 A net that learned MNIST's images misreads others, however clear they are.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from mnist_lightning.images.normalize import Floats, NoDigit, normalize
 from mnist_lightning.images.parts import choose_digit, find_solid
-from mnist_lightning.images.pictures import open_picture
+from mnist_lightning.images.pictures import open_picture, read_picture
 
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
 MIN_CONTRAST = 4.0  # grey levels between ink and paper, of 255
@@ -27,6 +28,30 @@ def read_image(path: Path) -> Image.Image:
         OSError: see ``pictures.open_picture``.
     """
     return _to_rgb(open_picture(path))
+
+
+def read_pixels(
+    file: Path, image_shape: Sequence[int], *, as_mnist: bool
+) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """A picture, for people to look at, and the image that is made of it for a net.
+
+    Args:
+        image_shape: (C, H, W) of the net's images.
+        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
+            is resized, as ``data=folder`` does it.
+
+    Returns:
+        The picture, RGB, and (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    picture = read_image(file)
+    if as_mnist:
+        return picture, to_mnist(picture)
+    channels, height, width = image_shape
+    return picture, read_picture(file, size=(height, width), grey=channels == 1)
 
 
 def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:

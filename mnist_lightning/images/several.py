@@ -1,11 +1,12 @@
 """The digits of a picture that holds several, in reading order."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mnist_lightning.images.handwriting import separate_ink
+from mnist_lightning.images.handwriting import read_image, separate_ink
 from mnist_lightning.images.normalize import Floats, NoDigit
 from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
 
@@ -68,6 +69,24 @@ def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
         in_picture = (round(left / scale), round(top / scale), round(right / scale), round(bottom / scale))
         found.append(Found(own, in_picture, line))
     return sorted(found, key=lambda digit: (digit.row, digit.box[0]))
+
+
+def read_several(file: Path, layout: str) -> tuple[Image.Image, list[Found]] | None:
+    """A picture and its digits, where it is to be read as several; None: as one.
+
+    Args:
+        layout: "one", "many", or "auto": as the picture looks.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    if layout == "one":
+        return None
+    picture = read_image(file)
+    if layout == "auto" and not holds_several(picture):
+        return None
+    return picture, find_digits(picture)
 
 
 def holds_several(picture: Image.Image) -> bool:

@@ -4,6 +4,8 @@ import csv
 import functools
 import io
 import logging
+import math
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
 
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 TOLD_APART = 0.05  # level of the paired tests
 MAX_HEAT_MAP_CELLS = 400
 MAX_FIGURES = 12
+MOST_EPOCHS = 10**9  # more are a damaged file's
+LONGEST_NAME = 200  # letters of a file's name, with room for what is put before and behind it
 
 
 class ReportEachJob(Callback):
@@ -34,14 +40,18 @@ class ReportEachJob(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: "JobReturn", **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            tell_job(Path(config.hydra.runtime.output_dir))
+            try:
+                tell_job(Path(config.hydra.runtime.output_dir))
+            except OSError as error:  # the next job's end, and the sweep's, try again
+                log.warning("the sweep's tables are not of this moment: %s", error)
 
 
 def tell_job(job_dir: Path) -> None:
     """Rewrite the tables of a job's sweep, and log the job in a line."""
-    sweep = write_tables(job_dir.parent)
+    folder = next(place for place in job_dir.parents if (place / MULTIRUN).is_file())
+    sweep = write_tables(folder)
     for job in sweep.jobs:
-        if job.name == job_dir.name:
+        if job.folder == job_dir:
             log.info("%s", tell(job, sweep))
 
 
@@ -67,6 +77,7 @@ def write_tables(folder: Path) -> Sweep:
     """
     from filelock import FileLock
 
+    check_inside(folder, OF_A_SWEEP)
     with FileLock(folder / ".report.lock"):  # jobs of other processes write it too
         sweep = read_sweep(folder)
         write_atomic(folder / "results.csv", format_csv(sweep).encode())
@@ -81,6 +92,7 @@ def write_report(folder: Path) -> Sweep:
         OSError: the sweep's folder can't be read or written.
     """
     sweep = read_sweep(folder)
+    check_inside(folder, OF_A_SWEEP)
     if sweep.settings:
         draw(sweep, folder / "figures")
     return write_tables(folder)
@@ -92,12 +104,13 @@ def format_csv(sweep: Sweep) -> str:
     names = sorted(set(metrics) - set(sweep.varied), key=lambda name: (name != sweep.metric, name))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", "state", *sweep.varied, *names, "seconds", "error"])
+    writer.writerow(map(as_cell, ["job", "state", *sweep.varied, *names, "seconds", "error"]))
     for job in sweep.jobs:
         status = job.status
         params = [job.params.get(key, "") for key in sweep.varied]
         values = [status.metrics.get(name, "") for name in names]
-        writer.writerow([job.name, status.state, *params, *values, status.seconds, status.error or ""])
+        row = [job.name, status.state, *params, *values, status.seconds, status.error or ""]
+        writer.writerow(map(as_cell, row))
     return text.getvalue()
 
 
@@ -105,7 +118,7 @@ def format_markdown(sweep: Sweep) -> str:
     states = [job.status.state for job in sweep.jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     lines = [
-        f"# Sweep {sweep.folder.name}",
+        f"# Sweep {as_name(sweep.folder.name)}",
         "",
         *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
         f"{len(states)} jobs: {counts}.",
@@ -122,21 +135,21 @@ def format_markdown(sweep: Sweep) -> str:
         lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
-    figures = sorted((sweep.folder / "figures").glob("*.png"))
-    if figures:
+    drawn = [name for name in name_figures(sweep) if (sweep.folder / "figures" / f"{name}.png").is_file()]
+    if drawn:
         lines += ["## Figures", ""]
-        lines += [line for path in figures for line in (f"![{path.stem}](figures/{path.name})", "")]
+        lines += [line for name in drawn for line in (f"![{name}](figures/{name}.png)", "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
     keys = list(sweep.settings[0].params)
-    metric = sweep.metric + (" (%)" if sweep.metric.endswith("acc") else "")
-    header = ["", *keys, metric, "last epoch", "n", "seconds", "p"]
+    metric = as_name(sweep.metric) + (" (%)" if sweep.metric.endswith("acc") else "")
+    header = ["", *map(as_name, keys), metric, "last epoch", "n", "seconds", "p"]
     rows = [
         [
             str(rank),
-            *(f"`{value}`" if value else "–" for value in setting.params.values()),
+            *(as_code(value) if value else "–" for value in setting.params.values()),
             show_value(sweep.metric, setting.mean, setting.std),
             show_value(sweep.metric, setting.last),
             str(len(setting.jobs)),
@@ -151,11 +164,11 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         "",
         *table(header, rows),
         "",
-        f"{words} of the best epoch's {sweep.metric} on the validation images over n jobs that differ in"
-        " nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a difference in"
-        " accuracy as large as the one to the winner come from chance alone? (Exact paired sign-flip test"
-        " on the validation images, McNemar's test with one seed; Holm's correction for the number of"
-        " settings. It knows the images' chance, not that of other seeds.)",
+        f"{words} of the best epoch's {as_name(sweep.metric)} on the validation images over n jobs that"
+        " differ in nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a"
+        " difference in accuracy as large as the one to the winner come from chance alone? (Exact paired"
+        " sign-flip test on the validation images, McNemar's test with one seed; Holm's correction for the"
+        " number of settings. It knows the images' chance, not that of other seeds.)",
         "",
     ]
 
@@ -172,10 +185,10 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
     lines = [
         "## The winner",
         "",
-        f"{describe(winner)}: {sweep.metric} {show_value(sweep.metric, winner.mean, winner.std)}"
+        f"{describe(winner)}: {as_name(sweep.metric)} {show_value(sweep.metric, winner.mean, winner.std)}"
         f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {job.name}'}.",
         "",
-        f"- checkpoint: `{checkpoint}`",
+        f"- checkpoint: {as_code(str(checkpoint))}",
         "- the same net again:",
         "",
         *code(reproduce(job)),
@@ -206,7 +219,10 @@ def format_failures(sweep: Sweep) -> list[str]:
     jobs = sweep.in_state("failed", "interrupted")
     if not jobs:
         return []
-    rows = [[job.name, job.status.state, f"`{settings(job)}`", job.status.error or ""] for job in jobs]
+    rows = [
+        [job.name, job.status.state, *(as_code(text) if text else "" for text in (settings(job), error))]
+        for job, error in ((job, job.status.error) for job in jobs)
+    ]
     return [
         "## Jobs that did not finish",
         "",
@@ -268,24 +284,23 @@ def read_correct(setting: Setting) -> "dict[str, np.ndarray]":
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
     import numpy as np
 
-    return np.unpackbits(np.load(path)).astype(np.int8) if path.is_file() else None
+    try:
+        packed = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+    except Exception:  # missing, damaged, or no array: numpy raises many kinds
+        return None
+    if not isinstance(packed, np.ndarray) or packed.dtype != np.uint8 or packed.ndim != 1:
+        return None
+    return np.unpackbits(packed).astype(np.int8)
 
 
 def draw(sweep: Sweep, folder: Path) -> None:
     """The metric against each varied parameter, a heat map for two, all learning curves."""
     from mnist_lightning import figures
 
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.png"):
-        path.unlink()
     jobs = [job for setting in sweep.settings for job in setting.jobs]
     jobs.sort(key=lambda job: job.status.metrics[sweep.metric], reverse=sweep.maximize)
     values = [job.status.metrics[sweep.metric] for job in jobs]
-    keys = [
-        key
-        for key in sweep.settings[0].params
-        if len({setting.params[key] for setting in sweep.settings}) > 1
-    ]
+    keys = find_drawn(sweep)
     pictures = {}
     for key in keys[:MAX_FIGURES]:
         settings_of_key = [job.params.get(key, "none") for job in jobs]
@@ -302,20 +317,40 @@ def draw(sweep: Sweep, folder: Path) -> None:
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
-    files = {"".join(c if c.isalnum() else "_" for c in name): one for name, one in pictures.items()}
-    figures.save(files, folder)
+    figures.save({to_file_name(title): one for title, one in pictures.items()}, folder)
+
+
+def find_drawn(sweep: Sweep) -> list[str]:
+    """The settings that have a figure: those whose values differ."""
+    params = [setting.params for setting in sweep.settings]
+    return [key for key in params[0] if len({its[key] for its in params}) > 1]
+
+
+def name_figures(sweep: Sweep) -> list[str]:
+    """The names of the files that ``draw`` may have written."""
+    if not sweep.settings:
+        return []
+    titles = [f"{key} {sweep.metric}" for key in find_drawn(sweep)[:MAX_FIGURES]]
+    return [to_file_name(title) for title in ("heat map", "learning curves", *titles)]
+
+
+def to_file_name(title: str) -> str:
+    name = "".join(one if one.isalnum() and one.isascii() else "_" for one in title)
+    return name[:LONGEST_NAME]
 
 
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
     """Epochs, from 1, and the metric's value after each; empty where none were logged."""
     epochs, values = [], []
     try:
-        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get(metric):
-                    epochs.append(int(row["epoch"]))
-                    values.append(float(row[metric]))
-    except (OSError, ValueError, KeyError):
+        text = read_file(job.folder / "csv" / "metrics.csv").decode()
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            if row.get(metric):
+                epoch, value = int(row["epoch"]), float(row[metric])
+                if 0 <= epoch < MOST_EPOCHS and math.isfinite(value):
+                    epochs.append(epoch)
+                    values.append(value)
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return [], []
     return epochs, values
 
@@ -345,7 +380,7 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
     if len(unfinished) > top:
         lines.append(f"… {len(unfinished) - top} more jobs did not finish")
-    lines += ["", f"the report is in {sweep.folder / 'report.md'}", "", "next:"]
+    lines += ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
     if unfinished:
         lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
     lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
@@ -359,7 +394,7 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
 
 def describe(setting: Setting) -> str:
     words = " ".join(f"{key}={value}" for key, value in setting.params.items() if value)
-    return f"`{words}`" if words else "the only setting"
+    return as_code(words) if words else "the only setting"
 
 
 def settings(job: Job, keys: Sequence[str] | None = None) -> str:
@@ -367,11 +402,17 @@ def settings(job: Job, keys: Sequence[str] | None = None) -> str:
     return " ".join(f"{key}={value}" for key, value in chosen.items())
 
 
+def as_name(text: str) -> str:
+    """A name for Markdown: as it stands where nothing in it is markup."""
+    return text if re.fullmatch(r"[\w./() -]+", text) else as_code(text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown; a "|" in a cell, also in its code, is escaped."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     cells.insert(1, ["---"] * len(header))
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def code(command: str) -> list[str]:
-    return ["```bash", command, "```", ""]
+    return ["```bash", as_text(command), "```", ""]

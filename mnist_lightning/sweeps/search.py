@@ -12,16 +12,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mnist_lightning.config import ConfigError
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.resume import check_overrides
-from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +118,8 @@ class OptunaSweeper(GridSweeper):
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
             returns += self.launch(batch)
-            for number, _ in batch:
-                self.tell(study, number)
+            for number, job in batch:
+                self.tell(study, number, job)
             batch = []
         return returns
 
@@ -124,14 +127,22 @@ class OptunaSweeper(GridSweeper):
         import optuna
 
         assert self.config is not None
+        mode = self.find_mode()
         if self.storage is None:
-            self.storage = str(self.sweep_dir.absolute() / "optuna.journal")
-        return optuna.create_study(
-            storage=open_storage(self.storage),
-            study_name=self.study_name,
-            direction="maximize" if self.find_mode() == "max" else "minimize",
-            load_if_exists=True,
-        )
+            mend_journal(self.sweep_dir)
+        storage = find_storage(self.storage, self.sweep_dir)
+        try:
+            return optuna.create_study(
+                storage=open_storage(storage),
+                study_name=self.study_name,
+                direction="maximize" if mode == "max" else "minimize",
+                load_if_exists=True,
+            )
+        except (
+            Exception
+        ) as error:  # Optuna raises many kinds for damaged journals, a database's driver its own
+            cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            raise ConfigError(f"the study in {storage} can't be used: {cause}") from error
 
     def find_mode(self) -> str:
         """
@@ -166,15 +177,15 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.sweep_dir / str(trial.number)
-        job_dir.mkdir(exist_ok=True)
+        job_dir = self.job_dir(trial.number, job)
+        job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
-            "storage": self.storage,
+            "storage": self.storage,  # None: the search's own, wherever its folder lies
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
         }
-        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
         """This sweep's trials that an interruption has left running, to go on with."""
@@ -182,32 +193,55 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            file = self.sweep_dir / str(frozen.number) / TRIAL
-            if file.is_file():
-                saved = json.loads(file.read_text(encoding="utf-8"))
-                check_overrides(self.sweep_dir, saved["overrides"])
-                self.check_jobs([saved["overrides"]])
-                self.trials[frozen.number] = Trial(study, saved["id"])
-                self.note_trial(
-                    self.trials[frozen.number], saved["overrides"]
-                )  # with this sweep's own storage
-                if self.is_finished(frozen.number):
-                    self.tell(study, frozen.number)
-                else:
-                    unfinished.append((frozen.number, saved["overrides"]))
+            try:
+                saved = self.find_trial(frozen)
+            except OSError as error:
+                log.warning("trial %d is given up: %s", frozen.number, error)
+                study.tell(frozen.number, state=TrialState.FAIL)
+                continue
+            if saved is None:
+                continue
+            job = saved["overrides"]
+            check_overrides(self.sweep_dir, job)
+            self.check_jobs([job])
+            trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
+            self.note_trial(trial, job)  # with this sweep's own storage
+            if self.is_finished(frozen.number, job):
+                self.tell(study, frozen.number, job)
+            else:
+                unfinished.append((frozen.number, job))
         return unfinished
 
-    def tell(self, study: "Study", number: int) -> None:
+    def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
+        """What ``note_trial`` has left of it in this sweep's folder, "overrides" as texts.
+
+        Raises:
+            OSError: it is not among what can be read, and a file is damaged.
+        """
+        damaged: OSError | None = None
+        for file in self.sweep_dir.rglob(TRIAL):
+            try:
+                saved = read_json(file)
+                if saved["id"] == trial_id(trial):
+                    return saved | {"overrides": [str(override) for override in saved["overrides"]]}
+            except (OSError, KeyError, TypeError) as error:
+                damaged = OSError(f"{file} is damaged: {error}")
+        if damaged is not None:
+            raise damaged
+        return None
+
+    def tell(self, study: "Study", number: int, job: Job) -> None:
         """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        status = read(self.sweep_dir / str(number))
-        if status is not None and status.state == "completed":
-            study.tell(self.trials[number], status.metrics[self.config.monitor.metric])
+        status = read(self.job_dir(number, job))
+        value = None if status is None else status.metrics.get(self.config.monitor.metric)
+        if status is not None and status.state == "completed" and value is not None:
+            study.tell(self.trials[number], value)
         elif status is not None and status.state == "pruned":
             study.tell(self.trials[number], state=TrialState.PRUNED)
-        elif status is None or status.state == "failed":
+        elif status is None or status.state in ("failed", "completed"):
             self.trials[number].set_user_attr("error", status.error if status else "left no status")
             study.tell(self.trials[number], state=TrialState.FAIL)
 
