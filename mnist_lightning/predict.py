@@ -105,8 +105,8 @@ def predict(settings: Predict) -> int:
                 sure = each.max(axis=1) >= classifier.sure
                 marked = [answer + "?" * (not one) for answer, one in zip(answers, sure, strict=True)]
                 for row in range(digits[-1].row + 1):
-                    line = [text for text, digit in zip(marked, digits, strict=True) if digit.row == row]
-                    print(f"{'' if row else shown:{width}}  {as_text(' '.join(line))}", flush=True)
+                    texts = [text for text, digit in zip(marked, digits, strict=True) if digit.row == row]
+                    print(f"{'' if row else shown:{width}}  {as_text(' '.join(texts))}", flush=True)
                 for digit, answer, one, row_of in zip(digits, answers, sure, each, strict=True):
                     told = (f"{row_of.max():.6f}", "sure" if one else "not sure")
                     numbers = [f"{p:.6f}" for p in row_of]
