@@ -76,7 +76,9 @@ def test_predict_reads_lines_and_tells_where_each_digit_is(
     checkpoint = f"checkpoint={trained_run / 'checkpoints' / 'best.ckpt'}"
     done = command("predict", "images=[sheet.png,one.png]", checkpoint, "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()[1:4]]
+    told = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(told) if line.startswith("net: ")) + 1
+    lines = [line.split() for line in told[start : start + 3]]
     assert [len(line) for line in lines[:2]] == [4, 2]
     assert lines[2][0] == "one.png"
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
