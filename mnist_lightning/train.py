@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
@@ -481,8 +482,10 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
 
 
 def as_typed(folder: Path) -> Path:
-    """A folder as a person in the working folder would type it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    """A folder as a person would type it in the folder where the command was typed."""
+    moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
+    here = Path(get_original_cwd()) if moved else Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 if __name__ == "__main__":
