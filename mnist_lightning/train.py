@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
@@ -29,6 +28,7 @@ from mnist_lightning.cli import begin, compact_errors, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import as_typed
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
@@ -479,13 +479,6 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
         *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
         f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted",
     ]
-
-
-def as_typed(folder: Path) -> Path:
-    """A folder as a person would type it in the folder where the command was typed."""
-    moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
-    here = Path(get_original_cwd()) if moved else Path.cwd()
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 if __name__ == "__main__":
