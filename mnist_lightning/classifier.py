@@ -11,7 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +34,17 @@ TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.004, weight_decay=0.01, fused=True)
 COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=TOTAL_STEPS)  # type: ignore[arg-type]
 LOSS = "loss"  # the name of the loss among the metrics
+
+
+class Probabilities(nn.Module):
+    """Logits divided by a temperature, as probabilities: the order of the classes stays.  (B, C) -> (B, C)"""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return (outputs / self.temperature).softmax(dim=1)
 
 
 class DigitClassifier(L.LightningModule):
@@ -61,6 +74,8 @@ class DigitClassifier(L.LightningModule):
 
     Attributes:
         num_outputs: of the net for each image; known once ``check`` has run.
+        temperature: by which logits are divided where probabilities are made of them; see ``confidence``.
+        sure: the least probability with which a class is an answer, in [0, 1].
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
         measured: what the training epoch under way, or the last one, has measured so far, by name with a
@@ -109,6 +124,8 @@ class DigitClassifier(L.LightningModule):
         self.num_outputs = num_classes
         self.logs_evaluations = True
         self.measured: dict[str, float] = {}
+        self.temperature = 1.0
+        self.sure = 0.0
         self._is_checked = False
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -236,7 +253,7 @@ class DigitClassifier(L.LightningModule):
 
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images, key))
+        outputs = self.net(self.preprocess(images, key, labels))
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
         return loss
@@ -257,7 +274,12 @@ class DigitClassifier(L.LightningModule):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """(B, num_classes) probabilities, or (B, 1) numbers of a regression, for stored images or a batch."""
         outputs: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
-        return outputs.softmax(dim=1) if self.names_classes else outputs
+        return self.to_probabilities(outputs) if self.names_classes else outputs
+
+    def to_probabilities(self, outputs: Tensor) -> Tensor:
+        """(B, num_classes) logits -> (B, num_classes) probabilities, as sure as validation images bear out"""
+        probabilities: Tensor = Probabilities(self.temperature)(outputs)
+        return probabilities
 
     def on_train_epoch_start(self) -> None:
         # not called where an epoch is resumed within
@@ -444,13 +466,13 @@ class DigitClassifier(L.LightningModule):
 
     def _accumulates(self) -> bool:
         """Whether the optimizer waits for the gradients of batches to come."""
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        rest = batches % self.trainer.accumulate_grad_batches
-        return rest > 0 and batches < self.trainer.num_training_batches
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rest: int = batches % self.trainer.accumulate_grad_batches
+        return rest > 0 and bool(batches < self.trainer.num_training_batches)
 
     def _is_in_step(self) -> bool:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(progress.processed < progress.ready)  # type: ignore[attr-defined]
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed < progress.ready)
 
     def _last_step(self) -> int:
         """The number of the latest optimizer step, or of the one under way; from 1, over all epochs."""
@@ -466,6 +488,21 @@ class DigitClassifier(L.LightningModule):
         latest = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         groups = -(-latest // accumulate) + (lag - latest) // accumulate
         return self.global_step + (self._is_in_step() or self._accumulates()) - groups
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, also beside a fused optimizer in bfloat16: Lightning takes its gradients
+        for scaled ones, which they are in float16 alone."""
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, MixedPrecision) and precision.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))

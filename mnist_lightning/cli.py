@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -45,6 +46,7 @@ class PlainFormatter(logging.Formatter):
 def begin() -> None:
     """What every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
+    gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
@@ -52,6 +54,7 @@ def begin() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
+    workarounds.compose_once()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed

@@ -8,6 +8,7 @@ import ast
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,7 +41,13 @@ RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in it
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
 RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
+DIGITS = tuple(name for name, known in KNOWN.items() if known.class_names == tuple("0123456789"))
 PREPROCESS = ("mean", "std", "deskew", "augment")
+USELESS = {  # Trainer's arguments that would silently do nothing -> why
+    "limit_predict_batches": "is for Trainer.predict, which no run calls",
+    "model_registry": "is where Lightning's ModelCheckpoint puts its files, and a run keeps its own",
+}
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16", "None")
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
@@ -59,10 +66,12 @@ class Augment:
     shift: float
     elastic: float
     smoothness: float
+    flags: float
 
     def __post_init__(self) -> None:
         for key, most, unit in (("rotation", 180, " degrees"), ("scale", 0.9, ""), ("shear", 60, " degrees")):
             self._check(key, 0, most, unit)
+        self._check("flags", 0, 1, "")
 
     def check_shape(self, height: int, width: int) -> None:
         """
@@ -79,7 +88,7 @@ class Augment:
 
     @property
     def deforms(self) -> bool:
-        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic))
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.flags))
 
 
 @dataclass
@@ -119,6 +128,11 @@ class Data:
             if known.num_train is not None:
                 check_sizes(known.num_train, batch_size=self.batch_size, val_size=self.val_size)
         at_least("data.val_size", self.val_size or 0, 0)
+        require(
+            not self.augment.flags or (self.source is None and self.name in DIGITS),
+            f"data.augment.flags draws at the digits 1: it is for data={'/'.join(DIGITS)},"
+            f" not for data={self.name}",
+        )
 
     def _check_source(self) -> None:
         self.source = self.source or None
@@ -282,6 +296,7 @@ class Train:
     trainer: Any
     callbacks: Any
     logger: Any
+    watch: bool
     threads: int | None
 
     def __post_init__(self) -> None:
@@ -303,6 +318,7 @@ class Train:
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
         self._check_limits()
+        self._check_trainer()
         self._check_combinations()
 
     @property
@@ -335,6 +351,40 @@ class Train:
         for key, (holds, wanted) in TRAINER_LIMITS.items():
             if self.trainer.get(key) is not None:
                 check_number(f"trainer.{key}", self.trainer[key], holds, wanted, whole=True)
+
+    def _check_trainer(self) -> None:
+        """What of Lightning's Trainer a run has another way for; docs/lightning.md lists all of it."""
+        trainer = self.trainer
+        for key, group in (("callbacks", "callbacks"), ("logger", "logger")):
+            allowed = (None, False) if key == "logger" else (None,)
+            require(
+                trainer.get(key) in allowed,
+                f"trainer.{key} is made by the run: +{group}.mine._target_=… adds one, {group}=… chooses",
+            )
+        for key, why in USELESS.items():
+            require(trainer.get(key) is None, f"trainer.{key} {why}")
+        precision, strategy = str(trainer.get("precision")), str(trainer.get("strategy"))
+        require(
+            precision in PRECISIONS,
+            f"trainer.precision must be one of {', '.join(PRECISIONS[:3])}, got {precision}: checkpoints hold"
+            " weights in 32 bits",
+        )
+        require(
+            not (precision in ("16-mixed", "16") and trainer.get("gradient_clip_val"))
+            or not self.optimizer.get("fused"),
+            "trainer.gradient_clip_val with trainer.precision=16-mixed wants optimizer.fused=false: a fused"
+            " optimizer scales its gradients back itself",
+        )
+        name = re.match(r"(ddp_(spawn|fork|notebook)|(fsdp|deepspeed|model_parallel|xla))", strategy)
+        require(
+            name is None,
+            f"trainer.strategy={strategy} can't be used: "
+            + (
+                "its processes end without telling what they have kept; trainer=ddp starts others"
+                if name and name[2]
+                else "it keeps a checkpoint in pieces, and those of a run are whole files"
+            ),
+        )
 
     def _check_combinations(self) -> None:
         max_epochs = self.trainer.get("max_epochs")
@@ -417,6 +467,40 @@ class Predict:
 
 
 @dataclass
+class Explain:
+    """One run of ``python -m mnist_lightning.explain``; None is explained in ``conf/explain.yaml``."""
+
+    images: Any  # str or list of str
+    index: Any  # int or list of int
+    mistakes: int
+    split: str
+    run: str
+    checkpoint: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+    output: str
+    threads: int | None
+    show: bool
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        one_of("split", self.split, SPLITS)
+        at_least("mistakes", self.mistakes, 0)
+        self.index = self.index if isinstance(self.index, list) else [self.index]
+        for number in self.index:
+            check_number("index", number, *NOT_NEGATIVE, whole=True)
+        asked = [self.images != [], self.index != [], self.mistakes > 0]
+        require(
+            sum(asked) == 1,
+            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"
+            + (", not several" if sum(asked) else ""),
+        )
+        if self.images != []:
+            self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
+        check_source(self.run, self.checkpoint)
+
+
+@dataclass
 class Compare:
     """One run of ``python -m mnist_lightning.compare``."""
 
@@ -439,6 +523,7 @@ class Visualize:
     """One run of ``python -m mnist_lightning.visualize``."""
 
     data: Data
+    film: str | None
     output: str
     threads: int | None
     show: bool
@@ -451,6 +536,8 @@ class Visualize:
 class Export:
     """One run of ``python -m mnist_lightning.export``; None is explained in ``conf/export.yaml``."""
 
+    format: str
+    film: bool
     run: str
     checkpoint: str | None
     data_dir: str | None
@@ -459,6 +546,9 @@ class Export:
     threads: int | None
 
     def __post_init__(self) -> None:
+        one_of("format", self.format, ("onnx", "html"))
+        require(not self.film or self.format == "html", "film=true is for the page: add format=html")
+        require(not self.film or self.checkpoint is None, "film=true wants a run: a checkpoint has no film")
         check_source(self.run, self.checkpoint)
         check_threads(self.threads)
 
@@ -517,7 +607,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

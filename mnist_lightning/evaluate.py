@@ -105,7 +105,9 @@ def evaluate(settings: Evaluate) -> None:
             outputs = average(log_probs)
         own = measure(first, outputs, split.labels)  # log-probabilities are logits too
     classes = first.names_classes
-    evaluation = score(split.labels.numpy(), outputs.log_softmax(dim=1).numpy()) if classes else None
+    temperature = 1.0 if averaged else first.temperature  # of a mean of nets none was fitted
+    log_probs_of_all = outputs.log_softmax(dim=1).numpy()
+    evaluation = score(split.labels.numpy(), log_probs_of_all, temperature) if classes else None
     seconds = time.perf_counter() - start
 
     name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
@@ -119,11 +121,17 @@ def evaluate(settings: Evaluate) -> None:
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
     metrics |= {"data": name, "split": settings.split, "images": len(split)}
     if evaluation:
-        metrics |= to_metrics(evaluation)
+        metrics |= to_metrics(evaluation) | {"temperature": temperature}
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
     if evaluation:
         table = format_predictions(evaluation)
-        pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
+        pictures = draw(
+            evaluation,
+            split.images.numpy(),
+            names,
+            f"{name} {settings.split}",
+            0.0 if averaged else first.sure,
+        )
     else:
         table, pictures = format_outputs(outputs[:, 0].numpy(), split.labels.numpy()), {}
     write_atomic(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
@@ -137,6 +145,10 @@ def evaluate(settings: Evaluate) -> None:
     print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
     if evaluation:
         print(tabulate(evaluation, names))
+        if temperature != 1:
+            fitted = " on these images: calibration is that of others only with split=test"
+            told = fitted if settings.split == "val" else " on the validation images"
+            print(f"\nprobabilities are at temperature {temperature:.2f}, fitted{told}")
         if own:
             print("\nthe run's own:")
     else:
@@ -212,15 +224,22 @@ def format_predictions(evaluation: "Evaluation") -> str:
 
 
 def draw(
-    evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str
+    evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str, sure: float = 0.0
 ) -> "dict[str, Figure]":
+    """
+    Args:
+        sure: the least probability of an answer, see ``DigitClassifier``; 0: each is one.
+    """
     from mnist_lightning import figures
 
     total = len(evaluation.labels)
     wrong = int((evaluation.labels != evaluation.predictions).sum())
     worst = evaluation.worst(NUM_MISTAKES)
     calibration = evaluation.calibration
+    coverage, risk = evaluation.risk_coverage()
+    answered = float((evaluation.confidences >= sure).mean()) if sure else None
     return {
+        "risk_coverage": figures.risk_coverage(coverage, risk, sure=answered, title=title),
         "confusion_matrix": figures.confusion_matrix(
             evaluation.confusion, names, title=f"{title}: {wrong:,} of {total:,} images misread"
         ),

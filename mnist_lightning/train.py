@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from mnist_lightning import __version__, threads, workarounds
 from mnist_lightning.cli import begin, compact_errors, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import as_typed
@@ -182,7 +183,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
             "callbacks": callbacks,
-            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+            "enable_checkpointing": settings.trainer.get(
+                "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
+            ),
             "logger": make_loggers(settings, resumed_at),
             "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
         },
@@ -212,7 +215,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
-            save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            if split == "val" and ckpt_path and settings.validates:
+                save_confidence(ckpt_path, outputs, images.labels)
         metrics |= last
         metrics |= {
             "epochs": trainer.current_epoch,
@@ -239,6 +244,8 @@ def check_parts(settings: Train) -> None:
     """
     parts = {key: getattr(settings, key) for key in ("model", "loss", "optimizer", "scheduler")}
     parts |= {f"metrics.{name}": metric for name, metric in settings.metrics.items()}
+    for group in ("callbacks", "logger"):
+        parts |= {f"{group}.{name}": one for name, one in getattr(settings, group).items()}
     for key, config in (parts | {"data.source": settings.data.source}).items():
         if config:
             check_arguments(config, key)
@@ -312,6 +319,8 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
+    from lightning.pytorch.callbacks import Checkpoint
+
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
     facts: dict[str, Any] = {
@@ -329,8 +338,18 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
             offered = {"check_on_train_epoch_end": not watched.startswith("val/")}
             offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
-            made.append(make(whole, f"callbacks.{name}", **offered))
-    return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
+            callback = make(whole, f"callbacks.{name}", **offered)
+            if settings.trainer.get("enable_checkpointing") is not False or not isinstance(
+                callback, Checkpoint
+            ):
+                made.append(callback)
+    if settings.ema_decay is not None:
+        made.append(ExponentialMovingAverage(decay=settings.ema_decay))
+    if settings.watch:
+        from mnist_lightning.callbacks.watch import WatchPage
+
+        made.append(WatchPage(path=str(run_dir / "page.html")))
+    return made
 
 
 def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.loggers.Logger]":
@@ -341,7 +360,8 @@ def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.log
     """
     from mnist_lightning.rundir.loggers import Forgiving
 
-    loggers = [make(logger, f"logger.{name}") for name, logger in settings.logger.items() if logger]
+    wanted = {} if settings.trainer.get("logger") is False else settings.logger
+    loggers = [make(logger, f"logger.{name}") for name, logger in wanted.items() if logger]
     for logger in loggers:
         if resumed_at is not None and isinstance(logger, Forgiving):
             logger.resume_from(resumed_at)
@@ -366,21 +386,42 @@ def compiler_errors() -> Iterator[None]:
         ) from error
 
 
-def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> None:
+def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
     """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
+
+    Returns:
+        (N, C) the net's outputs.
     """
     import numpy as np
 
     from mnist_lightning.evaluation.trained import compute_outputs
 
-    predictions = compute_outputs(classifier.eval(), images).argmax(1)
+    outputs = compute_outputs(classifier.eval(), images)
     content = io.BytesIO()
-    np.save(content, np.packbits((predictions == labels).numpy()))
+    np.save(content, np.packbits((outputs.argmax(1) == labels).numpy()))
     write_atomic(path, content.getvalue())
+    return outputs
+
+
+def save_confidence(path: Path, outputs: "Tensor", labels: "Tensor") -> None:
+    """Keep in a checkpoint how sure its net may be, fitted on its validation images.  It is replaced whole.
+
+    Args:
+        path: of the checkpoint.
+        outputs: (N, C) float, of the validation images.
+        labels: (N,) int64.
+
+    Raises:
+        OSError: the file can't be read or written.
+    """
+    from mnist_lightning.evaluation import confidence
+    from mnist_lightning.rundir.checkpoint import load, serialize
+
+    write_atomic(path, serialize(load(path) | {"confidence": confidence.fit(outputs, labels)}))
 
 
 @functools.cache
@@ -469,15 +510,23 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
     """What to type after a run, in lines."""
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and "hidden" in settings.model
+    known = None if settings.data.source else KNOWN.get(settings.data.name)
+    grey = settings.data.grey if known is None else known.image_shape[0] == 1
+    can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     resume = shlex.quote(str(as_typed(run_dir)))
+    resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
     return [
         "",
         "next:",
         "  tensorboard --logdir logs",
         *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
         *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-        f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted",
+        *(
+            ["  python -m mnist_lightning.export format=html   # a page to draw on"]
+            * (can_draw and resumable)
+        ),
+        *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
     ]
 
 

@@ -19,6 +19,7 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -96,6 +97,52 @@ def find_keys(settings: Any, prefix: str = "") -> Iterator[str]:
     for key, value in settings.items() if isinstance(settings, dict) else ():
         yield f"{prefix}{key}"
         yield from find_keys(value, f"{prefix}{key}.")
+
+
+def compose_once() -> None:
+    """Keep Hydra 1.3 from composing all settings twice, the first time only to read ``hydra.mode`` of them.
+
+    What the first composing gave, settings or an error, is handed out when Hydra asks for the same again,
+    with the one word that it has added to the command line since.
+    """
+    from hydra._internal.hydra import Hydra
+
+    plain = Hydra.get_mode
+    if plain.__module__ == __name__:
+        return
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        mode = RunMode.RUN if {"-m", "--multirun"}.isdisjoint(sys.argv) else RunMode.MULTIRUN
+        wanted: dict[str, Any] = {"config_name": config_name, "run_mode": mode}
+        wanted |= {"from_shell": True, "validate_sweep_overrides": True}
+        loader: Any = hydra.config_loader
+        compose, typed = loader.load_configuration, list(overrides)
+        first: DictConfig | Exception
+        said: RunMode | None
+        try:
+            settings: DictConfig = compose(overrides=overrides, **wanted)
+            first, said = settings, settings.hydra.mode
+        except Exception as error:
+            first, said = error, plain(hydra, config_name, overrides)
+
+        def give_first(overrides: list[str], **arguments: Any) -> DictConfig:
+            del loader.load_configuration  # once
+            added = overrides[len(typed) :]
+            if arguments != wanted or overrides[: len(typed)] != typed or added not in ([], [word]):
+                composed: DictConfig = compose(overrides=overrides, **arguments)
+                return composed
+            if isinstance(first, Exception):
+                raise first
+            first.hydra.overrides.hydra.extend(added)
+            first.hydra.mode = mode
+            return first
+
+        word = f"hydra.mode={mode.name}"
+        if said in (None, mode):
+            loader.load_configuration = give_first
+        return said
+
+    Hydra.get_mode = get_mode  # type: ignore[assignment, method-assign]
 
 
 def quiet_tensorboard() -> None:
@@ -188,9 +235,13 @@ def hydra_as_it_was() -> Iterator[None]:
     version.setbase("1.3")
     setup_globals()
     JobRuntime.instance().set("name", "train")
+    loading, applying = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
+    tell_settings_in_a_line()
     try:
         yield
     finally:
+        ConfigLoaderImpl.load_configuration = loading  # type: ignore[method-assign]
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(applying)  # type: ignore[method-assign]
         for name in names:
             Singleton._instances.pop(name, None)
         Singleton._instances.update({name: one for name, one in kept.items() if one is not None})

@@ -136,7 +136,7 @@ def read_npz(path: Path) -> ImageSet:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise DataError(f"data.path={path} is a single array: it must be an npz file of {KEYS}")
         with file:
-            size = sum(member.file_size for member in file.zip.infolist())
+            size = sum(member.file_size for member in (file.zip.infolist() if file.zip else ()))
             if size > free_memory():
                 raise DataError(
                     f"data.path={path}: its {size / 1e9:.1f} GB are more than the memory that is free"

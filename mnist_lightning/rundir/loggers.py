@@ -115,11 +115,12 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> "SummaryWriter | Silent":  # type: ignore[override]
+    def experiment(self) -> "SummaryWriter | Silent":
         """TensorBoard's writer; Lightning asks for it before anything is logged."""
         with self.forgiving():
             if not self.failed:
-                return super().experiment
+                writer: SummaryWriter = super().experiment
+                return writer
         return Silent()
 
     def save(self) -> None:
@@ -162,7 +163,7 @@ class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
         with self.forgiving():
             if self._experiment is None and not self.failed:
                 self._experiment = AppendingWriter(self.log_dir, self.purge_step)
-        return self._experiment or Silent()
+        return self._experiment if isinstance(self._experiment, AppendingWriter) else Silent()
 
 
 class AppendingWriter(ExperimentWriter):

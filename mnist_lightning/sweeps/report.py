@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
@@ -47,9 +48,10 @@ class ReportEachJob(Callback):
 
 def tell_job(job_dir: Path) -> None:
     """Rewrite the tables of a job's sweep, and log the job in a line."""
-    sweep = write_tables(job_dir.parent)
+    folder = next(place for place in job_dir.parents if (place / MULTIRUN).is_file())
+    sweep = write_tables(folder)
     for job in sweep.jobs:
-        if job.name == job_dir.name:
+        if job.folder == job_dir:
             log.info("%s", tell(job, sweep))
 
 

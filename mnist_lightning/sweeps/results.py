@@ -2,9 +2,11 @@
 
 import functools
 import math
+import os
+import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,13 @@ LARGEST = 1e100  # of a metric that can be ranked
 
 @dataclass(frozen=True)
 class Job:
-    """One job's folder, its status and the settings of its command line by key."""
+    """One job's folder, its status, the settings of its command line by key, and its folder's place in the
+    sweep's."""
 
     folder: Path
     status: Status
     params: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        return as_text(self.folder.name)
+    name: str
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ def read_sweep(folder: Path) -> Sweep:
     saved = read_multirun(folder)
     metric = as_text(saved["monitor"]["metric"])
     jobs = []
-    for path in sorted(folder.glob(f"*/{FILE}"), key=lambda path: _natural(path.parent.name)):
-        status = read(path.parent)
+    places = {path.relative_to(folder).as_posix(): path for path in find_jobs(folder)}
+    for name in sorted(places, key=_natural):
+        status = read(places[name])
         if status is not None:
-            jobs.append(Job(path.parent, status, split_overrides(status.overrides)))
+            jobs.append(Job(places[name], status, split_overrides(status.overrides), as_text(name)))
     # what the settings leave to the metric, the jobs that have ended tell
     modes = [saved["monitor"].get("mode"), *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
     maximize = next((mode for mode in modes if mode), "max") == "max"
@@ -102,6 +103,14 @@ def read_sweep(folder: Path) -> Sweep:
         varied=varied,
         settings=_group(jobs, varied, metric, maximize),
     )
+
+
+def find_jobs(folder: Path) -> Iterator[Path]:
+    """The folders of a sweep's jobs, as deep as ``hydra.sweep.subdir`` has put them."""
+    for place, below, files in os.walk(folder):
+        if FILE in files and Path(place) != folder:
+            below.clear()  # what lies in a job is its own
+            yield Path(place)
 
 
 @functools.cache
@@ -128,7 +137,7 @@ def read_multirun(folder: Path) -> dict[str, Any]:
 def own_overrides(saved: dict[str, Any]) -> list[str]:
     """The arguments that a person gave to a sweep, less the folder and the mode."""
     told = saved["hydra"]["overrides"]
-    implied = ("hydra.mode=", "hydra.sweep.dir=", "hydra.sweep.subdir=")
+    implied = ("hydra.mode=", "hydra.sweep.dir=")
     return [*told["task"], *(override for override in told["hydra"] if not override.startswith(implied))]
 
 
@@ -188,5 +197,6 @@ def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> l
     return sorted(settings, key=lambda setting: setting.mean, reverse=maximize)
 
 
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name), name) if name.isdecimal() else (-1, name)
+def _natural(name: str) -> list[tuple[int, str]]:
+    """In the order of the numbers in them: 2_x before 10_x."""
+    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]

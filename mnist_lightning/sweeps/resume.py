@@ -32,6 +32,7 @@ HYDRA = (
     r"|hydra\.launcher\.(n_jobs|jobs_per_gpu|timeout_s|timeout_min|cpus_per_task|gpus_per_node|tasks_per_node|mem_gb|nodes"
     r"|array_parallelism|partition|qos|account|max_num_timeout)=.*"
     r"|hydra\.sweeper\.(n_trials|n_jobs|seed|study_name|max_batch_size|sampler\.[a-z]\w*)=.*"
+    r"|hydra\.sweep\.subdir='?(?!/)(?!.*\.\.).*"
     r"|hydra\.sweeper\.params(=null|\.(?!hydra)[\w.]+=.*)"
 )
 

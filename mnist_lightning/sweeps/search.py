@@ -24,6 +24,7 @@ from mnist_lightning.workarounds import trial_id
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,8 @@ class OptunaSweeper(GridSweeper):
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
             returns += self.launch(batch)
-            for number, _ in batch:
-                self.tell(study, number)
+            for number, job in batch:
+                self.tell(study, number, job)
             batch = []
         return returns
 
@@ -176,8 +177,8 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.sweep_dir / str(trial.number)
-        job_dir.mkdir(exist_ok=True)
+        job_dir = self.job_dir(trial.number, job)
+        job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
             "storage": self.storage,  # None: the search's own, wherever its folder lies
             "study_name": self.study_name,
@@ -192,31 +193,49 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            file = self.sweep_dir / str(frozen.number) / TRIAL
-            if not file.is_file():
-                continue
             try:
-                job = [str(override) for override in read_json(file)["overrides"]]
-            except (OSError, KeyError, TypeError) as error:
-                log.warning("trial %d is given up, %s is damaged: %s", frozen.number, file, error)
+                saved = self.find_trial(frozen)
+            except OSError as error:
+                log.warning("trial %d is given up: %s", frozen.number, error)
                 study.tell(frozen.number, state=TrialState.FAIL)
                 continue
+            if saved is None:
+                continue
+            job = saved["overrides"]
             check_overrides(self.sweep_dir, job)
             self.check_jobs([job])
             trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
             self.note_trial(trial, job)  # with this sweep's own storage
-            if self.is_finished(frozen.number):
-                self.tell(study, frozen.number)
+            if self.is_finished(frozen.number, job):
+                self.tell(study, frozen.number, job)
             else:
                 unfinished.append((frozen.number, job))
         return unfinished
 
-    def tell(self, study: "Study", number: int) -> None:
+    def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
+        """What ``note_trial`` has left of it in this sweep's folder, "overrides" as texts.
+
+        Raises:
+            OSError: it is not among what can be read, and a file is damaged.
+        """
+        damaged: OSError | None = None
+        for file in self.sweep_dir.rglob(TRIAL):
+            try:
+                saved = read_json(file)
+                if saved["id"] == trial_id(trial):
+                    return saved | {"overrides": [str(override) for override in saved["overrides"]]}
+            except (OSError, KeyError, TypeError) as error:
+                damaged = OSError(f"{file} is damaged: {error}")
+        if damaged is not None:
+            raise damaged
+        return None
+
+    def tell(self, study: "Study", number: int, job: Job) -> None:
         """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        status = read(self.sweep_dir / str(number))
+        status = read(self.job_dir(number, job))
         value = None if status is None else status.metrics.get(self.config.monitor.metric)
         if status is not None and status.state == "completed" and value is not None:
             study.tell(self.trials[number], value)
