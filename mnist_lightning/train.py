@@ -29,6 +29,7 @@ from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import as_typed
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
@@ -527,11 +528,6 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
         ),
         *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
     ]
-
-
-def as_typed(folder: Path) -> Path:
-    """A folder as a person in the working folder would type it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 if __name__ == "__main__":
