@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule, load_mnist
     from mnist_lightning.network import FeedForward
+    from mnist_lightning.rundir.index import list_runs
 
 __version__ = "0.1.0"
-__all__ = ["DigitClassifier", "FeedForward", "MNISTDataModule", "load_mnist"]
+__all__ = ["DigitClassifier", "FeedForward", "MNISTDataModule", "list_runs", "load_mnist"]
 
 HOMES = {
     "DigitClassifier": "classifier",
     "FeedForward": "network",
     "MNISTDataModule": "data",
+    "list_runs": "rundir.index",
     "load_mnist": "data",
 }
 

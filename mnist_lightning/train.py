@@ -24,6 +24,7 @@ from mnist_lightning.cli import begin, compact_errors, quote_paths, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.resume import resume_job
 from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
 from mnist_lightning.settings_help import flatten
@@ -80,6 +81,12 @@ def run(cfg: DictConfig) -> float | None:
     overrides = hydra_cfg.overrides.task
     with compact_errors(in_sweep=in_sweep), track(run_dir, overrides, in_sweep=in_sweep) as status:
         with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
+            write_settings(run_dir, settings, hydra_cfg.runtime.choices)
+            write_patch(
+                run_dir.parent if in_sweep else run_dir,
+                strange_modules(asdict(settings)),
+                package=(find_commit() or "").endswith("+"),
+            )
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}

@@ -9,13 +9,14 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mnist_lightning"
-COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report"}
+COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report", "runs"}
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
-    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.resume", "rundir.signals", "rundir.status"),
+    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.record", "rundir.resume"),
+    *("rundir.signals", "rundir.status"),
     *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
@@ -100,6 +101,8 @@ def test_only_the_edge_knows_the_config() -> None:
     edge = {
         "trust",
         "rundir.claim",
+        "rundir.index",
+        "rundir.record",
         "rundir.resume",
         "sweeps.grid",
         "sweeps.parts",

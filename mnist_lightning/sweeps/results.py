@@ -124,6 +124,33 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
+def count_jobs(folder: Path) -> int | None:
+    """How many jobs a sweep is to have; None where its folder does not tell."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        saved = read_multirun(folder)
+        sweeper = saved["hydra"]["sweeper"]
+        if "n_trials" in sweeper:
+            return int(sweeper["n_trials"])
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*params, *saved["hydra"]["overrides"]["task"]])
+        swept = {one.key_or_group: one for one in parsed}.values()
+        return math.prod(len(list(one.sweep_string_iterator())) for one in swept if one.is_discrete_sweep())
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        HydraException,
+        yaml.YAMLError,
+    ):
+        return None
+
+
 def reproduce(job: Job) -> str:
     """The command that trains the job's net again, outside of a sweep."""
     return shlex.join(["python", "-m", "mnist_lightning.train", *job.status.overrides])
