@@ -283,6 +283,7 @@ class Train:
     callbacks: Any
     logger: Any
     threads: int | None
+    reproduce: str | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)

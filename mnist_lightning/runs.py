@@ -385,7 +385,7 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
             raise CommandError(
                 f"delete: {name} is no run under {under}; python -m mnist_lightning.runs lists them"
             )
-        check_deletable(name, path, runs[str(path)])
+        check_deletable(name, path, runs[str(path)], runs.values())
         chosen[path] = runs[str(path)]
     for path, record in chosen.items():
         told = record["changed"] or "default"
@@ -402,8 +402,11 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
     print(f"{len(chosen)} deleted")
 
 
-def check_deletable(name: str, path: Path, record: Record) -> None:
+def check_deletable(name: str, path: Path, record: Record, records: Collection[Record]) -> None:
     """
+    Args:
+        records: of all runs, the other jobs of its sweep among them.
+
     Raises:
         CommandError: a run is under way, its sweep is not finished, or something else lies in its folder.
     """
@@ -412,7 +415,7 @@ def check_deletable(name: str, path: Path, record: Record) -> None:
     if record["sweep"] is not None:
         sweep = path.parent
         wanted = count_jobs(sweep)
-        states = [other["state"] for other in list_runs(sweep)]
+        states = [other["state"] for other in records if other["sweep"] == record["sweep"]]
         finished = sum(state in ("completed", "failed", "pruned") for state in states)
         if is_locked(sweep) or finished < len(states) or (wanted is not None and len(states) < wanted):
             raise CommandError(

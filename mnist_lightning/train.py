@@ -25,8 +25,9 @@ from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check,
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.record import write_patch, write_settings
+from mnist_lightning.rundir.reproduce import compare_weights, tell_changes
 from mnist_lightning.rundir.resume import resume_job
-from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
+from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
@@ -35,6 +36,7 @@ from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
+    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -78,7 +80,7 @@ def run(cfg: DictConfig) -> float | None:
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     if in_sweep:
         settings.resume = resume_job(run_dir)
-    overrides = hydra_cfg.overrides.task
+    overrides = find_overrides(hydra_cfg.overrides.task, settings)
     with compact_errors(in_sweep=in_sweep), track(run_dir, overrides, in_sweep=in_sweep) as status:
         with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
             write_settings(run_dir, settings, hydra_cfg.runtime.choices)
@@ -87,13 +89,27 @@ def run(cfg: DictConfig) -> float | None:
                 strange_modules(asdict(settings)),
                 package=(find_commit() or "").endswith("+"),
             )
+            if settings.reproduce is not None:
+                log.info("%s", tell_changes(Path(settings.reproduce), find_versions()))
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
     if is_main_process() and not in_sweep:
         log.info("%s", summarize(metrics, settings, run_dir))
+        if settings.reproduce is not None:
+            earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
+            log.info("\n%s\n%s", tell_changes(earlier, now), compare_weights(earlier, run_dir))
     value = metrics.get(settings.monitor.metric)
     return value if isinstance(value, float) else None
+
+
+def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
+    """The overrides that a run's settings come from, those of the run that it repeats among them."""
+    if settings.reproduce is None:
+        return list(typed)
+    earlier = read(Path(settings.reproduce))
+    told = earlier.overrides if earlier else []
+    return [*told, *(one for one in typed if not one.startswith("++reproduce="))]
 
 
 def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
@@ -185,11 +201,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
             "seed": settings.seed,
             "threads": number,
-            "git_commit": find_commit(),
-            "python": platform.python_version(),
+            "device": describe_device(trainer.strategy.root_device),
         }
-        metrics |= {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
-        metrics["mnist_lightning"] = __version__
+        metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
             write_hyperparameters(trainer, settings, metrics)
@@ -344,6 +358,22 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     np.save(path, np.packbits((predictions == labels).numpy()))
 
 
+def find_versions() -> dict[str, str | None]:
+    """The code that trains: this package's commit, and versions."""
+    names = ("torch", "lightning", "torchmetrics")
+    versions = {"git_commit": find_commit(), "python": platform.python_version()}
+    return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
+
+
+def describe_device(device: "torch.device") -> str:
+    """The kind of device, with what decides how it rounds."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -410,7 +440,7 @@ def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
         if isinstance(value := metrics.get(key), float)
     ]
     foreign = strange_modules(asdict(settings))
-    changeable = settings.resume is None and "hidden" in settings.model
+    changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     if "train_seconds" in metrics:
         lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")

@@ -16,7 +16,7 @@ LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.record", "rundir.resume"),
-    *("rundir.signals", "rundir.status"),
+    *("rundir.reproduce", "rundir.signals", "rundir.status"),
     *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
@@ -103,6 +103,7 @@ def test_only_the_edge_knows_the_config() -> None:
         "rundir.claim",
         "rundir.index",
         "rundir.record",
+        "rundir.reproduce",
         "rundir.resume",
         "sweeps.grid",
         "sweeps.parts",

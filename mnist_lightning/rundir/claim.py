@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning.cli import quote
 from mnist_lightning.config import ConfigError, Train, check
-from mnist_lightning.rundir.resume import check_resumption
+from mnist_lightning.rundir.resume import check_place, check_resumption
 
 ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
 
@@ -48,6 +48,8 @@ def prepare(config: DictConfig, kind: str) -> None:
             settings = check(config, Train)
             if settings.resume is not None:
                 check_resumption(settings, list(config.hydra.overrides.task))
+            elif settings.reproduce is not None:
+                check_place(settings, Path(settings.reproduce), list(config.hydra.overrides.task))
         key = f"hydra.{kind}.dir"
         folder = Path(OmegaConf.select(config, key))
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,17 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     ]
 
 
-def load_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> None:
+def load_settings(
+    folder: Path,
+    typed: list[str],
+    trusted: tuple[str, ...],
+    *,
+    others: Mapping[str, Any] | None = None,
+) -> None:
     """Give Hydra the settings that a run left, once they are checked.
+
+    Args:
+        others: of this project, in place of the saved ones.
 
     Raises:
         OSError, ConfigError, TrustError: see ``resume_run``.
@@ -98,6 +107,7 @@ def load_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> N
                 f" {gone} is gone; evaluate, predict, compare and export still read it"
             )
         trust.check_settings(settings, folder, trusted, typed=keys)
+    settings |= others or {}
     ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
 
 
@@ -177,6 +187,27 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     ]
     if changed:
         raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
+    check_place(settings, folder, overrides)
+    old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")
+    if epochs != old_epochs and "total_steps" in settings.scheduler.values():
+        raise ConfigError(
+            f"trainer.max_epochs={epochs} can't be resumed: the run's schedule"
+            f" ({settings.scheduler['_target_']}) is laid out for {old_epochs} epochs; start a new run"
+        )
+    report = folder / "metrics.json"
+    if report.is_file():
+        done = json.loads(report.read_text(encoding="utf-8"))["epochs"]
+        if epochs == old_epochs or (epochs != -1 and epochs <= done):
+            print(f"{folder} has finished: {done} epochs; nothing to do")
+            sys.exit(0)
+
+
+def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None:
+    """Whether the data lies where a run's folder says, or where the command line says.
+
+    Raises:
+        ConfigError: it does not, and would be put where a file says that may be a stranger's.
+    """
     data = settings.data
     key, place = ("data_dir", data.data_dir) if data.path is None else ("path", data.path)
     told = any(override.startswith(f"data.{key}=") for override in overrides)
@@ -194,15 +225,3 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
             f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
             " where it lies, or is to be put"
         )
-    old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")
-    if epochs != old_epochs and "total_steps" in settings.scheduler.values():
-        raise ConfigError(
-            f"trainer.max_epochs={epochs} can't be resumed: the run's schedule"
-            f" ({settings.scheduler['_target_']}) is laid out for {old_epochs} epochs; start a new run"
-        )
-    report = folder / "metrics.json"
-    if report.is_file():
-        done = json.loads(report.read_text(encoding="utf-8"))["epochs"]
-        if epochs == old_epochs or (epochs != -1 and epochs <= done):
-            print(f"{folder} has finished: {done} epochs; nothing to do")
-            sys.exit(0)

@@ -16,6 +16,7 @@ from mnist_lightning.cli import quote, retype
 from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
+from mnist_lightning.rundir import reproduce
 from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
@@ -40,7 +41,13 @@ def rewrite_arguments() -> None:
         ConfigError: a sweep is given other settings.
         TrustError: what was left asks for more than it is trusted with.
     """
+    reproduced = [argument for argument in sys.argv[1:] if argument.startswith(reproduce.KEY)]
     names = [argument for argument in sys.argv[1:] if argument.startswith(KEY)]
+    if reproduced:
+        if names or not {"-m", "--multirun"}.isdisjoint(sys.argv):
+            raise ConfigError("reproduce= names one run to train again: give no resume= and no -m beside it")
+        sys.argv[1:] = reproduce.reproduce_run(reproduced[-1].removeprefix(reproduce.KEY), sys.argv[1:])
+        return
     if not names:
         return
     name = names[-1].removeprefix(KEY)
