@@ -100,12 +100,16 @@ class Data:
     size: int | None = None
     grey: bool = False
     source: Any = None  # dict
+    num_folds: int | None = None
+    fold: int | None = None
+    train_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_source()
         at_least("data.batch_size", self.batch_size, 1)
         check_seed("data.split_seed", self.split_seed)
         at_least("data.num_workers", self.num_workers, 0)
+        self._check_folds()
         for key, holds, wanted in (
             ("mean", lambda x: 0 <= x <= 1, "in [0, 1]"),
             ("std", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -117,8 +121,32 @@ class Data:
             known = KNOWN[self.name]
             self._check_shape(known.image_shape)
             if known.num_train is not None:
-                check_sizes(known.num_train, batch_size=self.batch_size, val_size=self.val_size)
+                check_sizes(
+                    known.num_train,
+                    batch_size=self.batch_size,
+                    val_size=self.val_size,
+                    num_folds=self.num_folds,
+                    train_size=self.train_size,
+                )
         at_least("data.val_size", self.val_size or 0, 0)
+
+    def _check_folds(self) -> None:
+        at_least("data.train_size", 1 if self.train_size is None else self.train_size, 1)
+        if self.num_folds is None:
+            require(self.fold is None, f"data.fold={self.fold} is one of data.num_folds, which is not given")
+            return
+        at_least("data.num_folds", self.num_folds, 2)
+        require(
+            self.fold is not None,
+            f"data.num_folds={self.num_folds} wants data.fold, in [0, {self.num_folds - 1}]; or -m"
+            f" folds={self.num_folds} for all of them",
+        )
+        assert self.fold is not None
+        require(
+            0 <= self.fold < self.num_folds,
+            f"data.fold must be in [0, {self.num_folds - 1}] with data.num_folds={self.num_folds},"
+            f" got {self.fold}",
+        )
 
     def _check_source(self) -> None:
         self.source = self.source or None
@@ -139,7 +167,7 @@ class Data:
 
     @property
     def has_validation(self) -> bool:
-        return self.val_size != 0
+        return self.num_folds is not None or self.val_size != 0
 
     def check_shape(self, image_shape: Sequence[int]) -> None:
         """
@@ -369,6 +397,8 @@ class Evaluate:
     run: str
     checkpoint: str | None
     runs: Any  # list of str
+    folds: str | None
+    labels: bool
     tta: int
     split: str
     data_dir: str | None
@@ -388,6 +418,16 @@ class Evaluate:
                 self.run == "latest" and self.checkpoint is None,
                 "runs names the nets to average: give no run and no checkpoint beside it",
             )
+        if self.folds is not None:
+            require(
+                self.run == "latest" and self.checkpoint is None and not self.runs,
+                "folds names a sweep, whose nets are joined: give no run, runs and checkpoint beside it",
+            )
+        require(
+            self.folds is not None or not self.labels,
+            "labels=true asks nets for images that they were not trained on: give folds=<sweep folder>, of"
+            " python -m mnist_lightning.train -m folds=5",
+        )
 
 
 @dataclass

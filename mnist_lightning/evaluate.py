@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check, register
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.status import show_with_unit
+from mnist_lightning.sweeps.results import FOLD, Sweep, find_sweep, read_sweep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +30,13 @@ log = logging.getLogger(__name__)
 register()
 
 NUM_MISTAKES = 40  # on the sheet
+NUM_LABELS = 12  # in the terminal
+NUM_ASKED = 10_000  # images, by which the number of threads is chosen
 
 
 def main() -> None:
     begin()
-    quote_paths(["run", "runs", "checkpoint", "data_dir", "output"])
+    quote_paths(["run", "runs", "checkpoint", "folds", "data_dir", "output"])
     run()
 
 
@@ -48,13 +52,16 @@ def evaluate(settings: Evaluate) -> None:
     Raises:
         OSError: the checkpoint or the data can't be read, or the output can't be written.
     """
-    paths = (
-        [find_checkpoint(name) for name in settings.runs]
-        if settings.runs
-        else [find_checkpoint(settings.run, settings.checkpoint)]
-    )
+    sweep = read_folds(settings.folds) if settings.folds is not None else None
+    if sweep is not None:
+        paths = [find_checkpoint(str(job.folder)) for job in sweep.settings[0].jobs]
+    elif settings.runs:
+        paths = [find_checkpoint(name) for name in settings.runs]
+    else:
+        paths = [find_checkpoint(settings.run, settings.checkpoint)]
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
+    from mnist_lightning.evaluation.folds import join_folds
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         average,
@@ -70,7 +77,7 @@ def evaluate(settings: Evaluate) -> None:
 
     loaded = [load_classifier(path, trust=settings.trust) for path in paths]
     first = loaded[0][0]
-    averaged = len(paths) > 1 or settings.tta > 0
+    averaged = len(paths) > 1 or settings.tta > 0 or sweep is not None
     for path, (classifier, _) in zip(paths, loaded, strict=True):
         if averaged and not classifier.names_classes:
             raise OSError(f"{path}: runs and tta average probabilities, and this net gives none")
@@ -79,24 +86,33 @@ def evaluate(settings: Evaluate) -> None:
                 f"{path} was trained without deformations (data.augment), and tta averages over those of the"
                 " training: use tta=0"
             )
-    splits = [
-        load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
-        for path, (_, checkpoint) in zip(paths, loaded, strict=True)
-    ]
-    check_same_images(paths, splits, settings.split)
-    split = splits[0]
+    indices: Any = None  # of the judged images among those of the split; None: all
+    missing: list[int] = []
     start = time.perf_counter()
+    if sweep is None:
+        splits = [
+            load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
+            for path, (_, checkpoint) in zip(paths, loaded, strict=True)
+        ]
+        check_same_images(paths, splits, settings.split)
+        split = splits[0]
     log_probs = []
-    with threads.use(choose_threads([net for net, _ in loaded], len(split), settings.threads)):
-        if not averaged:
+    with threads.use(choose_threads([net for net, _ in loaded], NUM_ASKED, settings.threads)):
+        if sweep is not None:
+            judged = join_folds(
+                paths, loaded, data_dir=settings.data_dir, trust=settings.trust, tta=settings.tta
+            )
+            split, outputs, missing = judged.images, judged.log_probs, judged.missing
+            indices = judged.indices.numpy()
+        elif not averaged:
             outputs = compute_outputs(first, split.images)
-        for path, (classifier, _) in zip(paths, loaded, strict=True):
+        for path, (classifier, _) in zip(paths, loaded, strict=True) if sweep is None else ():
             if averaged:
                 log_probs.append(log_probabilities(classifier, split.images, tta=settings.tta))
             seconds = time.perf_counter() - start
             if seconds > 2:
                 log.info("%s: %d of %d nets, %.1f s", path, len(log_probs), len(paths), seconds)
-        if averaged:
+        if averaged and sweep is None:
             outputs = average(log_probs)
         own = measure(first, outputs, split.labels)  # log-probabilities are logits too
     classes = first.names_classes
@@ -113,7 +129,10 @@ def evaluate(settings: Evaluate) -> None:
     folder = find_output(settings, paths[0])
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
-    metrics |= {"data": name, "split": settings.split, "images": len(split)}
+    what = settings.split if sweep is None else "out-of-fold"
+    metrics |= {"data": name, "split": what, "images": len(split)}
+    if sweep is not None:
+        metrics["missing_folds"] = missing
     if evaluation:
         metrics |= to_metrics(evaluation)
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
@@ -121,19 +140,30 @@ def evaluate(settings: Evaluate) -> None:
     written = ["metrics.json", "predictions.csv"]
     pictures: dict[str, Figure] = {}
     if evaluation:
-        write_predictions(folder / "predictions.csv", evaluation)
-        pictures = draw(evaluation, split.images.numpy(), names, f"{name} {settings.split}")
+        write_predictions(folder / "predictions.csv", evaluation, indices)
+        pictures = draw(evaluation, split.images.numpy(), names, f"{name} {what}")
+        if settings.labels:
+            doubtful = evaluation.doubtful()
+            write_labels(folder / "labels.csv", evaluation, doubtful, indices, names)
+            written.append("labels.csv")
+            pictures["labels"] = draw_labels(
+                evaluation, doubtful, split.images.numpy(), names, f"{name} {what}"
+            )
         written += [path.name for path in figures.save(pictures, folder)]
     else:
         write_outputs(folder / "predictions.csv", outputs[:, 0].numpy(), split.labels.numpy())
 
     for path in paths:
         print(f"{'checkpoint':13} {path}")
+    if sweep is not None:
+        tell_folds(sweep, missing)
     if settings.tta:
         print(f"{'averaged over':13} {settings.tta} deformations of each image")
-    print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
+    print(f"{'images':13} {len(split):,} of {name} {what}, evaluated in {seconds:.2f} s\n")
     if evaluation:
         print(tabulate(evaluation, names))
+        if settings.labels:
+            print(f"\n{tabulate_labels(evaluation, doubtful, indices, names)}")
         if own:
             print("\nthe run's own:")
     else:
@@ -144,6 +174,34 @@ def evaluate(settings: Evaluate) -> None:
     print("  " + "  ".join(written))
     if settings.show:
         figures.show(pictures.values())
+
+
+def read_folds(name: str) -> Sweep:
+    """The sweep whose best setting's nets are to be joined.
+
+    Raises:
+        OSError: there is no such sweep, or it has no job with a fold that has finished.
+    """
+    sweep = read_sweep(find_sweep(name))
+    if not sweep.settings or not any(FOLD in job.params for job in sweep.settings[0].jobs):
+        raise FileNotFoundError(
+            f"{sweep.folder} has no finished job with a fold; python -m mnist_lightning.train -m folds=5"
+            " makes such a sweep"
+        )
+    return sweep
+
+
+def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
+    if len(sweep.settings) > 1:
+        told = " ".join(f"{key}={value}" for key, value in sweep.settings[0].params.items() if value)
+        print(f"{'of':13} the best of {len(sweep.settings)} settings: {told}")
+    failed = [job for job in sweep.in_state("failed", "interrupted") if FOLD in job.params]
+    for job in failed:
+        print(
+            f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
+        )
+    if missing:
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
 
 
 def write_outputs(path: Path, outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> None:
@@ -160,6 +218,8 @@ def find_output(settings: Evaluate, checkpoint: Path) -> Path:
     runs."""
     if settings.output is not None:
         return Path(settings.output).expanduser()
+    if settings.folds is not None:
+        return find_sweep(settings.folds) / "evaluation" / "out-of-fold"
     if settings.runs:
         return Path("logs/evaluate") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}" / settings.split
     if settings.checkpoint is None and not Path(settings.run).expanduser().is_file():
@@ -187,14 +247,78 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
     }
 
 
-def write_predictions(path: Path, evaluation: "Evaluation") -> None:
-    """A line an image: its index in the split, label, prediction and the prediction's probability."""
+def write_predictions(
+    path: Path, evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None
+) -> None:
+    """A line an image: its index in the split, label, prediction and the prediction's probability.
+
+    Args:
+        indices: (N,) of the images; None: 0, 1, 2, …
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "label", "prediction", "probability"])
         columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
-        for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+        for position, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+            index = position if indices is None else indices[position]
             writer.writerow([index, label, prediction, f"{probability:.6f}"])
+
+
+def write_labels(
+    path: Path,
+    evaluation: "Evaluation",
+    doubtful: "NDArray[np.int64]",
+    indices: "NDArray[np.int64]",
+    names: list[str],
+) -> None:
+    """A line for each label that is contradicted, the least probable first.
+
+    Args:
+        doubtful: (M,) places in the evaluation, see ``Evaluation.doubtful``.
+        indices: (N,) of the images among all training images.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "label", "prediction", "probability_of_label", "probability"])
+        for place in doubtful:
+            label, prediction = evaluation.labels[place], evaluation.predictions[place]
+            given, taken = evaluation.probabilities[place, label], evaluation.confidences[place]
+            writer.writerow([indices[place], names[label], names[prediction], f"{given:.3e}", f"{taken:.6f}"])
+
+
+def draw_labels(
+    evaluation: "Evaluation",
+    doubtful: "NDArray[np.int64]",
+    images: "NDArray[np.uint8]",
+    names: list[str],
+    title: str,
+) -> "Figure":
+    from mnist_lightning import figures
+
+    worst = doubtful[:NUM_MISTAKES]
+    return figures.mistakes(
+        images[worst],
+        [names[label] for label in evaluation.labels[worst]],
+        [names[label] for label in evaluation.predictions[worst]],
+        evaluation.confidences[worst],
+        title=f"{title}: the {len(worst)} labels that are contradicted most surely, of {len(doubtful):,}",
+    )
+
+
+def tabulate_labels(
+    evaluation: "Evaluation",
+    doubtful: "NDArray[np.int64]",
+    indices: "NDArray[np.int64]",
+    names: list[str],
+) -> str:
+    """The most doubtful labels as lines of text."""
+    lines = ["labels that are contradicted most surely, all of them in labels.csv:"]
+    lines += ["  image  label  read as  probability of the label"]
+    for place in doubtful[:NUM_LABELS]:
+        label, prediction = evaluation.labels[place], evaluation.predictions[place]
+        given = evaluation.probabilities[place, label]
+        lines.append(f"{indices[place]:>7}  {names[label]:>5}  {names[prediction]:>7}  {given:.1e}")
+    return "\n".join(lines)
 
 
 def draw(

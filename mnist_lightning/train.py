@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def main() -> None:
     with compact_errors():
         tell_moved(sys.argv[1:])
         rewrite_arguments()
+        sys.argv[1:] = expand_folds(sys.argv[1:])
     quote_paths(["data.data_dir", "data.path", "hydra.run.dir"])
     run()
 
@@ -68,6 +70,30 @@ def tell_moved(arguments: Sequence[str]) -> None:
         key, sign, value = argument.lstrip("+").partition("=")
         if sign and key in MOVED:
             raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
+
+
+def expand_folds(arguments: Sequence[str]) -> list[str]:
+    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
+
+    Raises:
+        ConfigError: it is no whole number, or there is no -m.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key != "folds":
+            expanded.append(argument)
+            continue
+        if not re.fullmatch(r"0*([2-9]|[1-9]\d{1,3})", value):
+            raise ConfigError(f"folds must be a whole number in [2, 9999], got {value}")
+        if {"-m", "--multirun"}.isdisjoint(arguments):
+            raise ConfigError(
+                f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
+                " data.fold=0 for one of them"
+            )
+        folds = ",".join(map(str, range(int(value))))
+        expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
+    return expanded
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
@@ -145,6 +171,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     data = settings.data
     check_parts(settings)
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
+    if data.num_folds is not None and data.val_size != 0:
+        log.info(
+            "data.num_folds=%d: fold %d is for validation, val_size is ignored", data.num_folds, data.fold
+        )
     if not datamodule.is_known or None in (data.mean, data.std):  # else net and loss are tried first
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -196,6 +226,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             images = datamodule.splits[split]
             save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
         metrics |= last
+        metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
         metrics |= {
             "epochs": trainer.current_epoch,
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),

@@ -17,7 +17,15 @@ LIGHT = COMMANDS | {
     "images.known",
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.record", "rundir.resume"),
     *("rundir.reproduce", "rundir.signals", "rundir.status"),
-    *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
+    *(
+        "sweeps.auto",
+        "sweeps.grid",
+        "sweeps.importance",
+        "sweeps.processes",
+        "sweeps.report",
+        "sweeps.results",
+        "sweeps.resume",
+    ),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
 # Of a package, or of a module beside them, the others that it may import.

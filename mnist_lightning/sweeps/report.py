@@ -4,9 +4,10 @@ import csv
 import functools
 import io
 import logging
+import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,17 @@ from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.status import show_value
-from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
+from mnist_lightning.sweeps.importance import Importance, find_importance
+from mnist_lightning.sweeps.results import (
+    FOLD,
+    SEED,
+    Job,
+    Setting,
+    Sweep,
+    join_folds,
+    read_sweep,
+    reproduce,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +116,7 @@ def format_markdown(sweep: Sweep) -> str:
     states = [job.status.state for job in sweep.jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     lines = [
-        f"# Sweep {sweep.folder.name}",
+        f"# Sweep {literal(sweep.folder.name)}",
         "",
         *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
         f"{len(states)} jobs: {counts}.",
@@ -114,6 +125,8 @@ def format_markdown(sweep: Sweep) -> str:
     if sweep.settings:
         p_values = compare_with_winner(sweep)
         lines += format_settings(sweep, p_values)
+        lines += format_folds(sweep)
+        lines += format_importance(sweep, find_importance(sweep))
         lines += format_winner(sweep, p_values)
     elif together := evaluate_together(sweep):
         lines += [
@@ -132,16 +145,16 @@ def format_markdown(sweep: Sweep) -> str:
 def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
     keys = list(sweep.settings[0].params)
     metric = sweep.metric + (" (%)" if sweep.metric.endswith("acc") else "")
-    header = ["", *keys, metric, "last epoch", "n", "seconds", "p"]
+    header = ["", *map(literal, keys), metric, "last epoch", "n", "seconds", "p"]
     rows = [
         [
             str(rank),
-            *(f"`{value}`" if value else "–" for value in setting.params.values()),
+            *(span(value) if value else "–" for value in setting.params.values()),
             show_value(sweep.metric, setting.mean, setting.std),
             show_value(sweep.metric, setting.last),
             str(len(setting.jobs)),
             f"{sum(job.status.seconds for job in setting.jobs) / len(setting.jobs):.1f}",
-            "" if rank == 1 else "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
+            "" if rank == 1 else show_p(p),
         ]
         for rank, (setting, p) in enumerate(zip(sweep.settings, p_values, strict=True), start=1)
     ]
@@ -160,6 +173,76 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
     ]
 
 
+def show_p(p: float | None) -> str:
+    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def format_folds(sweep: Sweep) -> list[str]:
+    """The accuracy over all folds of each setting that has some, and which folds are missing."""
+    from mnist_lightning.evaluation.scores import wilson_interval
+
+    rows = []
+    for rank, setting in enumerate(sweep.settings, start=1):
+        if (joined := join_folds(setting)) is not None:
+            low, high = wilson_interval(round(joined.correct), joined.images)
+            missing = ", ".join(map(str, joined.missing))
+            rows.append(
+                [
+                    str(rank),
+                    f"{100 * joined.accuracy:.2f}",
+                    f"{100 * low:.2f} to {100 * high:.2f}",
+                    f"{joined.images:,}",
+                    f"**fold {missing}**" if missing else "none",
+                ]
+            )
+    if not rows:
+        return []
+    return [
+        "## All folds together",
+        "",
+        *table(["", "accuracy (%)", "95 % interval", "images", "missing"], rows),
+        "",
+        "Each image is judged by the nets that were not trained on it; accuracies of several seeds are"
+        " averaged. The interval is Wilson's: it knows the images' chance, not that of other training"
+        " images.",
+        "",
+        *code(f"python -m mnist_lightning.evaluate folds={shlex.quote(str(sweep.folder))} labels=true"),
+    ]
+
+
+def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
+    if importance is None:
+        return []
+    rows = [
+        [span(key), f"{100 * share:.0f} %", tell_luck(share, importance)]
+        for key, share in importance.shares.items()
+    ]
+    words = (
+        f"How much of {sweep.metric} each parameter decides, over all values that the search tried: Optuna's"
+        " PED-ANOVA (Watanabe and others 2023). It does not know how much of it is luck: a grid with several"
+        " seeds does."
+    )
+    if importance.method == "variance":
+        if importance.luck is not None:
+            repeated = [key for key in (SEED, FOLD) if key in sweep.varied]
+            rows.append([f"{' and '.join(map(span, repeated))}: luck", f"{100 * importance.luck:.0f} %", ""])
+        name = "together, not alone" if importance.luck is not None else "together, and luck"
+        rows.append([name, f"{100 * importance.rest:.0f} %", ""])
+        words = (
+            f"The share of each parameter in the variance of {sweep.metric} over all jobs, less what chance"
+            " would give it (epsilon squared). "
+        ) + (
+            "Luck is what differs between jobs of one setting."
+            if importance.luck is not None
+            else "With one seed nobody knows how much of it is luck: try `seed=1,2,3`."
+        )
+    return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
+
+
+def tell_luck(share: float, importance: Importance) -> str:
+    return "smaller than luck" if importance.luck is not None and share < importance.luck else ""
+
+
 def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
     winner = sweep.settings[0]
     job = sweep.best_job(winner)
@@ -173,9 +256,9 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
         "## The winner",
         "",
         f"{describe(winner)}: {sweep.metric} {show_value(sweep.metric, winner.mean, winner.std)}"
-        f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {job.name}'}.",
+        f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {literal(job.name)}'}.",
         "",
-        f"- checkpoint: `{checkpoint}`",
+        f"- checkpoint: {span(str(checkpoint))}",
         "- the same net again:",
         "",
         *code(reproduce(job)),
@@ -206,7 +289,10 @@ def format_failures(sweep: Sweep) -> list[str]:
     jobs = sweep.in_state("failed", "interrupted")
     if not jobs:
         return []
-    rows = [[job.name, job.status.state, f"`{settings(job)}`", job.status.error or ""] for job in jobs]
+    rows = [
+        [literal(job.name), job.status.state, span(settings(job)), literal(job.status.error or "")]
+        for job in jobs
+    ]
     return [
         "## Jobs that did not finish",
         "",
@@ -242,11 +328,11 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     p_values: list[float | None] = [None]
     for setting in sweep.settings[1:]:
         other = read_correct(setting)
-        seeds = winner.keys() & other.keys()
-        if not seeds or any(winner[seed].shape != other[seed].shape for seed in seeds):
+        pairs = sorted(winner.keys() & other.keys())
+        if not pairs or any(winner[pair].shape != other[pair].shape for pair in pairs):
             p_values.append(None)
             continue
-        p_values.append(sign_flip(sum(winner[seed] - other[seed] for seed in seeds)))
+        p_values.append(sign_flip(join_differences({pair: winner[pair] - other[pair] for pair in pairs})))
     known = [position for position, p in enumerate(p_values) if p is not None]
     adjusted = holm([p for p in p_values if p is not None])
     for position, p in zip(known, adjusted, strict=True):
@@ -254,27 +340,48 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     return p_values
 
 
-def read_correct(setting: Setting) -> "dict[str, np.ndarray]":
-    """By seed: (N,) int8 of the validation images, 1 where the net was right."""
+def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
+    """Of each image of each fold, the sum over seeds.  By fold and seed: (N,) -> (all images,)"""
+    import numpy as np
+
+    sums: dict[str, np.ndarray] = {}
+    for (fold, _), of_seed in differences.items():
+        sums[fold] = sums[fold] + of_seed if fold in sums else of_seed.astype(np.int64)
+    return np.concatenate(list(sums.values()))
+
+
+def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
+    """By fold and seed: (N,) int8 of the validation images, 1 where the net was right."""
     correct = {}
     for job in setting.jobs:
         images = load_correct(job.folder / "val_correct.npy", job.status.started)
         if images is not None:
-            correct[job.params.get(SEED, "")] = images
+            correct[job.params.get(FOLD, ""), job.params.get(SEED, "")] = images
     return correct
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
+    """None where there is no such file, or none of a net's: it may be a stranger's."""
     import numpy as np
 
-    return np.unpackbits(np.load(path)).astype(np.int8) if path.is_file() else None
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        packed = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    if packed.ndim != 1 or packed.dtype != np.uint8:
+        return None
+    return np.unpackbits(packed).astype(np.int8)
 
 
 def draw(sweep: Sweep, folder: Path) -> None:
     """The metric against each varied parameter, a heat map for two, all learning curves."""
     from mnist_lightning import figures
 
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link, which is not followed: move it away")
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.png"):
         path.unlink()
@@ -309,6 +416,8 @@ def draw(sweep: Sweep, folder: Path) -> None:
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
     """Epochs, from 1, and the metric's value after each; empty where none were logged."""
     epochs, values = [], []
+    if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
+        return [], []
     try:
         with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -325,21 +434,28 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     lines = [""]
     if sweep.settings:
         keys = list(sweep.settings[0].params)
-        header = ["", *keys, sweep.metric, "n"]
+        p_values = compare_with_winner(sweep)
+        header = ["", *keys, sweep.metric, "n", "against the first" if len(sweep.settings) > 1 else ""]
         rows = [
             [
                 str(rank),
                 *setting.params.values(),
                 show_value(sweep.metric, setting.mean, setting.std),
                 str(len(setting.jobs)),
+                "" if rank == 1 else judge(p),
             ]
-            for rank, setting in enumerate(sweep.settings[:top], start=1)
+            for rank, (setting, p) in enumerate(zip(sweep.settings[:top], p_values, strict=False), start=1)
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in (header, *rows):
             lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
         if len(sweep.settings) > top:
-            lines.append(f"   … {len(sweep.settings) - top} more settings")
+            alike = sum(p is not None and p >= TOLD_APART for p in p_values[top:])
+            told = f", {alike} of them can't be told apart from the first" if alike else ""
+            lines.append(f"   … {len(sweep.settings) - top} more settings{told}")
+        lines += summarize_folds(sweep)
+        if (importance := find_importance(sweep)) is not None:
+            lines += ["", summarize_importance(importance)]
     unfinished = sweep.in_state("failed", "interrupted")
     for job in unfinished[:top]:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
@@ -357,9 +473,41 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     return "\n".join(lines)
 
 
+def judge(p: float | None) -> str:
+    """What the paired test says, in words."""
+    if p is None:
+        return "–"
+    shown = f"p {show_p(p)}" if p < 0.001 else f"p = {p:.3f}"
+    return f"can't be told apart, {shown}" if p >= TOLD_APART else f"worse, {shown}"
+
+
+def summarize_folds(sweep: Sweep) -> list[str]:
+    from mnist_lightning.evaluation.scores import wilson_interval
+
+    lines = []
+    joined = join_folds(sweep.settings[0])
+    if joined is not None:
+        low, high = wilson_interval(round(joined.correct), joined.images)
+        lines += [
+            "",
+            f"all folds together: accuracy {100 * joined.accuracy:.2f} % (95 % interval {100 * low:.2f} to"
+            f" {100 * high:.2f} %) on {joined.images:,} images that the nets were not trained on",
+        ]
+        if joined.missing:
+            lines.append(f"without fold {', '.join(map(str, joined.missing))}, which no completed job has")
+    return lines
+
+
+def summarize_importance(importance: Importance) -> str:
+    shares = [f"{key} {100 * share:.0f} %" for key, share in importance.shares.items()]
+    if importance.luck is not None:
+        shares.append(f"luck (seeds, folds) {100 * importance.luck:.0f} %")
+    return f"what mattered ({importance.method}): {', '.join(shares)}"
+
+
 def describe(setting: Setting) -> str:
     words = " ".join(f"{key}={value}" for key, value in setting.params.items() if value)
-    return f"`{words}`" if words else "the only setting"
+    return span(words) if words else "the only setting"
 
 
 def settings(job: Job, keys: Sequence[str] | None = None) -> str:
@@ -368,10 +516,23 @@ def settings(job: Job, keys: Sequence[str] | None = None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    cells.insert(1, ["---"] * len(header))
+    """Of cells that are Markdown: see ``literal`` and ``span`` for what is not."""
+    cells = [list(header), ["---"] * len(header), *map(list, rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
+def literal(text: str) -> str:
+    """Text of a folder that may be a stranger's, as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", " ".join(text.split()))
+
+
+def span(text: str) -> str:
+    """The same as code: in more backticks than stand in it."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
 def code(command: str) -> list[str]:
-    return ["```bash", command, "```", ""]
+    fence = "`" * (1 + max(2, *map(len, re.findall("`+", command) or [""])))
+    return [f"{fence}bash", command, fence, ""]

@@ -7,13 +7,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mnist_lightning.rundir.status import FILE, Status, read
 
-SEED = "seed"
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+SEED, FOLD = "seed", "data.fold"
+NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
@@ -33,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """Completed jobs that differ in nothing but the seed.
+    """Completed jobs that differ in nothing but the seed and the fold.
 
     Attributes:
         params: what varied between the settings of the sweep.
@@ -46,6 +50,47 @@ class Setting:
     mean: float
     std: float
     last: float
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """What the nets of a setting say of images that they were not trained on, all folds together.
+
+    Attributes:
+        images: that were judged, each by one net of each seed.
+        correct: of these, the mean over seeds.
+        missing: folds that no completed job has for validation.
+    """
+
+    images: int
+    correct: float
+    missing: list[int]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
+
+
+def join_folds(setting: Setting) -> OutOfFold | None:
+    """None of a setting without folds, and where its jobs do not tell accuracies and numbers of images."""
+    jobs = [job for job in setting.jobs if FOLD in job.params]
+    if not jobs:
+        return None
+    wanted = max([int(job.params.get(NUM_FOLDS, 0)) for job in jobs])
+    sizes: dict[int, int] = {}
+    correct: dict[int, list[float]] = {}
+    for job in jobs:
+        metrics = job.status.metrics
+        if "val_images" not in metrics or "val/acc" not in metrics:
+            return None
+        fold = int(job.params[FOLD])
+        sizes[fold] = int(metrics["val_images"])
+        correct.setdefault(fold, []).append(metrics["val/acc"] * metrics["val_images"])
+    return OutOfFold(
+        images=sum(sizes.values()),
+        correct=sum(statistics.fmean(counts) for counts in correct.values()),
+        missing=sorted(set(range(wanted)) - correct.keys()),
+    )
 
 
 @dataclass(frozen=True)
@@ -63,6 +108,7 @@ class Sweep:
     jobs: list[Job]
     varied: list[str]
     settings: list[Setting]
+    is_search: bool
 
     def best_job(self, setting: Setting) -> Job:
         choose = max if self.maximize else min
@@ -83,8 +129,10 @@ def read_sweep(folder: Path) -> Sweep:
     metric = saved["monitor"]["metric"]
     jobs = []
     for path in sorted(folder.glob(f"*/{FILE}"), key=lambda path: _natural(path.parent.name)):
+        if path.is_symlink() or path.parent.is_symlink():
+            continue  # a folder may be a stranger's: links in it are not followed
         status = read(path.parent)
-        if status is not None:
+        if status is not None and is_sound(status):
             jobs.append(Job(path.parent, status, split_overrides(status.overrides)))
     # what the settings leave to the metric, the jobs that have ended tell
     modes = [saved["monitor"]["mode"], *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
@@ -99,6 +147,21 @@ def read_sweep(folder: Path) -> Sweep:
         jobs=jobs,
         varied=varied,
         settings=_group(jobs, varied, metric, maximize),
+        is_search="n_trials" in ((saved["hydra"] or {}).get("sweeper") or {}),
+    )
+
+
+def is_sound(status: Status) -> bool:
+    """Whether what a file says of a job is of the types that a job writes."""
+    return (
+        isinstance(status.overrides, list)
+        and all(isinstance(one, str) for one in status.overrides)
+        and isinstance(status.metrics, dict)
+        and all(isinstance(value, (int, float)) for value in status.metrics.values())
+        and all(isinstance(value, (int, float)) for value in (status.started, status.seconds))
+        and isinstance(status.error, (str, type(None)))
+        and isinstance(status.state, str)
+        and status.mode in (None, "max", "min")
     )
 
 
@@ -124,30 +187,35 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def count_jobs(folder: Path) -> int | None:
-    """How many jobs a sweep is to have; None where its folder does not tell."""
+def read_space(folder: Path) -> dict[str, "Override"]:
+    """The swept values of a sweep's command, by key.
+
+    Raises:
+        OSError, ValueError: its folder does not tell.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        saved = read_multirun(folder)
-        sweeper = saved["hydra"]["sweeper"]
-        if "n_trials" in sweeper:
-            return int(sweeper["n_trials"])
-        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*params, *saved["hydra"]["overrides"]["task"]])
-        swept = {one.key_or_group: one for one in parsed}.values()
-        return math.prod(len(list(one.sweep_string_iterator())) for one in swept if one.is_discrete_sweep())
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        HydraException,
-        yaml.YAMLError,
-    ):
+        told = read_multirun(folder)["hydra"]
+        params = [f"{key}={value}" for key, value in (told["sweeper"].get("params") or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*params, *told["overrides"]["task"]])
+    except (KeyError, TypeError, AttributeError, AssertionError, HydraException, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / MULTIRUN} does not tell what was swept: {error}") from error
+    last = {one.key_or_group: one for one in parsed}  # the command line comes after the YAML's
+    return {key: one for key, one in last.items() if one.is_sweep_override()}
+
+
+def count_jobs(folder: Path) -> int | None:
+    """How many jobs a sweep is to have; None where its folder does not tell."""
+    try:
+        space = read_space(folder)
+        trials = read_multirun(folder)["hydra"]["sweeper"].get("n_trials")
+        folds = len(list(space[FOLD].sweep_string_iterator())) if FOLD in space else 1
+        if trials is not None:
+            return int(trials) * folds
+        return math.prod(len(list(one.sweep_string_iterator())) for one in space.values())
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -180,7 +248,7 @@ def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
 
 def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> list[Setting]:
     groups: dict[tuple[str, ...], list[Job]] = {}
-    keys = [key for key in varied if key != SEED]
+    keys = [key for key in varied if key not in (SEED, FOLD)]
     for job in jobs:
         if job.status.state == "completed" and metric in job.status.metrics:
             groups.setdefault(tuple(job.params.get(key, "") for key in keys), []).append(job)

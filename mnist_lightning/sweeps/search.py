@@ -2,8 +2,9 @@
 
 import json
 import logging
+import statistics
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -15,8 +16,9 @@ from mnist_lightning.config import ConfigError
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
+from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
-from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.sweeps.study import TRIAL, open_storage, to_distribution
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 class OptunaSweeper(GridSweeper):
     """Asks a study for each trial's settings and tells it what came out.
 
-    A trial's number is the name of its folder.  The study lies in a file beside them, or wherever
+    A trial's number is the name of its folder; with ``data.fold=0,1,2`` a trial is as many jobs, one after the
+    other in number, and its value is the mean over them.  The study lies in a file beside them, or wherever
     ``storage`` says: sweeps with one storage and one study name work on one study together.
 
     Args:
@@ -63,6 +66,7 @@ class OptunaSweeper(GridSweeper):
         self.sampler = sampler
         self.fixed: dict[str, str] = {}
         self.space: dict[str, Override] = {}
+        self.folds: list[str] = []  # of each trial; none: a trial is one job
         self.trials: dict[int, Trial] = {}
 
     def prepare(self, arguments: list[str]) -> None:
@@ -84,13 +88,25 @@ class OptunaSweeper(GridSweeper):
             key = override.get_key_element()
             self.space.pop(key, None)  # the command line comes after the YAML's
             self.fixed.pop(key, None)
-            if override.is_sweep_override():
+            self.folds = [] if key == FOLD else self.folds
+            if key == FOLD and override.is_discrete_sweep():
+                self.folds = list(override.sweep_string_iterator())
+            elif override.is_sweep_override():
                 self.space[key] = override
             else:
                 self.fixed[key] = override.get_value_element_as_str()
         if not self.space:
             raise ConfigError("nothing to search: give a key choice(), range() or interval() for its value")
-        self.check_jobs(list(self.examples()))
+        self.check_jobs([job for example in self.examples() for job in self.divide(example)])
+
+    def divide(self, job: Job) -> list[Job]:
+        """A trial's jobs: one for each fold."""
+        return [[*job, f"{FOLD}={fold}"] for fold in self.folds] or [job]
+
+    def jobs_of(self, number: int) -> range:
+        """The numbers of a trial's jobs."""
+        count = max(1, len(self.folds))
+        return range(number * count, (number + 1) * count)
 
     def examples(self) -> Iterator[Job]:
         """Jobs with each value of each choice and both ends of each interval."""
@@ -114,7 +130,14 @@ class OptunaSweeper(GridSweeper):
         batch = self.find_unfinished(study)
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
-            returns += self.launch(batch)
+            returns += self.launch(
+                [
+                    one
+                    for number, job in batch
+                    for one in zip(self.jobs_of(number), self.divide(job), strict=True)
+                    if not self.is_finished(one[0])
+                ]
+            )
             for number, _ in batch:
                 self.tell(study, number)
             batch = []
@@ -166,13 +189,14 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.sweep_dir / str(trial.number)
+        job_dir = self.sweep_dir / str(self.jobs_of(trial.number)[0])
         job_dir.mkdir(exist_ok=True)
         saved = {
             "storage": self.storage,
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
+            "folds": len(self.folds),  # a trial of several jobs is not pruned by one of them
         }
         (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
@@ -182,34 +206,39 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            file = self.sweep_dir / str(frozen.number) / TRIAL
+            file = self.sweep_dir / str(self.jobs_of(frozen.number)[0]) / TRIAL
             if file.is_file():
                 saved = json.loads(file.read_text(encoding="utf-8"))
                 check_overrides(self.sweep_dir, saved["overrides"])
-                self.check_jobs([saved["overrides"]])
+                self.check_jobs(self.divide(saved["overrides"]))
                 self.trials[frozen.number] = Trial(study, saved["id"])
                 self.note_trial(
                     self.trials[frozen.number], saved["overrides"]
                 )  # with this sweep's own storage
-                if self.is_finished(frozen.number):
+                if all(self.is_finished(job) for job in self.jobs_of(frozen.number)):
                     self.tell(study, frozen.number)
                 else:
                     unfinished.append((frozen.number, saved["overrides"]))
         return unfinished
 
     def tell(self, study: "Study", number: int) -> None:
-        """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
+        """A trial's outcome, as its jobs' ``status.json`` have it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        status = read(self.sweep_dir / str(number))
-        if status is not None and status.state == "completed":
-            study.tell(self.trials[number], status.metrics[self.config.monitor.metric])
-        elif status is not None and status.state == "pruned":
-            study.tell(self.trials[number], state=TrialState.PRUNED)
-        elif status is None or status.state == "failed":
-            self.trials[number].set_user_attr("error", status.error if status else "left no status")
+        statuses = [read(self.sweep_dir / str(job)) for job in self.jobs_of(number)]
+        failed = [status for status in statuses if status is None or status.state == "failed"]
+        states = {status.state for status in statuses if status is not None}
+        if failed:
+            error = failed[0].error if failed[0] else "left no status"
+            self.trials[number].set_user_attr("error", error)
             study.tell(self.trials[number], state=TrialState.FAIL)
+        elif states == {"completed"}:
+            metric = self.config.monitor.metric
+            values = [status.metrics[metric] for status in statuses if status is not None]
+            study.tell(self.trials[number], statistics.fmean(values))
+        elif "pruned" in states:
+            study.tell(self.trials[number], state=TrialState.PRUNED)
 
 
 def ends(override: Override) -> list[str]:
@@ -218,27 +247,6 @@ def ends(override: Override) -> list[str]:
     if isinstance(sweep, IntervalSweep):
         return [str(sweep.start), str(sweep.end)]
     return list(override.sweep_string_iterator())
-
-
-def to_distribution(override: Override) -> "BaseDistribution":
-    """Optuna's distribution for a swept value of Hydra's grammar.
-
-    ``choice(a, b)`` and ``a,b`` are categories; ``range`` and ``interval`` numbers, whole ones for
-    ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    sweep: Any = override.value()
-    if override.is_interval_sweep():
-        kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
-        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
-    texts = list(override.sweep_string_iterator())
-    if override.is_range_sweep():
-        if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
-            return IntDistribution(int(min(texts, key=int)), int(max(texts, key=int)), step=abs(sweep.step))
-        numbers = [float(text) for text in texts]
-        return FloatDistribution(min(numbers), max(numbers), step=abs(sweep.step))
-    return CategoricalDistribution(texts)
 
 
 def suggest(trial: "Trial", key: str, distribution: "BaseDistribution") -> str:
