@@ -226,7 +226,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             images = datamodule.splits[split]
             save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
         metrics |= last
-        metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
+        if trainer.limit_val_batches == 1.0:
+            metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
         metrics |= {
             "epochs": trainer.current_epoch,
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),

@@ -104,7 +104,12 @@ def search_importance(sweep: Sweep) -> Importance | None:
         from optuna.importance import PedAnovaImportanceEvaluator
     except ImportError:
         return None
-    space = {key: to_distribution(override) for key, override in read_space(sweep.folder).items()}
+    try:
+        swept = read_space(sweep.folder)
+        space = {key: to_distribution(one) for key, one in swept.items() if key not in (SEED, FOLD)}
+    except ValueError as error:
+        log.warning("importance is left out: %s", error)
+        return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize")
     for setting in sweep.settings:

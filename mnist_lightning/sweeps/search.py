@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class OptunaSweeper(GridSweeper):
     """Asks a study for each trial's settings and tells it what came out.
 
-    A trial's number is the name of its folder; with ``data.fold=0,1,2`` a trial is as many jobs, one after the
-    other in number, and its value is the mean over them.  The study lies in a file beside them, or wherever
-    ``storage`` says: sweeps with one storage and one study name work on one study together.
+    A trial's number is the name of its folder; with ``data.fold=0,1,2`` a trial is as many jobs, whose
+    numbers follow each other, and its value is the mean over them.  The study lies in a file beside them,
+    or wherever ``storage`` says: sweeps with one storage and one study name work on one study together.
 
     Args:
         n_trials: of the study in all, failed and pruned ones included.
