@@ -7,7 +7,6 @@ Types come from the dataclasses, defaults and meanings from the YAML files, and 
 """
 
 import functools
-import importlib
 import inspect
 import pickle
 import re
@@ -22,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_lightning.config import CONF_DIR, SCHEMAS, ConfigError, check
+from mnist_lightning.config import CONF_DIR, SCHEMAS, ConfigError, check, register
 from mnist_lightning.settings_help import find_base, flatten, read_comments, show
 
 CONF = Path(CONF_DIR)
@@ -132,7 +131,7 @@ def table_of_presets(choices: list[Path]) -> list[str]:
 
 
 def schema_of(command: str) -> Any:
-    importlib.import_module(f"mnist_lightning.{command}")  # it makes its schema known to Hydra
+    register()
     node = ConfigStore.instance().load(f"{command}_schema.yaml").node
     return OmegaConf.get_type(node)
 

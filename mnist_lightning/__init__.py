@@ -7,12 +7,25 @@ if TYPE_CHECKING:
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule, load_mnist
     from mnist_lightning.network import FeedForward
+    from mnist_lightning.python import compose, load
     from mnist_lightning.rundir.index import list_runs
+    from mnist_lightning.train import train_here as train
 
 __version__ = "0.1.0"
-__all__ = ["DigitClassifier", "FeedForward", "MNISTDataModule", "list_runs", "load_mnist"]
+__all__ = [
+    "DigitClassifier",
+    "FeedForward",
+    "MNISTDataModule",
+    "compose",
+    "list_runs",
+    "load",
+    "load_mnist",
+    "train",
+]
 
 HOMES = {
+    "compose": "python",
+    "load": "python",
     "DigitClassifier": "classifier",
     "FeedForward": "network",
     "MNISTDataModule": "data",
@@ -23,6 +36,8 @@ HOMES = {
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are first asked for: torch takes seconds."""
+    if name == "train":  # a module that can be called
+        return importlib.import_module(f"{__name__}.train")
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)

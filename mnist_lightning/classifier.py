@@ -63,6 +63,8 @@ class DigitClassifier(L.LightningModule):
         num_outputs: of the net for each image; known once ``check`` has run.
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
+        measured: what the training epoch under way, or the last one, has measured so far, by name with a
+            stage.  Lightning's ``callback_metrics`` keep the values of earlier epochs as well.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class DigitClassifier(L.LightningModule):
         self.image_shape = tuple(image_shape)
         self.num_outputs = num_classes
         self.logs_evaluations = True
+        self.measured: dict[str, float] = {}
         self._is_checked = False
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -118,7 +121,7 @@ class DigitClassifier(L.LightningModule):
             for stage in ("train", "val", "test")
         )
         self.train_metrics.persistent(True)  # a checkpoint within an epoch holds its first part
-        self._interval = 0  # steps between two counts, see on_fit_start
+        self._interval = 0  # batches between two counts
         self._resumed: dict[str, Any] | None = None  # the checkpoint to go on from
         self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, outputs, labels of a step
 
@@ -231,9 +234,6 @@ class DigitClassifier(L.LightningModule):
         if not self._is_checked:
             self.check()
 
-    def on_fit_start(self) -> None:
-        self._interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
         outputs = self.net(self.preprocess(images, key))
@@ -244,7 +244,7 @@ class DigitClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1  # of this one, from 0
         loss = self._step(batch, (self.seed, step, self.trainer.global_rank))
-        if len(self._outputs) == self._interval:
+        if len(self._outputs) >= self._interval and not self._accumulates():
             self._count("train")
         return loss
 
@@ -260,7 +260,15 @@ class DigitClassifier(L.LightningModule):
         return outputs.softmax(dim=1) if self.names_classes else outputs
 
     def on_train_epoch_start(self) -> None:
-        self.train_metrics.reset()  # not called where an epoch is resumed within
+        # not called where an epoch is resumed within
+        self.train_metrics.reset()
+        self.measured = {}
+        self._interval = self._count_batches()
+
+    def _count_batches(self) -> int:
+        """Batches between two points of train/loss_step."""
+        steps: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return steps * self.trainer.accumulate_grad_batches
 
     def on_train_epoch_end(self) -> None:
         self._count("train")
@@ -284,18 +292,40 @@ class DigitClassifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._count("test")
-        self._report("test", write=not self.logs_evaluations)
+        self._report("test", write=False)
 
     def on_train_start(self) -> None:
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         if self._resumed is None:
+            self._interval = self._count_batches()
+            if rank:  # else dropout and noise would be the same in all processes
+                torch.manual_seed((rank << 32) + self.seed)
             return
         # nothing between here and the next step draws a random number
-        torch.set_rng_state(self._resumed["random_state"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._resumed["random_state"]["cuda"], self.device)
-        for loss, outputs, labels in self._resumed["uncounted"]:
-            self._outputs.append((loss.to(self.device), outputs.to(self.device), labels.to(self.device)))
-        self._resumed = None
+        saved, self._resumed = self._resumed, None
+        if "accumulate_grad_batches" in saved:  # a schedule of it acts only where an epoch begins
+            self.trainer.accumulate_grad_batches = saved["accumulate_grad_batches"]
+        self._interval = self._count_batches()
+        self.measured = dict(saved.get("measured", {}))
+        processes = saved.get("processes", [saved])  # an earlier version kept one process's, not in a list
+        if len(processes) == world_size:
+            set_random_state(processes[rank]["random_state"], self.device)
+            outputs = processes[rank]["uncounted"]
+        else:
+            log.warning(
+                "the checkpoint was written by %d processes, these are %d: they draw other random numbers",
+                len(processes),
+                world_size,
+            )
+            torch.manual_seed((rank << 32) + self.seed)
+            outputs = [] if rank else [one for process in processes for one in process["uncounted"]]
+        for step in outputs:
+            loss, its_outputs, labels = (tensor.to(self.device) for tensor in step)
+            self._outputs.append((loss, its_outputs, labels))
+        if rank:
+            self.train_metrics.reset()  # the checkpoint's are those of all processes together
+        for name, gradient in saved.get("gradients", {}).items():
+            self.get_parameter(name).grad = gradient.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact resumption needs; refuse to save a net that has gone wrong.
@@ -308,10 +338,30 @@ class DigitClassifier(L.LightningModule):
             raise FloatingPointError(
                 f"a weight is NaN or infinite after step {self.global_step}; a smaller optimizer.lr may help"
             )
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["uncounted"] = [list(outputs) for outputs in self._outputs]
+        process = {
+            "random_state": get_random_state(self.device),
+            "uncounted": [[tensor.cpu() for tensor in outputs] for outputs in self._outputs],
+        }
+        checkpoint["processes"] = [process]
+        if self.trainer.world_size > 1:
+            checkpoint["processes"] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["processes"], process)
+            for metric in self.train_metrics.values():
+                metric.sync()
+            prefix = "train_metrics."
+            checkpoint["state_dict"] |= {
+                name: value.clone() for name, value in self.train_metrics.state_dict(prefix=prefix).items()
+            }
+            for metric in self.train_metrics.values():
+                metric.unsync()
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        if self._accumulates():
+            checkpoint["gradients"] = {
+                name: parameter.grad.clone()
+                for name, parameter in self.named_parameters()
+                if parameter.grad is not None
+            }
+        checkpoint["measured"] = dict(self.measured)
         checkpoint["environment"] = environment()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -366,7 +416,7 @@ class DigitClassifier(L.LightningModule):
         losses = torch.stack([loss for loss, _, _ in self._outputs] or [torch.zeros(())])
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
-            step = self._last_step() - (len(losses) - first - 1 if stage == "train" else 0)
+            step = self._step_of(len(losses) - first - 1) if stage == "train" else self.global_step
             raise FloatingPointError(
                 f"{stage}/loss is {losses[first].item()} at step {step}; a smaller optimizer.lr may help"
             )
@@ -381,17 +431,41 @@ class DigitClassifier(L.LightningModule):
         metrics = getattr(self, f"{stage}_metrics")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(metrics, logger=self.logs_evaluations and not fitting)
+        values = {name: value.item() for name, value in metrics.compute().items()}
+        if fitting:
+            self.measured |= values
         if write:
-            self._write({name: value.item() for name, value in metrics.compute().items()})
+            self._write(values)
 
     def _write(self, values: dict[str, float]) -> None:
-        epoch = self.current_epoch + (self.trainer.state.fn == TrainerFn.FITTING)  # from 1
+        """Give values of the training epoch under way to the loggers."""
         for logger in self.loggers:
-            logger.log_metrics({"epoch": epoch, **values}, step=self._last_step())
+            logger.log_metrics({"epoch": self.current_epoch + 1, **values}, step=self._last_step())
+
+    def _accumulates(self) -> bool:
+        """Whether the optimizer waits for the gradients of batches to come."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rest = batches % self.trainer.accumulate_grad_batches
+        return rest > 0 and batches < self.trainer.num_training_batches
+
+    def _is_in_step(self) -> bool:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed < progress.ready)  # type: ignore[attr-defined]
 
     def _last_step(self) -> int:
-        """The number of the latest training step, counted from 1 over all epochs."""
-        return self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        """The number of the latest optimizer step, or of the one under way; from 1, over all epochs."""
+        return self.global_step + self._is_in_step()
+
+    def _step_of(self, lag: int) -> int:
+        """The number of the optimizer step to which a batch belongs.
+
+        Args:
+            lag: batches before the latest one, in the same epoch.
+        """
+        accumulate = self.trainer.accumulate_grad_batches
+        latest = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        groups = -(-latest // accumulate) + (lag - latest) // accumulate
+        return self.global_step + (self._is_in_step() or self._accumulates()) - groups
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
@@ -459,6 +533,23 @@ def rebuild(
     )
     classifier.check()
     return classifier
+
+
+def get_random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's generators, the CPU's and that of a device of another kind, by kind."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with random numbers where ``get_random_state`` was asked, on the same kind of device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type])
+    elif device.type not in states:
+        log.warning("the checkpoint has no random state of a %s: dropout and noise differ", device.type)
 
 
 def environment() -> dict[str, str | int]:

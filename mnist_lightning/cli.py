@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
 from mnist_lightning import threads, workarounds
+from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
 
 
@@ -22,6 +23,7 @@ class CommandError(CompactHydraException):
 
 PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # a text of which Hydra's grammar makes itself, but for these:
 WORDS = ("null", "true", "false", "nan", "inf")
+INTERPOLATION = r"\$\{[\w.]+(:[^{}]*(\{[^{}]*\}[^{}]*)*)?\}"  # of a key, or of a resolver: ${now:%H-%M}
 
 typed: list[str] = []
 """The command as its user typed it."""
@@ -32,6 +34,7 @@ def begin() -> None:
     threads.wait_passively()
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
+    register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
@@ -54,17 +57,19 @@ def retype(argument: str, *, without: str = "") -> str:
     return shlex.join([*command, *kept, argument])
 
 
-def quote_paths(keys: Collection[str]) -> None:
-    """Quote the values of these keys in ``sys.argv``, so that Hydra reads them as they stand.
+def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """Quote the values of these keys among the arguments, so that Hydra reads them as they stand.
 
     Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  In a list ``[a,b]`` each
-    element is quoted.  A value that the user has quoted for Hydra already is left alone.
+    element is quoted.  A value that the user has quoted for Hydra already is left alone.  ``${…}`` is what
+    Hydra documents, unless something of that very name exists.
     """
     pattern = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, keys))})=)(.+)", re.DOTALL)
-    for position, argument in enumerate(sys.argv[1:], start=1):
-        match = pattern.fullmatch(argument)
-        if match and match[2] != "null":
-            sys.argv[position] = match[1] + _quote_value(match[2])
+    matches = [(argument, pattern.fullmatch(argument)) for argument in arguments]
+    return [
+        match[1] + _quote_value(match[2]) if match and match[2] != "null" else argument
+        for argument, match in matches
+    ]
 
 
 def _quote_value(value: str) -> str:
@@ -72,7 +77,9 @@ def _quote_value(value: str) -> str:
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
         return value
-    return value if PLAIN.fullmatch(value) and value.lower() not in WORDS else quote(value)
+    if PLAIN.fullmatch(value) and value.lower() not in WORDS:
+        return value
+    return quote(value, literal=os.path.lexists(value))
 
 
 def _split_list(text: str) -> list[str]:
@@ -89,11 +96,17 @@ def _split_list(text: str) -> list[str]:
     return [element for element in elements if element]
 
 
-def quote(value: str) -> str:
-    """A string literal of Hydra's override grammar that means exactly ``value``."""
+def quote(value: str, *, literal: bool = True) -> str:
+    """A string literal of Hydra's override grammar that means exactly ``value``.
+
+    Args:
+        literal: False: what ``${…}`` stands for is put in its place.
+    """
     # a backslash escapes only before a quote (there it must be doubled), or before "${"
     escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return "'" + escaped.replace("${", "\\${") + "'"
+    if literal or not re.search(INTERPOLATION, value):
+        escaped = escaped.replace("${", "\\${")
+    return f"'{escaped}'"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Compare, check, register
+from mnist_lightning.config import CONF_DIR, Compare, check
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.settings_help import flatten
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from mnist_lightning.figures import Curve
 
 log = logging.getLogger(__name__)
-register()
 
 CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
 LEVEL = 0.05  # of McNemar's test
@@ -52,7 +52,7 @@ class Contestant:
 
 def main() -> None:
     begin()
-    quote_paths(["runs", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["runs", "data_dir", "output"], sys.argv[1:])
     run()
 
 

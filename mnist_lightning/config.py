@@ -334,6 +334,11 @@ class Train:
         self._check_limits()
         self._check_combinations()
 
+    @property
+    def validates(self) -> bool:
+        """Whether anything is validated, during training and after it."""
+        return self.data.has_validation and self.trainer.get("limit_val_batches") != 0
+
     def _check_monitor(self) -> None:
         names = ["val/loss", *(f"val/{name}" for name, metric in self.metrics.items() if metric)]
         for name, metric in self.metrics.items():
@@ -363,16 +368,20 @@ class Train:
     def _check_combinations(self) -> None:
         max_epochs = self.trainer.get("max_epochs")
         scheduler = str(self.scheduler.get("_target_", ""))
-        if not self.data.has_validation:
-            require(
-                "ReduceLROnPlateau" not in scheduler,
-                "scheduler=plateau watches val/loss, and data.val_size=0 leaves no validation split",
+        if not self.validates:
+            has_split = self.data.has_validation
+            why = (
+                "trainer.limit_val_batches=0 validates nothing"
+                if has_split
+                else "data.val_size=0 leaves no validation split"
             )
+            require("ReduceLROnPlateau" not in scheduler, f"scheduler=plateau watches val/loss, and {why}")
             for name, callback in self.callbacks.items():
+                watched = str((callback or {}).get("monitor", self.monitor.metric))
                 require(
-                    "EarlyStopping" not in str((callback or {}).get("_target_")),
-                    f"callbacks.{name} watches {self.monitor.metric},"
-                    " and data.val_size=0 leaves no validation split",
+                    "EarlyStopping" not in str((callback or {}).get("_target_"))
+                    or not watched.startswith("val/"),
+                    f"callbacks.{name} watches {watched}, and {why}",
                 )
         require(
             not (max_epochs == -1 and "total_steps" in self.scheduler.values()),
@@ -495,6 +504,13 @@ class Export:
         check_threads(self.threads)
 
 
+@dataclass
+class Report:
+    """One run of ``python -m mnist_lightning.report``."""
+
+    run: str
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -542,7 +558,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

@@ -76,8 +76,7 @@ class EpochSampler(Sampler[int]):
 
     Attributes:
         epoch: whose order ``iter`` gives; Lightning calls ``set_epoch`` before each.
-        start: how many of this process's indices ``iter`` leaves out at the beginning, once: the
-            next epoch starts at its beginning again.
+        start: an epoch, and how many of this process's indices ``iter`` leaves out at its beginning.
     """
 
     def __init__(self, num_samples: int, *, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
@@ -87,7 +86,7 @@ class EpochSampler(Sampler[int]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.start = 0
+        self.start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -107,8 +106,8 @@ class EpochSampler(Sampler[int]):
 
     def take(self) -> Tensor:
         """What ``iter`` gives, as a tensor; where nobody calls ``set_epoch``, the next epoch comes next."""
-        start, self.start = self.start, 0
-        order = self.order()[start:]
+        epoch, start = self.start
+        order = self.order()[start if self.epoch == epoch else 0 :]
         self.epoch += 1
         return order
 
@@ -236,9 +235,14 @@ class MNISTDataModule(L.LightningDataModule):
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         batch = fit_loop.epoch_loop.batch_progress.current.ready
+        epoch: int = fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        if 0 < batch < self.trainer.num_training_batches:  # within it, or where a limit has cut it short
+            epoch = fit_loop.epoch_progress.current.started - 1  # type: ignore[attr-defined]
+        else:
+            batch = 0
         return {
-            "epoch": fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
-            "batch": batch if batch < self.trainer.num_training_batches else 0,
+            "epoch": epoch,
+            "batch": batch,
             "fingerprint": self.fingerprint,
         }
 
@@ -334,8 +338,9 @@ class MNISTDataModule(L.LightningDataModule):
         loader = self._loader("train", self.batch_size // world_size)
         sampler = loader.batch_sampler.sampler  # type: ignore[union-attr]
         assert isinstance(sampler, EpochSampler)
-        sampler.epoch = self.resume_epoch
-        sampler.start = self.resume_batch * (self.batch_size // world_size)
+        begun = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0  # type: ignore[attr-defined]
+        sampler.epoch = max(self.resume_epoch, begun)
+        sampler.start = self.resume_epoch, self.resume_batch * (self.batch_size // world_size)
         return loader
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Evaluate, check, register
+from mnist_lightning.config import CONF_DIR, Evaluate, check
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.sweeps.results import FOLD, Sweep, find_sweep, read_sweep
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mnist_lightning.evaluation.scores import Evaluation
 
 log = logging.getLogger(__name__)
-register()
 
 NUM_MISTAKES = 40  # on the sheet
 NUM_LABELS = 12  # in the terminal
@@ -36,7 +36,7 @@ NUM_ASKED = 10_000  # images, by which the number of threads is chosen
 
 def main() -> None:
     begin()
-    quote_paths(["run", "runs", "checkpoint", "folds", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["run", "runs", "checkpoint", "folds", "data_dir", "output"], sys.argv[1:])
     run()
 
 

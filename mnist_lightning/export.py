@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Export, check, register
+from mnist_lightning.config import CONF_DIR, Export, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mnist_lightning.classifier import DigitClassifier
 
 log = logging.getLogger(__name__)
-register()
 
 NUM_CHECKED = 1_000  # test images that both nets are shown
 TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order differ by some 1e-6
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order d
 
 def main() -> None:
     begin()
-    quote_paths(["run", "checkpoint", "data_dir", "output"])
+    sys.argv[1:] = quote_paths(["run", "checkpoint", "data_dir", "output"], sys.argv[1:])
     run()
 
 

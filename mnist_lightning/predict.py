@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Predict, check, register
+from mnist_lightning.config import CONF_DIR, Predict, check
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir.find import find_checkpoint
 
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-register()
 
 
 def main() -> None:
     begin()
-    quote_paths(["images", "run", "checkpoint", "output"])
+    sys.argv[1:] = quote_paths(["images", "run", "checkpoint", "output"], sys.argv[1:])
     run()
 
 

@@ -33,6 +33,7 @@ from mnist_lightning.rundir.index import (
     list_runs,
     read_value,
 )
+from mnist_lightning.rundir.outside import as_cell, as_text
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
 from mnist_lightning.sweeps.results import count_jobs
 
@@ -320,12 +321,7 @@ def show_cell(record: Record, column: str) -> str:
         return str(value)[:16]
     if isinstance(value, float):
         return f"{value:.1f}" if is_measured(column) else f"{value:g}"
-    return plain(str(value))
-
-
-def plain(text: str) -> str:
-    """Text that can't act on a terminal: a run's error may be anybody's."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return as_text(str(value))
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -350,7 +346,7 @@ def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> N
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for record in records:
-        writer.writerow(["" if record.get(key) is None else record[key] for key in names])
+        writer.writerow(["" if record.get(key) is None else as_cell(record[key]) for key in names])
     if name == "-":
         print_lines(text.getvalue().splitlines())
         return
@@ -389,7 +385,7 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
         chosen[path] = runs[str(path)]
     for path, record in chosen.items():
         told = record["changed"] or "default"
-        print(f"{path}  {record['when']}  {record['state']}  {plain(told)}")
+        print(f"{path}  {record['when']}  {record['state']}  {as_text(told)}")
     if not yes:
         if not sys.stdin.isatty():
             count = "1 run" if len(chosen) == 1 else f"{len(chosen)} runs"

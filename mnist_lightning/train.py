@@ -1,10 +1,11 @@
 """Train a feed-forward net on MNIST:  python -m mnist_lightning.train [key=value …]"""
 
 import functools
+import importlib
 import json
 import logging
+import math
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -21,13 +23,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning import __version__, threads, workarounds
-from mnist_lightning.cli import begin, compact_errors, quote_paths, retype
-from mnist_lightning.config import CONF_DIR, RUN_DIR, ConfigError, Train, check, register
+from mnist_lightning.cli import begin, compact_errors, retype
+from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.record import write_patch, write_settings
-from mnist_lightning.rundir.reproduce import compare_weights, tell_changes
-from mnist_lightning.rundir.resume import resume_job
+from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
+from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
@@ -42,11 +44,10 @@ if TYPE_CHECKING:
 
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.python import Run
 
 log = logging.getLogger(__name__)
-register()
 
-MOVED = {"label_smoothing": "loss.label_smoothing"}
 Metrics = dict[str, float | int | str | None]
 
 
@@ -54,51 +55,14 @@ def main() -> None:
     begin()
     signals.install()
     with compact_errors():
-        tell_moved(sys.argv[1:])
-        rewrite_arguments()
-        sys.argv[1:] = expand_folds(sys.argv[1:])
-    quote_paths(["data.data_dir", "data.path", "hydra.run.dir"])
+        sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
-
-
-def tell_moved(arguments: Sequence[str]) -> None:
-    """
-    Raises:
-        ConfigError: an argument has a name of the first edition.
-    """
-    for argument in arguments:
-        key, sign, value = argument.lstrip("+").partition("=")
-        if sign and key in MOVED:
-            raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
-
-
-def expand_folds(arguments: Sequence[str]) -> list[str]:
-    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
-
-    Raises:
-        ConfigError: it is no whole number, or there is no -m.
-    """
-    expanded: list[str] = []
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key != "folds":
-            expanded.append(argument)
-            continue
-        if not re.fullmatch(r"0*([2-9]|[1-9]\d{1,3})", value):
-            raise ConfigError(f"folds must be a whole number in [2, 9999], got {value}")
-        if {"-m", "--multirun"}.isdisjoint(arguments):
-            raise ConfigError(
-                f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
-                " data.fold=0 for one of them"
-            )
-        folds = ",".join(map(str, range(int(value))))
-        expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
-    return expanded
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
 def run(cfg: DictConfig) -> float | None:
     """Train one net; returns the value of ``monitor.metric`` at its best epoch, for a sweeper."""
+    register()  # a cluster's job begins here
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     settings = check(cfg, Train)
     hydra_cfg = HydraConfig.get()
@@ -106,10 +70,34 @@ def run(cfg: DictConfig) -> float | None:
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     if in_sweep:
         settings.resume = resume_job(run_dir)
-    overrides = find_overrides(hydra_cfg.overrides.task, settings)
-    with compact_errors(in_sweep=in_sweep), track(run_dir, overrides, in_sweep=in_sweep) as status:
-        with compact_errors(log_file=run_dir / "train.log", in_sweep=in_sweep):
-            write_settings(run_dir, settings, hydra_cfg.runtime.choices)
+    with compact_errors(in_sweep=in_sweep):
+        metrics = follow(settings, run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep)
+    if is_main_process() and not in_sweep:
+        lines = list_results(metrics, settings, run_dir) + list_next(settings, run_dir)
+        if settings.reproduce is not None:
+            earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
+            lines += ["", tell_changes(earlier, now), compare_weights(earlier, run_dir)]
+        log.info("%s", "\n".join(lines))
+    value = metrics.get(settings.monitor.metric)
+    return value if isinstance(value, float) else None
+
+
+def follow(
+    settings: Train, run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, told: bool = True
+) -> Metrics:
+    """``train`` in a folder that no other process writes to, its state kept in ``status.json``.
+
+    Args:
+        overrides: of the command line.
+        told: whether an error that the user can mend ends the process with its line.
+    """
+    raised = in_sweep or not told
+    log_file, resumed = run_dir / "train.log", settings.resume is not None
+    overrides = find_overrides(overrides, settings)
+    with track(run_dir, overrides, in_sweep=in_sweep, resumed=resumed) as status:
+        with compact_errors(log_file=log_file, in_sweep=raised), on_trial(run_dir, resumed=resumed):
+            choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+            write_settings(run_dir, settings, choices)
             write_patch(
                 run_dir.parent if in_sweep else run_dir,
                 strange_modules(asdict(settings)),
@@ -120,13 +108,36 @@ def run(cfg: DictConfig) -> float | None:
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
-    if is_main_process() and not in_sweep:
-        log.info("%s", summarize(metrics, settings, run_dir))
-        if settings.reproduce is not None:
-            earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
-            log.info("\n%s\n%s", tell_changes(earlier, now), compare_weights(earlier, run_dir))
-    value = metrics.get(settings.monitor.metric)
-    return value if isinstance(value, float) else None
+    return metrics
+
+
+def train_here(*overrides: str) -> "Run":
+    """Train one net, as ``python -m mnist_lightning.train`` does it with these arguments.
+
+    ``run = mnist_lightning.train("model.hidden=256", "trainer.max_epochs=3")`` leaves the same files in a
+    folder of its own under ``logs/``, prints the same messages, and returns a ``Run``: ``run.metrics``,
+    ``run.load()``, ``run.show()``.  Ctrl-C, or interrupting a notebook's cell, saves the step and returns
+    too.  Runs that several threads start go one after the other.
+
+    Raises:
+        ConfigError: a setting can't be used.
+        CommandError: what the command tells in a line: a file, a number, a device.
+    """
+    from mnist_lightning.python import launch
+
+    return launch(work, overrides)
+
+
+class TrainModule(ModuleType):
+    """This module, which can be called: ``mnist_lightning.train`` is the command and the function."""
+
+    __call__ = staticmethod(train_here)
+
+
+def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
+    """A run that Python code has asked for."""
+    metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
+    log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
 
 def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
@@ -135,7 +146,7 @@ def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
         return list(typed)
     earlier = read(Path(settings.reproduce))
     told = earlier.overrides if earlier else []
-    return [*told, *(one for one in typed if not one.startswith("++reproduce="))]
+    return [*told, *(one for one in typed if not one.startswith(TOLD))]
 
 
 def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
@@ -190,12 +201,12 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
-        resumed_at = checkpoint["global_step"] + 1
+        resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
     trainer: L.Trainer = make(
         settings.trainer
-        | ({} if data.has_validation else {"limit_val_batches": 0})
+        | ({} if settings.validates else {"limit_val_batches": 0})
         | {
             "callbacks": callbacks,
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -214,13 +225,17 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
             last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
             last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
+            if settings.validates and kept.best_score == -math.inf:
+                log.warning("no epoch was validated before training ended: best.ckpt is the last one")
         best = kept.folder / BEST if kept else None
         ckpt_path = best if best and best.exists() else None  # debug=fast_dev_run writes none
         metrics: Metrics = {}
-        evaluations = [trainer.validate] * data.has_validation + [trainer.test] * test
+        evaluations = [trainer.validate] * settings.validates + [trainer.test] * test
         for evaluate in evaluations:
             evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
-            metrics |= {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+            stage = "test/" if evaluate == trainer.test else "val/"
+            values = sorted(trainer.callback_metrics.items())
+            metrics |= {name: value.item() for name, value in values if name.startswith(stage)}
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
@@ -230,6 +245,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
         metrics |= {
             "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
             "seed": settings.seed,
             "threads": number,
@@ -238,7 +254,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-            write_hyperparameters(trainer, settings, metrics)
+            write_results(trainer, settings, metrics)
     return metrics
 
 
@@ -325,18 +341,20 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
-    facts = {
+    facts: dict[str, Any] = {
         "dirpath": str(run_dir / "checkpoints"),
-        "monitor": settings.monitor.metric
-        if settings.data.has_validation
-        else None,  # None: the last is the best
+        "monitor": settings.monitor.metric if settings.validates else None,  # None: the last is the best
         "mode": settings.monitor.mode,
+        "stops": find_stops(settings),
         **asdict(settings.checkpoint),
     }
     made: list[L.Callback] = []
     for name, config in settings.callbacks.items():
         if config:
-            offered = facts if config.get("_partial_") else {}
+            watched = str(config.get("monitor", facts["monitor"]))
+            # EarlyStopping is to look where its metric is measured, not at the end of each epoch
+            offered = {"check_on_train_epoch_end": not watched.startswith("val/")}
+            offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
             made.append(make(whole, f"callbacks.{name}", **offered))
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
@@ -425,8 +443,12 @@ def find_commit() -> str | None:
         return None  # no git here
 
 
-def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
-    """Fill TensorBoard's HParams tab: the run's settings beside its final metrics, once."""
+def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
+    """Give what the test has measured to all loggers, and to TensorBoard's HParams tab the run's settings
+    beside its final metrics.
+
+    A run that is killed before or in this has not finished, and a resumption does it again.
+    """
     from torch.utils.tensorboard.summary import hparams
 
     from mnist_lightning.rundir.loggers import TensorBoardLogger
@@ -449,49 +471,62 @@ def write_hyperparameters(trainer: "L.Trainer", settings: Train, metrics: Metric
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
+    tests = {
+        key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
+    }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            with logger.forgiving():
-                writer = logger.experiment
+            with logger.ending() as writer:
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
                     workarounds.add_summary(writer, summary)
-                for key, value in finals.items():
+                for key, value in (finals | tests).items():
                     writer.add_scalar(key, value, trainer.global_step)
-                writer.flush()
+        elif tests:
+            logger.log_metrics({"epoch": trainer.current_epoch, **tests}, step=trainer.global_step)
+            logger.save()
 
 
-def summarize(metrics: Metrics, settings: Train, run_dir: Path) -> str:
-    """What a person wants to know at the end of a run, and what to type next."""
-    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """What a person wants to know at the end of a run, in lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
     lines = [
-        f"{f'{split} {words}':20} {show_with_unit(name, value)}"
-        for split, key in keys.items()
-        if isinstance(value := metrics.get(key), float)
+        "",
+        *(
+            f"{f'{split} {words}':20} {show_with_unit(name, value)}"
+            for split, key in keys.items()
+            if isinstance(value := metrics.get(key), float)
+        ),
     ]
+    if "train_seconds" in metrics:
+        lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
+    return [*lines, f"{'everything is in':20} {as_typed(run_dir)}"]
+
+
+def list_next(settings: Train, run_dir: Path) -> list[str]:
+    """What to type after a run, in lines."""
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    if "train_seconds" in metrics:
-        lines.append(f"{'training':20} {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s")
-    return "\n".join(
-        [
-            "",
-            *lines,
-            f"{'everything is in':20} {folder}",
-            "",
-            "next:",
-            "  tensorboard --logdir logs",
-            *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
-            *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-            f"  python -m mnist_lightning.train resume={shlex.quote(str(folder))}{trust}   # if interrupted",
-        ]
-    )
+    resume = shlex.quote(str(as_typed(run_dir)))
+    return [
+        "",
+        "next:",
+        "  tensorboard --logdir logs",
+        *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
+        *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
+        f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted",
+    ]
+
+
+def as_typed(folder: Path) -> Path:
+    """A folder as a person in the working folder would type it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 if __name__ == "__main__":
-    from mnist_lightning import train as module  # not __main__: a cluster's launcher sends its name
-
-    module.main()
+    module = importlib.import_module("mnist_lightning.train")
+    module.main()  # not this one, which is called __main__: a cluster's launcher sends its name
+else:
+    sys.modules[__name__].__class__ = TrainModule

@@ -1,6 +1,7 @@
 """What the data looks like:  python -m mnist_lightning.visualize [key=value …]"""
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,12 @@ from omegaconf import DictConfig
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, Data, Visualize, check, register
+from mnist_lightning.config import CONF_DIR, Data, Visualize, check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-register()
 
 NUM_IMAGES = 60  # of the grid: six rows of ten
 NUM_DEFORMED, NUM_VARIANTS = 7, 9
@@ -23,7 +23,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 def main() -> None:
     begin()
-    quote_paths(["data.data_dir", "data.path", "output"])
+    sys.argv[1:] = quote_paths(["data.data_dir", "data.path", "output"], sys.argv[1:])
     run()
 
 

@@ -8,12 +8,15 @@ import logging
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
     from optuna import Trial
     from torch.utils.tensorboard import SummaryWriter
@@ -76,6 +79,85 @@ def skip_device_probe() -> None:
 
     if not torch.cuda.is_available():
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+def is_validation_due(trainer: "Trainer") -> bool:
+    """Whether Lightning 2.6 validates after the training batch that ends now."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+@contextmanager
+def process_as_it_was() -> Iterator[None]:
+    """A stretch after which a process that is somebody else's, a notebook's, is as it was before.
+
+    Lightning and ``quiet_lightning`` change the environment, the filters of warnings, loggers, the random
+    states of Python, NumPy and torch, and whether torch wants deterministic algorithms.
+    """
+    import torch
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    loggers.append(logging.getLogger("lightning"))
+    told = [(one, one.level, one.propagate, one.handlers[:]) for one in loggers]
+    environ, hook, raises = dict(os.environ), threading.excepthook, logging.raiseExceptions
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(isolate_rng())
+        stack.enter_context(usual_torch())
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            threading.excepthook, logging.raiseExceptions = hook, raises
+            for name in os.environ.keys() - environ.keys():
+                del os.environ[name]
+            os.environ.update(environ)
+            for one, level, propagate, handlers in told:
+                one.level, one.propagate, one.handlers[:] = level, propagate, handlers
+
+
+@contextmanager
+def hydra_as_it_was() -> Iterator[None]:
+    """A stretch in which Hydra 1.3 is used beside an application that uses it too: its version base, name of
+    the job and config come back."""
+    from hydra import version
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.singleton import Singleton
+    from hydra.core.utils import JobRuntime, setup_globals
+
+    names = (HydraConfig, JobRuntime, version.VersionBase)
+    kept: dict[Any, Any] = {name: Singleton._instances.pop(name, None) for name in names}
+    version.setbase("1.3")
+    setup_globals()
+    JobRuntime.instance().set("name", "train")
+    try:
+        yield
+    finally:
+        for name in names:
+            Singleton._instances.pop(name, None)
+        Singleton._instances.update({name: one for name, one in kept.items() if one is not None})
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """A stretch with torch's own defaults: float32, the CPU, gradients; the user's come back behind it."""
+    import torch
+
+    dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    moved = device.type != "cpu"
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if moved:
+        torch.set_default_device("cpu")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if moved:
+            torch.set_default_device(device)
 
 
 def compiler_failure() -> type[Exception]:

@@ -11,6 +11,8 @@ import gc
 import json
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +165,29 @@ def start(preloaded: Preloaded, environment: dict[str, str]) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def wheel(once: Once) -> Path:
+    """The wheel of this checkout."""
+
+    def make(folder: Path) -> None:
+        build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY))
+        subprocess.run([sys.executable, *build], check=True, capture_output=True)
+
+    return next(once("wheel", make).glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, once: Once) -> Path:
+    """The folder in which it is unpacked: on PYTHONPATH it goes before the checkout."""
+    return once("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
+
+
+@pytest.fixture
+def from_wheel(installed: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run what is installed, not the checkout."""
+    monkeypatch.setitem(environment, "PYTHONPATH", str(installed))
 
 
 @dataclass

@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ from mnist_lightning.cli import quote, quote_paths
 ODD = "a (1)=b,é #x.png"
 
 
-def parse(argument: str, monkeypatch: pytest.MonkeyPatch) -> object:
+def parse(argument: str) -> object:
     """What Hydra reads of an argument as the user typed it."""
-    monkeypatch.setattr(sys, "argv", ["command", argument])
-    quote_paths(["images", "runs"])
-    return OverridesParser.create().parse_override(sys.argv[1]).value()
+    (quoted,) = quote_paths(["images", "runs"], [argument])
+    return OverridesParser.create().parse_override(quoted).value()
 
 
 @pytest.mark.parametrize(
@@ -36,9 +34,8 @@ def parse(argument: str, monkeypatch: pytest.MonkeyPatch) -> object:
         ("null", None),
     ],
 )
-def test_paths_mean_what_was_typed(typed: str, meant: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    value = parse(f"images={typed}", monkeypatch)
-    assert unquoted(value) == meant
+def test_paths_mean_what_was_typed(typed: str, meant: object) -> None:
+    assert unquoted(parse(f"images={typed}")) == meant
 
 
 def unquoted(value: object) -> object:
@@ -52,17 +49,16 @@ def test_names_of_existing_files_may_hold_commas(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for name in (ODD, "[x].png", "[1,2]", "a,b,c"):
         (tmp_path / name).touch()
-    assert unquoted(parse(f"images=[{ODD},c.png]", monkeypatch)) == [ODD, "c.png"]
-    assert unquoted(parse(f"images=[c.png,{ODD}]", monkeypatch)) == ["c.png", ODD]
-    assert unquoted(parse("runs=[a,b,c,d]", monkeypatch)) == ["a,b,c", "d"]
-    assert unquoted(parse("images=[x].png", monkeypatch)) == "[x].png"
-    assert unquoted(parse("images=[1,2]", monkeypatch)) == "[1,2]"
+    assert unquoted(parse(f"images=[{ODD},c.png]")) == [ODD, "c.png"]
+    assert unquoted(parse(f"images=[c.png,{ODD}]")) == ["c.png", ODD]
+    assert unquoted(parse("runs=[a,b,c,d]")) == ["a,b,c", "d"]
+    assert unquoted(parse("images=[x].png")) == "[x].png"
+    assert unquoted(parse("images=[1,2]")) == "[1,2]"
 
 
-def test_other_keys_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", "model.hidden=[1,2]", "images_=a b"])
-    quote_paths(["images"])
-    assert sys.argv[1:] == ["model.hidden=[1,2]", "images_=a b"]
+def test_other_keys_are_left_alone() -> None:
+    arguments = ["model.hidden=[1,2]", "images_=a b"]
+    assert quote_paths(["images"], arguments) == arguments
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))

@@ -22,7 +22,7 @@ from mnist_lightning.rundir.status import Status
 from mnist_lightning.sweeps.importance import find_importance, share_variance
 from mnist_lightning.sweeps.report import join_differences, literal, span, summarize, write_report
 from mnist_lightning.sweeps.results import count_jobs, join_folds, read_sweep
-from mnist_lightning.train import expand_folds
+from mnist_lightning.sweeps.resume import expand_folds
 
 SHORT = ("trainer.max_epochs=1", "logger=csv", NO_PICTURES, "data.train_size=600", "model.hidden=16")
 
@@ -274,13 +274,14 @@ def test_a_strangers_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     Status("completed", None, ["model.hidden=z"], 1.0, 1.0, {"val/acc": 0.9}).write(tmp_path / "elsewhere")
     (tmp_path / "4").symlink_to(tmp_path / "elsewhere")
     sweep = write_report(tmp_path)
-    assert [job.name for job in sweep.jobs] == ["elsewhere", "0", "1", "2"], "no link, nothing damaged"
+    assert [job.name for job in sweep.jobs] == ["elsewhere", "0", "1", "2", "3"], "no link"
+    assert sweep.jobs[-1].status.error == "its status.json is damaged"
     report = (tmp_path / "report.md").read_text()
     assert literal(HOSTILE) in report
     outside = re.sub(r"(`+)[^\n]*?\1", "", report)
     assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(http", outside)
     assert "\n# e" not in report
-    assert span("a`b") == "`` a`b ``"
+    assert span("a`|b") == "``a`\\|b``"
     figures = tmp_path / "figures"
     mine = tmp_path / "mine"
     mine.mkdir()

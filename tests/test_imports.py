@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "figures": set(),
     "threads": {"network"},
     "config": {"images", "settings_help", "targets"},
-    "cli": {"rundir", "threads", "workarounds"},
+    "cli": {"config", "rundir", "threads", "workarounds"},
     "trust": {"cli", "config", "targets"},
     "images": {"rundir", "targets"},
     "data": {"images"},
@@ -46,6 +46,9 @@ MAY_IMPORT = {
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
     "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
     "callbacks": {"evaluation", "figures", "rundir", "sweeps"},
+    "python": COMMANDS - {"train"}
+    | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
+    | {"rundir", "sweeps", "threads", "workarounds"},
     "sweeps": {
         *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
         *("targets", "threads", "trust", "workarounds"),
@@ -89,8 +92,10 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def test_no_command_is_imported() -> None:
+    """But by what people call from Python, which calls what the commands call."""
     for name, path in MODULES.items():
-        assert not (ours(path) - {name}) & COMMANDS, name
+        if name != "python":
+            assert not (ours(path) - {name}) & COMMANDS, name
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - COMMANDS))
@@ -107,6 +112,8 @@ def test_nothing_heavy_is_imported_at_the_top(name: str) -> None:
 def test_only_the_edge_knows_the_config() -> None:
     knowing = {name for name, path in MODULES.items() if "config" in ours(path)}
     edge = {
+        "cli",
+        "python",
         "trust",
         "rundir.claim",
         "rundir.index",

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Run, Start, settle
+from conftest import REPOSITORY, Run, settle
 from numpy.typing import NDArray
 from PIL import Image
-from processes import wait_for
-from test_own_parts import retyped
+from processes import Preloaded, wait_for
+from test_own_parts import draw_seven, retyped
 from test_resume import differences
 from torchvision.datasets import CIFAR10, EMNIST
 
@@ -37,6 +38,8 @@ from mnist_lightning.rundir.checkpoint import load, serialize
 
 Arrays = dict[str, Any]
 TINY = ("trainer.max_epochs=2", "data.batch_size=20", "trainer.log_every_n_steps=5", "model.hidden=16")
+
+pytestmark = pytest.mark.usefixtures("from_wheel")
 
 
 def make_arrays(num_classes: int, shape: tuple[int, ...], each: int, *, noise: float = 40.0) -> Arrays:
@@ -53,6 +56,66 @@ def make_arrays(num_classes: int, shape: tuple[int, ...], each: int, *, noise: f
 
 def one_set(content: Arrays) -> Arrays:
     return {"images": content["train_images"], "labels": content["train_labels"]}
+
+
+def idx(array: NDArray[np.uint8]) -> bytes:
+    header = (0x800 + array.ndim, *array.shape)
+    return b"".join(number.to_bytes(4, "big") for number in header) + array.tobytes()
+
+
+def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
+    """The zip of EMNIST, small: each split's files, their images transposed, letters counted from 1."""
+    generator = np.random.default_rng(1)
+    upright = {}
+    with zipfile.ZipFile(folder / "gzip.zip", "w") as archive:
+        for split, first, count in (("letters", 1, 26), ("balanced", 0, 47), ("digits", 0, 10)):
+            for part in ("train", "test"):
+                images = generator.integers(0, 256, (count * 2, 28, 28), dtype=np.uint8)
+                labels = (np.arange(count * 2) % count + first).astype(np.uint8)
+                upright[f"{split} {part}"] = images
+                for kind, array in (("images-idx3", images.transpose(0, 2, 1)), ("labels-idx1", labels)):
+                    name = f"gzip/emnist-{split}-{part}-{kind}-ubyte.gz"
+                    archive.writestr(name, gzip.compress(idx(np.ascontiguousarray(array))))
+    return upright
+
+
+def write_cifar(folder: Path) -> dict[str, str]:
+    """CIFAR-10's archive folder, small.  -> checksums by file"""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(1)
+    names = [f"data_batch_{number}" for number in range(1, 6)]
+    for name in (*names, "test_batch"):
+        batch = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [*range(10)] * 2}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    classes = {"label_names": list(KNOWN["cifar10"].class_names)}
+    (folder / "batches.meta").write_bytes(pickle.dumps(classes))
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def unpack_emnist(folder: Path) -> None:
+    write_emnist(folder)
+    raw = folder / "cache" / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "gzip.zip") as archive:
+        for name in archive.namelist():
+            (raw / Path(name).stem).write_bytes(gzip.decompress(archive.read(name)))
+
+
+SMALL_CIFAR = """
+import json, runpy, sys
+from torchvision.datasets import CIFAR10
+checksums = json.load(open("checksums.json"))
+CIFAR10.train_list = [[name, checksums[name]] for name, _ in CIFAR10.train_list]
+CIFAR10.test_list = [["test_batch", checksums["test_batch"]]]
+CIFAR10.meta["md5"] = checksums["batches.meta"]
+runpy.run_module(f"mnist_lightning.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+"""
+
+
+def unpack_cifar(folder: Path) -> None:
+    checksums = write_cifar(folder / "cache" / "cifar-10-batches-py")
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    (folder / "small_cifar.py").write_text(SMALL_CIFAR)
 
 
 LONG_NAMES = [f"{'a name of thirty letters, nr. ':.<27}{number:03}" for number in range(100)]
@@ -79,6 +142,8 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("data=folder", "data.path=pictures", "data.size=8", "data/augment=affine"),
     ),
     "a function": (lambda folder: None, ("--config-dir", "my_conf", "data=columns")),
+    "letters of EMNIST": (unpack_emnist, ("data=emnist_letters", "data.val_size=12", "data.deskew=true")),
+    "CIFAR-10": (unpack_cifar, ("data=cifar10", "data.val_size=30", "data/augment=affine")),
 }  # fmt: skip
 QUICK = ("a folder of pictures",)
 
@@ -95,18 +160,29 @@ def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
 )
-def test_from_training_to_report(name: str, tmp_path: Path, python: Run, command: Run, start: Start) -> None:
+def test_from_training_to_report(
+    name: str, tmp_path: Path, python: Run, preloaded: Preloaded, environment: dict[str, str]
+) -> None:
     shutil.copytree(REPOSITORY / "tests" / "own", tmp_path, dirs_exist_ok=True)
     make, chosen = SETS[name]
     make(tmp_path)
+
+    def module(command: str) -> list[str]:
+        return ["small_cifar.py", command] if name == "CIFAR-10" else ["-m", f"mnist_lightning.{command}"]
+
+    def command(name: str, *arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+        return python(*module(name), *arguments, cwd=cwd)
+
     trust = ["trust=my_data"] if name == "a function" else []
     settings = [*chosen, *TINY, "data.data_dir=cache", "checkpoint.every_n_steps=2"]
     done = command("train", *settings, "hydra.run.dir=twin", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "TensorBoard gets no" not in done.stdout + done.stderr
+    where = (tmp_path / "twin" / ".hydra" / "hydra.yaml").read_text()
+    assert f"{environment['PYTHONPATH']}/mnist_lightning/conf" in where, "what is installed"
     metrics = json.loads((tmp_path / "twin" / "metrics.json").read_text())
 
-    process = start("train", *settings, "hydra.run.dir=run", cwd=tmp_path)
+    process = preloaded.start(*module("train"), *settings, "hydra.run.dir=run", cwd=tmp_path, env=environment)
     wait_for(lambda: any(tmp_path.glob("run/checkpoints/last.ckpt")), process)
     process.kill()
     process.wait()
@@ -129,8 +205,7 @@ def test_from_training_to_report(name: str, tmp_path: Path, python: Run, command
     evaluated = json.loads((tmp_path / "run" / "evaluation" / "val" / "metrics.json").read_text())
     assert evaluated["acc"] == pytest.approx(metrics["val/acc"], abs=1e-6)
 
-    picture = np.random.default_rng(2).integers(0, 256, (50, 30, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "picture.png")
+    draw_seven().save(tmp_path / "picture.png")
     done = command("predict", "images=picture.png", "run=run", "output=predicted", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     classes = one["hyper_parameters"]["class_names"]
@@ -414,27 +489,6 @@ def serve(folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-def idx(array: NDArray[np.uint8]) -> bytes:
-    header = (0x800 + array.ndim, *array.shape)
-    return b"".join(number.to_bytes(4, "big") for number in header) + array.tobytes()
-
-
-def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """The zip of EMNIST, small: each split's files, their images transposed, letters counted from 1."""
-    generator = np.random.default_rng(1)
-    upright = {}
-    with zipfile.ZipFile(folder / "gzip.zip", "w") as archive:
-        for split, first, count in (("letters", 1, 26), ("balanced", 0, 47), ("digits", 0, 10)):
-            for part in ("train", "test"):
-                images = generator.integers(0, 256, (count * 2, 28, 28), dtype=np.uint8)
-                labels = (np.arange(count * 2) % count + first).astype(np.uint8)
-                upright[f"{split} {part}"] = images
-                for kind, array in (("images-idx3", images.transpose(0, 2, 1)), ("labels-idx1", labels)):
-                    name = f"gzip/emnist-{split}-{part}-{kind}-ubyte.gz"
-                    archive.writestr(name, gzip.compress(idx(np.ascontiguousarray(array))))
-    return upright
-
-
 def test_emnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     upright = write_emnist(tmp_path)
     monkeypatch.setattr(EMNIST, "md5", hashlib.md5((tmp_path / "gzip.zip").read_bytes()).hexdigest())
@@ -466,19 +520,6 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         source.make_whole()
     assert source.is_whole()
     assert len(source.read().class_names) == 47
-
-
-def write_cifar(folder: Path) -> dict[str, str]:
-    """CIFAR-10's archive folder, small.  -> checksums by file"""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(1)
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    for name in (*names, "test_batch"):
-        batch = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [*range(10)] * 2}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    classes = {"label_names": list(KNOWN["cifar10"].class_names)}
-    (folder / "batches.meta").write_bytes(pickle.dumps(classes))
-    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 class Opened:

@@ -31,6 +31,8 @@ BROUGHT = {
 
 QUICK = ("cnn",)  # of these, the others are slow
 
+pytestmark = pytest.mark.usefixtures("from_wheel")
+
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:

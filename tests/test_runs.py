@@ -17,7 +17,7 @@ from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.index import INDEX, read_value
 from mnist_lightning.rundir.record import find_changes, write_patch
 from mnist_lightning.rundir.status import Status, lock
-from mnist_lightning.runs import Runs, average, delete, find_keys, plain, read_filter, show, sort
+from mnist_lightning.runs import Runs, average, delete, find_keys, read_filter, show, sort
 
 SHORT = (
     *("trainer.max_epochs=1", "+trainer.limit_train_batches=2", NO_PICTURES),
@@ -262,10 +262,6 @@ def test_delete_leaves_what_is_under_way(logs: Path) -> None:
     assert not (sweep / INDEX).exists()
     assert not (sweep / "0").exists()
     assert not run.exists()
-
-
-def test_text_is_printed_as_it_is_written() -> None:
-    assert plain("é → \x1b]0;x\x07\n\u202e") == r"é → \x1b]0;x\x07\n\u202e"
 
 
 def test_command(logs: Path, command: Run) -> None:

@@ -5,12 +5,15 @@ import logging
 import math
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
+from mnist_lightning import workarounds
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers
 from mnist_lightning.rundir.checkpoint import BEST, LAST, PREVIOUS
@@ -19,10 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``best.ckpt`` and ``last.ckpt`` at the end of each epoch, ``last.ckpt`` also within it.
+    """Writes ``best.ckpt`` and ``last.ckpt`` at the end of each epoch; within it ``last.ckpt`` when it is
+    due, and both after a validation that is the best so far.
 
-    The ``last.ckpt`` that is replaced stays as ``previous.ckpt``.  When a signal asks the run to
-    stop (see ``signals``), the step is finished and saved, and the process ends.
+    The ``last.ckpt`` that is replaced stays as ``previous.ckpt``.  As long as nothing was validated, the
+    last is the best.  When a signal asks the run to stop (see ``signals``), the step is finished and saved,
+    and the process ends; of several processes all do, at the same step.
+
+    A run that was stopped early, or by a limit, within an epoch goes on there once it may.
 
     Lightning's own ModelCheckpoint numbers the files of a second run, loses what the plain
     loggers have not yet written, and saves before validation what it calls the epoch's last step;
@@ -34,6 +41,15 @@ class Checkpoints(Checkpoint):
         mode: "max" or "min" of ``monitor``.
         every_n_steps: write ``last.ckpt`` each so many optimizer steps; None: not within an epoch.
         every_n_seconds: write it when so many seconds have passed; None: not within an epoch.
+        stops: the settings that may stop a run early.  A run that was stopped stays so as long as they are
+            the same.
+
+    Attributes:
+        best_epoch: of ``best.ckpt``, from 1.
+        best_score: of the monitored metric there, times -1 where it is to be small; -inf as long as nothing
+            was validated.
+        metrics: of the last finished epoch.
+        train_seconds: up to the last save, over all resumptions.
     """
 
     def __init__(
@@ -44,63 +60,117 @@ class Checkpoints(Checkpoint):
         mode: str,
         every_n_steps: int | None,
         every_n_seconds: float | None,
+        stops: Sequence[str] = (),
     ) -> None:
         self.folder = Path(dirpath)
         self.monitor = monitor
         self.sign = 1 if mode == "max" else -1
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
-        self.best_score = -math.inf  # times sign: the greater, the better
-        self.best_epoch: int | None = None  # from 1
-        self.metrics: dict[str, float] = {}  # of the last finished epoch
-        self.train_seconds = 0.0  # up to the last save, over all resumptions
+        self.stops = list(stops)
+        self.stopped: list[str] | None = None  # by what, where the run was stopped early
+        self.best_score = -math.inf
+        self.best_epoch: int | None = None
+        self.metrics: dict[str, float] = {}
+        self.train_seconds = 0.0
+        self._validated_at = -1  # the batch, over all epochs
         self._clock = time.monotonic()
         self._saved_step = 0
         self._saved_at = self._clock
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best_score", "best_epoch", "metrics", "train_seconds")
+        names = ("best_score", "best_epoch", "metrics", "train_seconds", "stopped")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
             setattr(self, name, value)
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Where the run may go on, take an epoch that was cut short for one that is under way."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+        was_cut = epochs["current"]["processed"] == epochs["current"]["started"]
+        was_cut = was_cut and not batches["is_last_batch"]
+        at_limit = 0 <= trainer.max_steps <= checkpoint["global_step"]
+        saved = checkpoint["callbacks"].get(self.state_key, {})
+        if was_cut and not at_limit and saved.get("stopped") != self.stops:
+            for count in (epochs["current"], epochs["total"]):
+                count["processed"] -= 1
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = self._saved_at = time.monotonic()
         self._saved_step = trainer.global_step
+        if self.stopped == self.stops:
+            trainer.should_stop = True
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
-        if trainer.world_size == 1:
-            signals.install()  # Lightning has put its own handler before ours
+        signals.install()  # Lightning has put its own handler before ours
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the epoch's end, which comes after validation, saves more
-        step = trainer.global_step
-        due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if self.every_n_seconds is not None:
-            due = due or time.monotonic() - self._saved_at >= self.every_n_seconds
-        if (due or signals.received()) and step != self._saved_step:
-            self._save(trainer, LAST)
-        self._stop_if_asked(trainer)
+        if self._is_due(trainer) and not workarounds.is_validation_due(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches:
+            return
+        if self.monitor and self._is_best(trainer, pl_module):
+            self._save(trainer, BEST)
+        if self._is_due(trainer):
+            self._save_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        epoch = trainer.current_epoch + 1
-        score = self.sign * self.metrics[self.monitor] if self.monitor else float(epoch)
-        if score > self.best_score:
-            self.best_score, self.best_epoch = score, epoch
-            self._save(trainer, BEST)
-        else:
+        self.metrics = dict(pl_module.measured)  # type: ignore[arg-type]
+        self.stopped = self.stops if trainer.should_stop else None
+        self._save(trainer, BEST if self._is_best(trainer, pl_module) else LAST)
+        self._stop_if_asked(trainer)
+
+    def _is_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Whether the weights of this step are the best so far; asked once of each validation."""
+        measured: dict[str, float] = pl_module.measured  # type: ignore[assignment]
+        score = -math.inf
+        if self._validated_at == trainer.fit_loop.epoch_loop.total_batch_idx and self.monitor in measured:
+            score = self.sign * measured[self.monitor]
+        self._validated_at = -1
+        is_best = score > self.best_score or self.best_score == -math.inf
+        if is_best:
+            self.best_score, self.best_epoch = max(self.best_score, score), trainer.current_epoch + 1
+        return is_best
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether to save now, or to stop; all processes get the same answer."""
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if self.every_n_seconds is not None and trainer.is_global_zero:
+            due = due or time.monotonic() - self._saved_at >= self.every_n_seconds
+        return self._does_any(trainer, due or signals.received())
+
+    def _does_any(self, trainer: L.Trainer, answer: bool) -> bool:
+        if trainer.world_size == 1:
+            return answer
+        return trainer.strategy.reduce_boolean_decision(answer, all=False)
+
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        if trainer.global_step != self._saved_step:
             self._save(trainer, LAST)
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        if signals.received():
+        if not self._does_any(trainer, signals.received()):
+            return
+        signals.ask()  # it may have come to another process
+        if trainer.is_global_zero:
             log.warning(
                 "stopped by a signal, saved at step %d; to go on: python -m mnist_lightning.train resume=%s",
                 trainer.global_step,

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from mnist_lightning.rundir.notebook import NotebookBar, in_notebook
 from mnist_lightning.rundir.status import show_with_unit
 
 log = logging.getLogger(__name__)
@@ -17,14 +18,16 @@ log = logging.getLogger(__name__)
 class Progress(ProgressBar):
     """One line an epoch, and on a terminal a bar while the epoch runs.
 
-    The bar is drawn by tqdm at most ten times a second, whatever the number of steps.
+    The bar is drawn by tqdm at most ten times a second, whatever the number of steps.  In a notebook bar and
+    line are one, drawn anew in its place for the whole run.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] | NotebookBar | None = None
         self._epoch_start = 0.0
+        self._line: NotebookBar | None = None
         self._ended = ""  # the last epoch's line, its metrics left open
 
     def disable(self) -> None:
@@ -43,11 +46,15 @@ class Progress(ProgressBar):
     def _begin(self, trainer: L.Trainer) -> None:
         self._close()
         self._epoch_start = time.monotonic()
-        if self._enabled and sys.stderr.isatty():
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready % int(trainer.num_training_batches)
+        if self._enabled and in_notebook():
+            self._line = self._line or NotebookBar()
+            self._line.start(_name_epoch(trainer), total=int(trainer.num_training_batches), done=done)
+            self._bar = self._line
+        elif self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=int(trainer.num_training_batches),
-                initial=trainer.fit_loop.epoch_loop.batch_progress.current.ready
-                % trainer.num_training_batches,
+                initial=done,
                 desc=_name_epoch(trainer),
                 unit="step",
                 leave=False,
@@ -57,8 +64,8 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        if self._bar is not None and self._bar.update():
+            self._bar.set_postfix_str(f"loss {outputs['loss'].item():.4f}", refresh=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -70,7 +77,10 @@ class Progress(ProgressBar):
     def _tell(self, trainer: L.Trainer) -> None:
         """Log the line of the epoch that has ended: its metrics are there once all hooks have run."""
         if self._enabled and self._ended:
-            log.info(self._ended, "".join(_tell_stage(trainer, stage) for stage in ("train", "val")))
+            told = "".join(_tell_stage(trainer, stage) for stage in ("train", "val"))
+            log.info(self._ended, told)
+            if self._line is not None:
+                self._line.tell(self._ended % told)
         self._ended = ""
 
     def on_exception(
@@ -87,8 +97,8 @@ class Progress(ProgressBar):
 def _tell_stage(trainer: L.Trainer, stage: str) -> str:
     """A stage's loss and metrics, "   train loss 0.3042 acc 91.52 %"; nothing where it had none."""
     values = {
-        name.removeprefix(f"{stage}/"): value.item()
-        for name, value in trainer.callback_metrics.items()
+        name.removeprefix(f"{stage}/"): value
+        for name, value in trainer.lightning_module.measured.items()  # type: ignore[operator, union-attr]
         if name.startswith(f"{stage}/")
     }
     names = sorted(values, key=lambda name: name != "loss")

@@ -51,7 +51,10 @@ class Pruning(Callback):
         """
         if self.trial is None:
             return
-        value = trainer.callback_metrics[self.monitor].item()
+        measured: dict[str, float] = pl_module.measured  # type: ignore[assignment]
+        if self.monitor not in measured:
+            return
+        value = measured[self.monitor]
         self.trial.report(value, step=trainer.current_epoch)
         if self.trial.should_prune():
             raise Pruned(f"{self.monitor} {value:.4f} after epoch {trainer.current_epoch + 1}")

@@ -65,23 +65,22 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     return classifier.eval(), checkpoint
 
 
-def load_split(
-    path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None, trust: Any = None
-) -> Images:
-    """The images of a checkpoint's run, split as the run had them.
+def load_data(
+    path: Path, checkpoint: dict[str, Any], *, data_dir: str | None, trust: Any = None
+) -> MNISTDataModule:
+    """The data of a checkpoint's run, set up and split as the run had it.
 
     Args:
         path: of the checkpoint, for the messages.
         checkpoint: what it holds.
-        split: "train", "val" or "test".
         data_dir: where the data lies, the folder or the npz file of such data, made and filled where
             something is missing; None: where the run read it.  That path comes from a file that may be a
             stranger's: it is read, never written.
         trust: see ``load_classifier``.
 
     Raises:
-        OSError: the checkpoint does not tell its data, the data can't be read or fetched, is not what the
-            run was trained on, or the run had no such split.
+        OSError: the checkpoint does not tell its data, the data can't be read or fetched, or is not what the
+            run was trained on.
         TrustError: the data is to be read by code that is not trusted.
     """
     try:
@@ -107,6 +106,24 @@ def load_split(
         datamodule.check_fingerprint(checkpoint.get(type(datamodule).__qualname__) or {})
     except DataError as error:
         raise OSError(f"{path}: {error}") from error
+    return datamodule
+
+
+def load_split(
+    path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None, trust: Any = None
+) -> Images:
+    """The images of a checkpoint's run in one of its splits; see ``load_data`` and ``find_split``."""
+    return find_split(load_data(path, checkpoint, data_dir=data_dir, trust=trust), split)
+
+
+def find_split(datamodule: MNISTDataModule, split: str) -> Images:
+    """
+    Args:
+        split: "train", "val" or "test".
+
+    Raises:
+        OSError: the run had no such split.
+    """
     images = datamodule.splits[split]
     if not len(images):
         raise OSError(f"split={split}: the run had no such images of {datamodule.name} (data.val_size=0)")

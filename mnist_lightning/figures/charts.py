@@ -17,6 +17,7 @@ from mnist_lightning.figures.style import (
     VERMILION,
     WIDTH,
     Array,
+    Picture,
     styled,
 )
 
@@ -35,7 +36,7 @@ def curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
     """
     names = {key.partition("/")[2] for history in runs.values() for key in history}
     metrics = sorted(names, key=lambda name: (name != "loss", name)) or ["loss"]
-    figure = Figure(figsize=(WIDTH, 4.2))
+    figure = Picture(figsize=(WIDTH, 4.2))
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     handles = {}
     for axes, metric in zip(panels, metrics, strict=True):
@@ -68,7 +69,7 @@ def parameter(name: str, settings: Sequence[str], metric: str, values: Sequence[
         settings: (N,) the parameter's value in each job, as typed.
         values: (N,) the metric.
     """
-    figure = Figure(figsize=(6.4, 4))
+    figure = Picture(figsize=(6.4, 4))
     axes = figure.subplots()
     numbers = _numbers(settings)
     if numbers is None:
@@ -118,7 +119,7 @@ def heat_map(
     scaled = _scale(metric, values)
     for row, column, value in zip(rows, columns, scaled, strict=True):
         grid[ys.index(row), xs.index(column)] = value
-    figure = Figure(figsize=(2.5 + 0.9 * max(3, len(xs)), 1.5 + 0.6 * max(3, len(ys))))
+    figure = Picture(figsize=(2.5 + 0.9 * max(3, len(xs)), 1.5 + 0.6 * max(3, len(ys))))
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="cividis", aspect="auto")
     axes.grid(False)
@@ -142,7 +143,7 @@ def learning_curves(metric: str, curves: Sequence[tuple[str, Sequence[int], Sequ
     Args:
         curves: (label, epochs, values of the metric) of each job, the best first.
     """
-    figure = Figure(figsize=(8, 4.5))
+    figure = Picture(figsize=(8, 4.5))
     axes = figure.subplots()
     for rank, (label, epochs, values) in reversed(list(enumerate(curves))):
         chosen = rank < HIGHLIGHTED

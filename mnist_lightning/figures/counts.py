@@ -16,6 +16,7 @@ from mnist_lightning.figures.style import (
     VERMILION,
     WIDTH,
     Array,
+    Picture,
     font_size,
     name_classes,
     shorten,
@@ -34,7 +35,7 @@ def class_counts(counts: Mapping[str, Array], class_names: Sequence[str]) -> Fig
     """
     width = max(WIDTH, min(16.0, 0.14 * len(class_names)))
     longest = max(len(shorten(name, LONGEST)) for name in class_names)
-    figure = Figure(figsize=(width, 1.6 * len(counts) + 0.6 + (0.05 * longest if longest > 2 else 0)))
+    figure = Picture(figsize=(width, 1.6 * len(counts) + 0.6 + (0.05 * longest if longest > 2 else 0)))
     panels = figure.subplots(len(counts), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (split, heights), color in zip(panels, counts.items(), COLORS, strict=False):
         bars = axes.bar(range(len(heights)), heights, color=color)
@@ -58,7 +59,7 @@ def pixel_histogram(counts: Array, *, mean: float, std: float, title: str) -> Fi
         counts: (1, 256) int, or (3, 256) of red, green and blue.
         mean, std: of the pixels, in [0, 1].
     """
-    figure = Figure(figsize=(WIDTH, 3.2))
+    figure = Picture(figsize=(WIDTH, 3.2))
     axes = figure.subplots()
     if len(counts) == 1:
         axes.bar(range(256), counts[0], width=1.0, color=BLUE)
@@ -88,7 +89,7 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
     """
     count = len(class_names)
     side = WIDTH if count <= 12 else min(14.0, WIDTH + 0.12 * (count - 12))
-    figure = Figure(figsize=(side, 0.8 * side))
+    figure = Picture(figsize=(side, 0.8 * side))
     axes = figure.subplots()
     mistakes = np.array(matrix, dtype=float)
     np.fill_diagonal(mistakes, np.nan)
@@ -125,7 +126,7 @@ def reliability_diagram(
         confidences, accuracies: (B,) means in [0, 1]; NaN where the bin is empty.
         error: expected calibration error, in [0, 1].
     """
-    figure = Figure(figsize=(WIDTH, 5.6))
+    figure = Picture(figsize=(WIDTH, 5.6))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = 1 / len(counts)
     middles = (np.arange(len(counts)) + 0.5) * width

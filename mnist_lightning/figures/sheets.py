@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
-from mnist_lightning.figures.style import BLUE, GREY, PAPER, VERMILION, WIDTH, Array, percent, shorten, styled
+from mnist_lightning.figures.style import (
+    BLUE,
+    GREY,
+    PAPER,
+    VERMILION,
+    WIDTH,
+    Array,
+    Picture,
+    percent,
+    shorten,
+    styled,
+)
 
 LINE = "\n"
 LINE_HEIGHT, LETTER_WIDTH = 0.13, 0.068  # inches, of the captions' 8 points
@@ -55,7 +66,7 @@ def mistakes(
         probabilities: (N,) of the predictions, in [0, 1].
     """
     if len(images) == 0:
-        figure = Figure(figsize=(WIDTH, 1.4))
+        figure = Picture(figsize=(WIDTH, 1.4))
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_title(title)
@@ -98,7 +109,7 @@ def prediction(
         seen: (H, W) or (H, W, 3) in [0, 255].
         probabilities: (C,) in [0, 1].
     """
-    figure = Figure(figsize=(WIDTH, 3.1))
+    figure = Picture(figsize=(WIDTH, 3.1))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     left.imshow(given)
     left.set_title("given")
@@ -155,7 +166,7 @@ def draw_sheet(
     ]
     for image, (top, left) in zip(images, places, strict=True):
         sheet[top : top + height, left : left + width] = image
-    figure = Figure(figsize=(WIDTH, sheet.shape[0] / pixels_per_inch + 0.4))
+    figure = Picture(figsize=(WIDTH, sheet.shape[0] / pixels_per_inch + 0.4))
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_title(title)

@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, which people with any kind of colour blindne
 """
 
 import functools
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -41,6 +42,19 @@ STYLE: dict[Any, Any] = {
 
 Array = NDArray[Any]
 Arguments = ParamSpec("Arguments")
+
+
+class Picture(Figure):
+    """A figure that a notebook draws where it is a cell's last line, without ``%matplotlib``."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=STYLE["savefig.dpi"])
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        width, height = (round(inches * STYLE["savefig.dpi"]) for inches in self.get_size_inches())
+        return f"a figure of {width} x {height} pixels: .savefig('figure.png') writes it"
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:

@@ -13,7 +13,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write beside the place, flush to disk, and rename.
 
     A reader, or whoever comes after a kill, finds the old file or the new one, never a part.  The
-    temporary file lies in the same folder and so on the same file system, whatever TMPDIR says.
+    temporary file lies in the same folder and so on the same file system, whatever TMPDIR says.  A link in
+    the place is replaced, not followed.
 
     Raises:
         OSError: the folder can't be written, the disk is full, or a folder lies in the place; what is there
@@ -21,7 +22,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # a killed process's, or a link that somebody has put there
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -8,16 +8,19 @@ still reads it.  The checksum tells damage, not malice: against hostile files st
 import hashlib
 import io
 import logging
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text, open_file
+from mnist_lightning.threads import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,10 @@ LABEL = b"sha256:"
 COMMENT_SIZE = len(LABEL) + 64  # the digest in hexadecimal
 # A zip file ends with the length of its comment, in two bytes, and the comment (PKWARE's APPNOTE, 4.3.16).
 LENGTH = COMMENT_SIZE.to_bytes(2, "little")
+MAGIC = b"PK\x03\x04"  # what it begins with; torch takes other files for a format of its own, an old one
+MOST_PLAIN = 2**24  # bytes of plain data: a net's take some thousands
+DEEPEST = 100  # levels of lists in lists
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def serialize(checkpoint: dict[str, Any]) -> bytes:
@@ -34,6 +41,23 @@ def serialize(checkpoint: dict[str, Any]) -> bytes:
     torch.save(checkpoint, buffer)
     content = buffer.getbuffer()[:-2]  # without the length of the comment, which is 0
     return bytes(content) + LENGTH + LABEL + hashlib.sha256(content).hexdigest().encode()
+
+
+def check_readable(content: bytes, checkpoint: dict[str, Any]) -> None:
+    """Whether ``load`` will take what is about to be written.
+
+    Args:
+        content: of the file.
+        checkpoint: what it holds.
+
+    Raises:
+        OSError: it will not, for the state of somebody's own callback, say.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        plain = count_plain(archive.infolist())
+    fault = f"{plain:,} bytes beside its tensors" if plain > MOST_PLAIN else find_fault(checkpoint, plain)
+    if fault:
+        raise OSError(f"no checkpoint is written that could not be read again: it would hold {fault}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -48,34 +72,120 @@ def load(path: Path) -> dict[str, Any]:
     """
     if "://" in str(path) or ":/" in str(path):  # a Path has folded the second slash
         raise OSError(f"{path}: checkpoints are read from local files only")
-    content = path.read_bytes()
-    comment = content[-COMMENT_SIZE:]
-    body = memoryview(content)[: -COMMENT_SIZE - 2]
-    if not comment.startswith(LABEL) or content[-COMMENT_SIZE - 2 : -COMMENT_SIZE] != LENGTH:
-        raise OSError(f"{path} is cut off, or no checkpoint of mnist_lightning: its checksum is missing")
-    if hashlib.sha256(body).hexdigest().encode() != comment[len(LABEL) :]:
-        raise OSError(f"{path} is damaged: its checksum does not fit its content")
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = archive.infolist()
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise OSError(f"{path} is refused: it holds compressed data, which torch never writes")
-            if sum(member.file_size for member in members) > len(content):  # parts that overlap
-                raise OSError(f"{path} is refused: its parts claim to be more than the file holds")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError, EOFError, …
-        cause = str(error).splitlines()[0][:200]
-        raise OSError(f"{path} is refused: it holds more than tensors and plain data ({cause})") from error
-    if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in find_tensors(checkpoint)):
-        raise OSError(f"{path} is refused: it holds a tensor that claims to be larger than its content")
+    with open_file(path) as file:
+        size = check_whole(file, path)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                size_of_plain = check_members(archive.infolist(), size, path)
+            file.seek(0)
+            if file.read(len(MAGIC)) != MAGIC:
+                raise OSError(f"{path} is refused: it does not begin as torch's files do")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError, KeyError, EOFError, …
+            cause = as_text(f"{error}\n".splitlines()[0])[:200]
+            raise OSError(
+                f"{path} is refused: it holds more than tensors and plain data ({cause})"
+            ) from error
+    if fault := find_fault(checkpoint, size_of_plain):
+        raise OSError(f"{path} is refused: it holds {fault}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
         raise OSError(f"{path} is no checkpoint of mnist_lightning: it has no hyper_parameters")
+    weights, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
+    if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
+        raise OSError(f"{path} is no checkpoint of mnist_lightning: its state_dict holds no weights")
+    if not isinstance(step, int) or step < 0:
+        raise OSError(f"{path} is no checkpoint of mnist_lightning: its global_step is no number of steps")
     try:
         return convert(checkpoint) if "hidden" in checkpoint["hyper_parameters"] else checkpoint
     except (KeyError, TypeError, AttributeError) as error:
         raise OSError(f"{path} is no checkpoint of mnist_lightning: it lacks {error}") from error
+
+
+def check_whole(file: BinaryIO, path: Path) -> int:
+    """Whether a file is what was written: its checksum, after what costs no time.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        OSError: it is not, or there is no memory for it.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - COMMENT_SIZE - 2))
+    length, comment = file.read(2), file.read(COMMENT_SIZE)
+    if length != LENGTH or not comment.startswith(LABEL):
+        raise OSError(f"{path} is cut off, or no checkpoint of mnist_lightning: its checksum is missing")
+    if size > free_memory():
+        raise OSError(f"{path} is refused: its {size / 1e9:.1f} GB are more than the memory that is free")
+    digest = hashlib.sha256()
+    file.seek(0)
+    left = size - COMMENT_SIZE - 2
+    while left and (part := file.read(min(left, 2**20))):
+        digest.update(part)
+        left -= len(part)
+    if digest.hexdigest().encode() != comment[len(LABEL) :]:
+        raise OSError(f"{path} is damaged: its checksum does not fit its content")
+    return size
+
+
+def check_members(members: Sequence[zipfile.ZipInfo], size: int, path: Path) -> int:
+    """Whether the parts of a checkpoint's zip file are such as torch writes.
+
+    Returns:
+        The bytes of the part that holds all but the tensors' content.
+
+    Raises:
+        OSError: they are compressed, or too large.
+    """
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise OSError(f"{path} is refused: it holds compressed data, which torch never writes")
+    if sum(member.file_size for member in members) > size:  # parts that overlap
+        raise OSError(f"{path} is refused: its parts claim to be more than the file holds")
+    plain = count_plain(members)
+    if plain > MOST_PLAIN:
+        raise OSError(
+            f"{path} is refused: it holds {plain:,} bytes beside its tensors, and {MOST_PLAIN:,} are read"
+        )
+    return plain
+
+
+def count_plain(members: Iterable[zipfile.ZipInfo]) -> int:
+    """The bytes of a checkpoint that hold all but the content of its tensors."""
+    return sum(member.file_size for member in members if member.filename.endswith(".pkl"))
+
+
+def find_fault(checkpoint: Any, most: int) -> str | None:
+    """What in a checkpoint is neither a tensor of numbers nor plain data, or would keep whoever walks through
+    it busy for ever: lists within themselves, or lists of the same lists over and over.
+
+    Args:
+        most: values that it can hold, each of which takes a byte of its file at least.
+    """
+    left, count = [(checkpoint, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if depth > DEEPEST:
+            return "lists in lists without end"
+        if count > most:
+            return "the same lists over and over"
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                return "a tensor of a kind that no net of this project has"
+            if value.nbytes > value.untyped_storage().nbytes():
+                return "a tensor that claims to be larger than its content"
+        elif isinstance(value, dict):
+            if not all(isinstance(key, PLAIN) for key in value):
+                return "a dict whose keys are no names"
+            left += [(one, depth + 1) for one in value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            left += [(one, depth + 1) for one in value]
+        elif not isinstance(value, PLAIN):
+            return f"a {type(value).__name__}"
+    return None
 
 
 def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -112,15 +222,6 @@ def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from find_tensors(inner)
-
-
 def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any]]:
     """The valid checkpoint in a folder that has seen the most steps, and its content.
 
@@ -138,7 +239,7 @@ def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any
             if told:
                 log.warning("%s; an older checkpoint is used if there is one", error)
         else:
-            valid.append((int(checkpoint["global_step"]), path, checkpoint))
+            valid.append((checkpoint["global_step"], path, checkpoint))
     if not valid:
         raise OSError(f"{folder} has no valid checkpoint")
     _, path, checkpoint = max(valid, key=lambda item: item[0])
@@ -154,6 +255,7 @@ class LocalCheckpointIO(CheckpointIO):
         """``storage_options`` may name a copy to be written as well: ``{"copy": path}``."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         content = serialize(checkpoint)
+        check_readable(content, checkpoint)
         for target in (path, *(storage_options or {}).values()):
             write_atomic(Path(target), content)
 

@@ -2,18 +2,22 @@
 
 import itertools
 import os
+import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from mnist_lightning.cli import quote
+from mnist_lightning.cli import CommandError, quote
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir.resume import check_place, check_resumption
+from mnist_lightning.rundir.status import hold, is_main_process
 
 ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
 
@@ -27,26 +31,48 @@ class Prepare(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "run")
+        with told():
+            prepare(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        prepare(config, "sweep")
+        with told():
+            prepare(config, "sweep")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """
+    Raises:
+        SystemExit: with the line of what ``prepare`` raises.
+    """
+    try:
+        yield
+    except (ConfigError, CommandError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        sys.exit(str(error))
 
 
 def prepare(config: DictConfig, kind: str) -> None:
     """Check a composed config (of a single run: a sweep's jobs are checked by its sweeper), and
     point ``hydra.run.dir`` or ``hydra.sweep.dir`` at a folder that is this process's own.
 
-    A folder that the user (or the parent process of a DDP run) named is left as it is.
+    A folder that the user (or the parent process of a DDP run) named is held from here on, so that of two
+    processes one is refused before it has written anything; a new run takes none that an earlier one has
+    used.
 
     Raises:
-        SystemExit: the settings are wrong, or the folder can't be made.
+        ConfigError: the settings are wrong, or the folder can't be made.
+        CommandError: the folder is taken.
+        SystemExit: with code 0; the run that is to go on has finished.
     """
     folder: Path | None = None
     try:
+        resumed = False
         if kind == "run":
             settings = check(config, Train)
-            if settings.resume is not None:
+            resumed = settings.resume is not None
+            if resumed:
                 check_resumption(settings, list(config.hydra.overrides.task))
             elif settings.reproduce is not None:
                 check_place(settings, Path(settings.reproduce), list(config.hydra.overrides.task))
@@ -55,6 +81,8 @@ def prepare(config: DictConfig, kind: str) -> None:
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
         if named:
             folder.mkdir(parents=True, exist_ok=True)
+            if kind == "run" and not resumed and is_main_process():
+                check_unused(folder)
         else:
             folder = claim(folder)
             with read_write(config), open_dict(config):
@@ -65,12 +93,26 @@ def prepare(config: DictConfig, kind: str) -> None:
             raise PermissionError(13, "Permission denied", str(folder))
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(ROOM))
-    except (ConfigError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        if isinstance(error, OSError):
-            sys.exit(f"can't write to the run's folder {error.filename or folder}: {error.strerror}")
-        sys.exit(str(error))
+        if kind == "run" and is_main_process():
+            hold(folder)
+    except OSError as error:
+        place = error.filename or folder
+        raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
+
+
+def check_unused(folder: Path) -> None:
+    """
+    Raises:
+        CommandError: an earlier run has left there what a resumption, a logger or a reader would take for
+            the new run's.
+    """
+    for pattern in ("checkpoints/*.ckpt", "metrics.json", "csv/metrics.csv", "tensorboard/events.*"):
+        for path in folder.glob(pattern):
+            raise CommandError(
+                f"{folder} holds an earlier run ({path.relative_to(folder)}):"
+                f" resume={shlex.quote(str(folder))} goes on with it, and a new run needs another"
+                " hydra.run.dir"
+            )
 
 
 def claim(folder: Path) -> Path:

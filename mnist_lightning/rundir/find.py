@@ -1,17 +1,33 @@
 """The folders that runs leave under ``logs/``."""
 
 import logging
+import shlex
 from pathlib import Path
+
+from mnist_lightning.rundir.status import FILE
 
 log = logging.getLogger(__name__)
 
+MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
-def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
+
+def is_job(folder: Path) -> bool:
+    """Whether a run belongs to a sweep, which compares its jobs before one of them is tested."""
+    return any((parent / MULTIRUN).is_file() for parent in folder.absolute().parents)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and not one in which a run has something else write its checkpoints."""
+    return (folder / FILE).is_file() or (folder / ".hydra").is_dir()
+
+
+def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path:
     """The folder of a run that has a checkpoint.
 
     Args:
         name: a run folder, or "latest": the newest with a valid checkpoint, wherever it lies under
             ``logs``, the jobs of multiruns among them.
+        jobs: False: "latest" passes over these.
 
     Raises:
         FileNotFoundError: there is none.
@@ -24,7 +40,13 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
             raise FileNotFoundError(f"{name} is not a run folder: it has no checkpoints/*.ckpt")
         return folder
     checkpoints = sorted(logs.glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    passed: Path | None = None
     for path in reversed(checkpoints):
+        if not is_run(path.parent.parent):
+            continue
+        if not jobs and is_job(path.parent.parent):
+            passed = passed or path.parent.parent
+            continue
         from mnist_lightning.rundir.checkpoint import load  # torch: only when there is something to read
 
         try:
@@ -33,6 +55,12 @@ def find_run(name: str, *, logs: Path = Path("logs")) -> Path:
             log.warning("latest: passing over a checkpoint that can't be read: %s", error)
         else:
             return path.parent.parent
+    if passed is not None:
+        sweep = next(parent for parent in passed.parents if (parent / MULTIRUN).is_file())
+        raise FileNotFoundError(
+            f"latest: there are only jobs of sweeps under {logs.absolute()}: python -m"
+            f" mnist_lightning.train -m resume={shlex.quote(str(sweep))} goes on with the latest"
+        )
     raise FileNotFoundError(
         f"latest: no run under {logs.absolute()} has a checkpoint yet; python -m mnist_lightning.train"
         " makes one"

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
 from mnist_lightning.settings_help import flatten
@@ -231,10 +232,10 @@ def read_stamp(path: str) -> Stamp | None:
 
 def read_entry(folder: Path) -> dict[str, Any] | None:
     """What a run's files tell; None where its status can't be read."""
-    status = read_json(folder / FILE)
+    status = read_object(folder / FILE)
     if status is None or status.get("state") not in STATES:
         return None
-    saved = read_json(folder / SETTINGS) or {}
+    saved = read_object(folder / SETTINGS) or {}
     settings = saved.get("settings") if isinstance(saved.get("settings"), dict) else None
     choices = saved.get("choices") if isinstance(saved.get("choices"), dict) else None
     overrides = status.get("overrides")
@@ -259,12 +260,10 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
     return entry
 
 
-def read_json(path: Path, *, largest: float = LARGEST) -> dict[str, Any] | None:
+def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
     """A file's content, None where it is no plain file of a sensible size that holds a JSON object."""
     try:
-        if read_stamp(str(path)) is None or os.path.getsize(path) > largest:
-            return None
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, most=most)) if not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -278,7 +277,7 @@ def read_number(value: Any) -> float:
 def load_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The settings that most runs share, and the entries; none where it is missing, damaged, or another
     version's."""
-    content = read_json(path, largest=math.inf)
+    content = read_object(path, most=2**30)
     try:
         if content is not None and content["version"] == VERSION and isinstance(content["base"], dict):
             entries = content["runs"]

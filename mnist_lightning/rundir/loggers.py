@@ -19,6 +19,8 @@ from mnist_lightning.rundir.atomic import write_atomic
 
 log = logging.getLogger(__name__)
 
+ENDING = ".ending"  # at the end of the name of a run's second event file
+
 
 def is_failed_write(error: BaseException | None) -> bool:
     """Whether a write has failed, now or before; Lightning's loggers wrap some such errors in others."""
@@ -86,6 +88,14 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
     def resume_from(self, step: int) -> None:
         workarounds.drop_from(self, step)
+        for path in Path(self.log_dir).glob(f"events.*{ENDING}"):
+            path.unlink()
+
+    @contextmanager
+    def ending(self) -> Iterator[SummaryWriter]:
+        """A writer for what belongs to a run's end, in a file of its own: a resumption writes that anew."""
+        with self.forgiving(), SummaryWriter(self.log_dir, filename_suffix=ENDING) as writer:
+            yield writer
 
     def save(self) -> None:
         """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
@@ -139,7 +149,8 @@ class AppendingWriter(ExperimentWriter):
         self.metrics_keys = self._kept_keys
 
     def _check_log_dir_exists(self) -> None:
-        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``."""
+        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``, but not
+        those of a run's end, which a resumption measures anew."""
         self._kept_keys: list[str] = []
         path = Path(self.metrics_file_path)
         if not path.is_file():
@@ -149,7 +160,8 @@ class AppendingWriter(ExperimentWriter):
         if rows:
             self._kept_keys = list(rows[0])
             last = float("inf") if self.purge_step is None else self.purge_step - 1
-            whole = [row for row in rows if None not in row.values()]
+            ends = [] if self.purge_step is None else [key for key in rows[0] if key.startswith("test/")]
+            whole = [row for row in rows if None not in row.values() and not any(row[key] for key in ends)]
             self._write_all([row for row in whole if int(row["step"]) <= last], self._kept_keys)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

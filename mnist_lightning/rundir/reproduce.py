@@ -17,6 +17,7 @@ from mnist_lightning.rundir.record import PATCH
 from mnist_lightning.rundir.resume import BASE, load_settings
 
 KEY = "reproduce="
+TOLD = "++reproduce="  # how Hydra is told it
 MULTIRUN = "multirun.yaml"
 # What may be said beside it: where and on what to compute, and whose modules to follow
 FREE = (
@@ -47,21 +48,25 @@ def reproduce_run(name: str, arguments: list[str]) -> list[str]:
                 f" {', '.join(FREE)}"
             )
     trusted = trust.typed_trust(arguments)
-    in_sweep = (folder.parent / MULTIRUN).is_file()
-    load_settings(
-        folder,
-        typed,
-        trusted,
-        # the test images are not for jobs
-        others={"resume": None, "hydra": HYDRA} | ({"test": False} if in_sweep else {}),
-    )
+    give_settings(folder, typed, trusted)
     return [
         *("--config-name", BASE),
         *typed,
-        f"++reproduce={quote(str(folder))}",
+        f"{TOLD}{quote(str(folder))}",
         "hydra/job_logging=train",
         "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
     ]
+
+
+def give_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> None:
+    """Give Hydra the settings of the run, for a folder of its own.
+
+    Raises:
+        OSError, ConfigError, TrustError: see ``reproduce_run``.
+    """
+    in_sweep = (folder.parent / MULTIRUN).is_file()
+    others = {"resume": None, "hydra": HYDRA} | ({"test": False} if in_sweep else {})  # as it was for jobs
+    load_settings(folder, typed, trusted, others=others)
 
 
 def tell_changes(folder: Path, now: Mapping[str, Any]) -> str:

@@ -8,12 +8,15 @@ The folder may be a stranger's.  Hydra never looks into it: what its settings as
 (``trust``), and then given to Hydra as a config of this process.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,8 @@ from mnist_lightning import trust
 from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.images.sources import find_source
-from mnist_lightning.rundir.find import find_run
-from mnist_lightning.rundir.status import read
+from mnist_lightning.rundir.find import find_run, is_job
+from mnist_lightning.rundir.status import is_main_process, read
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import TARGET, find_targets
 
@@ -48,6 +51,19 @@ FIXED = (
     "scheduler",
 )
 FREE = ("data.data_dir", "data.path", "data.num_workers")
+# Of Trainer's arguments, those that end a run, and those that decide no weight but in its last bits; all
+# others are fixed too.
+STOPPING = ("max_time", "min_epochs", "min_steps")
+LIMITS = ("max_epochs", "max_steps", *STOPPING)
+TRAINER_FREE = (
+    *("accelerator", "strategy", "devices", "num_nodes", "use_distributed_sampler", "plugins"),
+    *("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps", "log_every_n_steps"),
+    *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams"),
+    *("logger", "profiler", "default_root_dir", "model_registry", "barebones"),
+    *("deterministic", "benchmark", "inference_mode", "detect_anomaly"),
+)
+# Lightning's callbacks that decide the weights; those that only end a run do not.
+DECIDING = ("GradientAccumulationScheduler", "BaseFinetuning", "BackboneFinetuning", "ModelPruning")
 
 
 def resume_run(name: str, arguments: list[str]) -> list[str]:
@@ -58,11 +74,13 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
         ConfigError: an earlier version has trained it, or its settings can't be read.
         TrustError: its settings ask for more than they are trusted with.
     """
-    folder = find_run(name).absolute()
-    number = len(list(folder.glob(".hydra/resume-*"))) + 1
+    folder = find_run(name, jobs=False).absolute()
+    number = max([0, *(int(path.name.partition("-")[2]) for path in find_resumptions(folder))]) + 1
     typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
     trusted = trust.typed_trust(arguments)
     load_settings(folder, typed, trusted)
+    if is_job(folder) and not any(argument.startswith("test=") for argument in typed):
+        typed.append("test=false")  # as its sweep would
     if trusted:
         os.environ[trust.VARIABLE] = ",".join(trusted)  # for the processes that trainer=ddp adds
     return [
@@ -92,8 +110,9 @@ def load_settings(
         OSError, ConfigError, TrustError: see ``resume_run``.
     """
     first = folder / ".hydra" / "config.yaml"
-    number = len(list(folder.glob(".hydra/resume-*")))
-    last = folder / ".hydra" / f"resume-{number}" / "config.yaml" if number else first
+    # Hydra writes overrides.yaml last: without it, a process was killed over its settings
+    whole = [path for path in find_resumptions(folder) if (path / "overrides.yaml").is_file()]
+    last = whole[-1] / "config.yaml" if whole else first
     keys = [argument.partition("=")[0].lstrip("+~") for argument in typed]
     settings: dict[str, Any] = {}
     for path in (first, last):
@@ -109,6 +128,33 @@ def load_settings(
         trust.check_settings(settings, folder, trusted, typed=keys)
     settings |= others or {}
     ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
+
+
+def find_resumptions(folder: Path) -> list[Path]:
+    """Where a run's resumptions have left their settings, in their order."""
+    found = [path for path in folder.glob(".hydra/resume-*") if re.fullmatch(r"resume-\d{1,9}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+@contextmanager
+def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
+    """A stretch in which a resumption that fails before it has saved anything leaves no settings, which
+    would be the next one's base."""
+    before = stamp(folder)
+    try:
+        yield
+    except Exception:
+        if resumed and is_main_process() and stamp(folder) == before:
+            for path in find_resumptions(folder)[-1:]:
+                (path / "overrides.yaml").unlink(missing_ok=True)
+        raise
+
+
+def stamp(folder: Path) -> dict[str, int]:
+    """When each of a run's checkpoints was written."""
+    with contextlib.suppress(OSError):
+        return {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("*.ckpt")}
+    return {}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -153,6 +199,15 @@ def is_module(name: str) -> bool:
     return spec is not None and spec.submodule_search_locations is None  # our packages hold no classes
 
 
+def find_stops(settings: Train) -> list[str]:
+    """The settings by which a run may be stopped early, each as key=value."""
+    limits = {f"trainer.{name}": settings.trainer.get(name) for name in STOPPING}
+    for name, config in settings.callbacks.items():
+        if config and str(config.get(TARGET)).endswith(("EarlyStopping", "Timer")):
+            limits |= flatten(config, f"callbacks.{name}.")
+    return [f"{key}={value}" for key, value in sorted(limits.items()) if value is not None]
+
+
 def resume_job(job_dir: Path) -> str | None:
     """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
     a checkpoint, else nothing, and all that an earlier attempt has left but its log is removed."""
@@ -183,22 +238,24 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] in FIXED and key not in FREE and before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and (is_fixed(key) or decides(key, saved, settings))
     ]
     if changed:
         raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
     check_place(settings, folder, overrides)
-    old_epochs, epochs = saved.trainer.get("max_epochs"), settings.trainer.get("max_epochs")
-    if epochs != old_epochs and "total_steps" in settings.scheduler.values():
-        raise ConfigError(
-            f"trainer.max_epochs={epochs} can't be resumed: the run's schedule"
-            f" ({settings.scheduler['_target_']}) is laid out for {old_epochs} epochs; start a new run"
-        )
-    report = folder / "metrics.json"
-    if report.is_file():
-        done = json.loads(report.read_text(encoding="utf-8"))["epochs"]
-        if epochs == old_epochs or (epochs != -1 and epochs <= done):
-            print(f"{folder} has finished: {done} epochs; nothing to do")
+    for name in ("epochs", "steps"):
+        key = f"max_{name}"
+        old, new = saved.trainer.get(key), settings.trainer.get(key)
+        if old != new and "total_steps" in settings.scheduler.values():
+            raise ConfigError(
+                f"trainer.{key}={new} can't be resumed: the run's schedule"
+                f" ({settings.scheduler['_target_']}) is laid out for {old} {name}; start a new run"
+            )
+    report, status = folder / "metrics.json", read(folder)
+    if report.is_file() and (status is None or status.state == "completed"):
+        done = json.loads(report.read_text(encoding="utf-8"))
+        if not may_go_on(saved, settings, done):
+            print(f"{folder} has finished: {done['epochs']} epochs; nothing to do")
             sys.exit(0)
 
 
@@ -225,3 +282,34 @@ def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None
             f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
             " where it lies, or is to be put"
         )
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a run can't go on with another value of this key, whatever it is."""
+    group, _, name = key.partition(".")
+    if group == "trainer":
+        return name.split(".")[0] not in (*LIMITS, *TRAINER_FREE)
+    return group in FIXED and key not in FREE
+
+
+def decides(key: str, *runs: Train) -> bool:
+    """Whether a key belongs to a callback that decides the weights, before or now."""
+    group, _, name = key.partition(".")
+    configs = [(run.callbacks.get(name.split(".")[0]) or {}) for run in runs]
+    return group == "callbacks" and any(str(one.get(TARGET)).endswith(DECIDING) for one in configs)
+
+
+def may_go_on(saved: Train, settings: Train, done: dict[str, Any]) -> bool:
+    """Whether a finished run is given a limit that allows more than it has done.
+
+    Args:
+        done: what its ``metrics.json`` holds.
+    """
+    limits = [[run.trainer.get(f"max_{name}") for name in ("epochs", "steps")] for run in (saved, settings)]
+    if limits[0] == limits[1] and find_stops(saved) == find_stops(settings):
+        return False
+    counts = done["epochs"], done.get("steps", -1)
+    reached = [
+        limit not in (None, -1) and limit <= count for limit, count in zip(limits[1], counts, strict=True)
+    ]
+    return not any(reached)

@@ -10,18 +10,22 @@ the job again.  SIGTERM, which such a job must survive (SLURM sends it before), 
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _received: int | None = None  # signal number
 _deferring = False
+_ends_process = True  # a second signal: in somebody else's process it only raises KeyboardInterrupt
 _requeue: Callable[[int, FrameType | None], object] | None = None  # submitit's handler
 
 
 def install() -> None:
-    """Take over SIGTERM, SIGINT and, in a job of submitit, its signal; only the main thread may."""
+    """Take over SIGTERM, SIGINT and, in a job of submitit, its signal; only in the main thread."""
     global _requeue
+    if threading.current_thread() is not threading.main_thread():
+        return
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
     if "SUBMITIT_EXECUTOR" not in os.environ:
@@ -36,6 +40,8 @@ def install() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
     if _received is not None:
+        if not _ends_process:
+            raise KeyboardInterrupt
         if _requeue is None or signal.SIGTERM not in (number, _received):
             os._exit(128 + number)
         if number == signal.SIGTERM:
@@ -45,8 +51,36 @@ def _handle(number: int, frame: FrameType | None) -> None:
         stop_if_asked()
 
 
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """A stretch in which Ctrl-C is this module's, in a process that is somebody else's: a notebook's, say.
+
+    Outside the main thread, which alone hears of signals, nothing is changed.
+    """
+    global _received, _ends_process
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _received, _ends_process = None, False
+    try:
+        signal.signal(signal.SIGINT, _handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received, _ends_process = None, True
+
+
 def received() -> bool:
     return _received is not None
+
+
+def ask() -> None:
+    """Let this process stop as others do that have got a signal."""
+    global _received
+    if _received is None:
+        _received = signal.SIGTERM
 
 
 def stop_if_asked() -> None:

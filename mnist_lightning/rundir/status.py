@@ -11,14 +11,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import remove_leftovers, write_atomic
+from mnist_lightning.rundir.outside import as_text, check_inside, is_number, read_json
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 FILE, LOCK = "status.json", ".lock"
+STATES = ("running", "completed", "failed", "interrupted", "pruned")
+LATEST = 2**34  # seconds since 1970, in the year 2514
 GLANCE = 0.02  # seconds that a look at a lock may hold it
+_held: dict[Path, "FileLock"] = {}  # see hold
 Metrics = dict[str, float]
 
 
@@ -72,26 +80,53 @@ def show_with_unit(metric: str, value: float) -> str:
 
 
 def read(run_dir: Path) -> Status | None:
-    """A run's status, or None where it left none that can be read.
+    """A run's status, or None where it has left none; of one that is damaged, that it is.
 
     A run that says "running" while no process holds its folder was killed: it is "interrupted".
     """
-    try:
-        status = Status(**json.loads((run_dir / FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+    if not os.path.lexists(run_dir / FILE):
         return None
+    try:
+        status = parse(read_json(run_dir / FILE))
+    except (OSError, TypeError):
+        status = Status("interrupted", f"its {FILE} is damaged")
     if status.state == "running" and not is_locked(run_dir):
         status.state, status.error = "interrupted", "its process is gone"
     return status
 
 
+def parse(saved: dict[str, Any]) -> Status:
+    """What a ``status.json`` says, its texts as text.
+
+    Raises:
+        TypeError: it says what no run does.
+    """
+    status = Status(**saved)
+    overrides, metrics = status.overrides, status.metrics
+    if (
+        status.state not in STATES
+        or not all(one is None or isinstance(one, str) for one in (status.error, status.monitor, status.mode))
+        or not (isinstance(overrides, list) and all(isinstance(one, str) for one in overrides))
+        or not (isinstance(metrics, dict) and all(map(is_number, metrics.values())))
+        or not all(is_number(one) and 0 <= one < LATEST for one in (status.started, status.seconds))
+    ):
+        raise TypeError("values of other types")
+    status.error = None if status.error is None else as_text(status.error)
+    status.overrides = [as_text(one) for one in overrides]
+    status.metrics = {as_text(name): value for name, value in metrics.items()}
+    return status
+
+
 @contextmanager
-def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterator[Status]:
+def track(
+    run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, resumed: bool = False
+) -> Iterator[Status]:
     """Keep ``status.json`` while a run goes on, and hold the run's folder against a second process.
 
     Args:
         run_dir: exists.
         overrides: of the run's command line.
+        resumed: whether the run goes on with what lies in its folder: then its first command line stays.
         in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
             the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
             the frames of its causes, with the run's tensors, are let go.
@@ -102,7 +137,7 @@ def track(run_dir: Path, overrides: Sequence[str], *, in_sweep: bool) -> Iterato
     if not is_main_process():
         yield Status()
         return
-    before = None if in_sweep else read(run_dir)
+    before = read(run_dir) if resumed and not in_sweep else None
     status = Status(overrides=before.overrides if before else list(overrides))  # not "resume="
     status.started = time.time()
     start = time.monotonic() - threads.waited
@@ -170,26 +205,48 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         CommandError: another process holds it.
+        OSError: what is to hold it is a link that leads elsewhere.
+    """
+    hold(folder)
+    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
+    try:
+        yield
+    finally:
+        if mutex is not None:
+            mutex.release()
+
+
+def hold(folder: Path) -> None:
+    """Hold a folder until a ``lock`` of it ends, or this process does.
+
+    Raises:
+        CommandError: another process holds it.
     """
     from filelock import FileLock, Timeout
 
+    if folder.absolute() in _held:
+        return
+    check_inside(folder, [LOCK])
     mutex = FileLock(folder / LOCK, timeout=GLANCE * 10, poll_interval=GLANCE, thread_local=False)
     try:
         mutex.acquire()
     except Timeout as error:
         raise CommandError(f"another process is at work in {folder}") from error
     except OSError:  # a full disk: see track
-        yield
         return
-    try:
-        yield
-    finally:
+    _held[folder.absolute()] = mutex
+
+
+def let_go(folder: Path) -> None:
+    """End what ``hold`` has begun, where no ``lock`` has taken it over."""
+    mutex = _held.pop(folder.absolute(), None)
+    if mutex is not None:
         mutex.release()
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds a folder; False also where that can't be found out."""
-    if not (folder / LOCK).is_file():
+    if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         return False
     from filelock import FileLock, Timeout
 

@@ -26,11 +26,12 @@ from mnist_lightning.cli import CommandError, typed
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import MULTIRUN, SEED, read_multirun
+from mnist_lightning.sweeps.results import SEED, read_multirun
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
@@ -241,10 +242,15 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> T
             "trainer=ddp can't be part of a multirun, its child processes would run the sweep again:"
             " start such runs one by one"
         )
-    if compared and not settings.data.has_validation:
+    if compared and not settings.validates:
+        why, instead = (
+            ("trainer.limit_val_batches=0 validates nothing", "leave that out")
+            if settings.data.has_validation
+            else ("data.val_size=0 leaves no validation split", "set data.val_size=5000")
+        )
         raise ConfigError(
-            f"a multirun compares its settings by {settings.monitor.metric}, and data.val_size=0 leaves no"
-            " validation split: set data.val_size=5000, or let nothing but the seed vary"
+            f"a multirun compares its settings by {settings.monitor.metric}, and {why}: {instead}, or let"
+            " nothing but the seed vary"
         )
     return settings
 

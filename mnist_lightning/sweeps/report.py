@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_code, as_text
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.importance import Importance, find_importance
 from mnist_lightning.sweeps.results import (
@@ -523,14 +524,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def literal(text: str) -> str:
     """Text of a folder that may be a stranger's, as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", as_text(text))
 
 
 def span(text: str) -> str:
-    """The same as code: in more backticks than stand in it."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+    """The same as code."""
+    return as_code(text).replace("|", "\\|")
 
 
 def code(command: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import FILE, Status, read
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 SEED, FOLD = "seed", "data.fold"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read_sweep(folder: Path) -> Sweep:
         if path.is_symlink() or path.parent.is_symlink():
             continue  # a folder may be a stranger's: links in it are not followed
         status = read(path.parent)
-        if status is not None and is_sound(status):
+        if status is not None:
             jobs.append(Job(path.parent, status, split_overrides(status.overrides)))
     # what the settings leave to the metric, the jobs that have ended tell
     modes = [saved["monitor"]["mode"], *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
@@ -148,20 +148,6 @@ def read_sweep(folder: Path) -> Sweep:
         varied=varied,
         settings=_group(jobs, varied, metric, maximize),
         is_search="n_trials" in ((saved["hydra"] or {}).get("sweeper") or {}),
-    )
-
-
-def is_sound(status: Status) -> bool:
-    """Whether what a file says of a job is of the types that a job writes."""
-    return (
-        isinstance(status.overrides, list)
-        and all(isinstance(one, str) for one in status.overrides)
-        and isinstance(status.metrics, dict)
-        and all(isinstance(value, (int, float)) for value in status.metrics.values())
-        and all(isinstance(value, (int, float)) for value in (status.started, status.seconds))
-        and isinstance(status.error, (str, type(None)))
-        and isinstance(status.state, str)
-        and status.mode in (None, "max", "min")
     )
 
 

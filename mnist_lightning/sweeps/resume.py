@@ -1,10 +1,10 @@
-"""``resume=<folder>`` on a command line, of a run and, beside ``-m``, of a sweep.
+"""What a command line of ``train`` is made into before Hydra reads it.
 
-It is resolved before Hydra composes: the settings that were left are the base.
+``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
 """
 
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from mnist_lightning import trust
-from mnist_lightning.cli import quote, retype
+from mnist_lightning.cli import quote, quote_paths, retype
 from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
@@ -21,6 +21,8 @@ from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
 
+PATHS = ("data.data_dir", "data.path", "hydra.run.dir")  # typed as they are
+MOVED = {"label_smoothing": "loss.label_smoothing"}  # names of the first edition
 SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FLAGS = ("-cd", "--config-dir")  # where the user's own files lie: typed again, never saved
 # Of Hydra's own settings, what a sweep's saved command may say; all else must be typed
@@ -33,32 +35,62 @@ HYDRA = (
 )
 
 
-def rewrite_arguments() -> None:
-    """Where ``sys.argv`` says ``resume=``, make Hydra compose from the settings that were left.
+def rewrite_arguments(typed: Sequence[str]) -> list[str]:
+    """Arguments of ``train`` as Hydra is to read them: paths quoted, ``resume=`` followed.
 
     Raises:
         OSError: there is no such run or sweep, or the run has no checkpoint.
-        ConfigError: a sweep is given other settings.
+        ConfigError: an argument has a name of the first edition, or a sweep is given other settings.
         TrustError: what was left asks for more than it is trusted with.
     """
-    reproduced = [argument for argument in sys.argv[1:] if argument.startswith(reproduce.KEY)]
-    names = [argument for argument in sys.argv[1:] if argument.startswith(KEY)]
+    arguments = list(typed)
+    for argument in arguments:
+        key, sign, value = argument.lstrip("+").partition("=")
+        if sign and key in MOVED:
+            raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
+    arguments = expand_folds(arguments)
+    reproduced = [one.removeprefix(reproduce.KEY) for one in arguments if one.startswith(reproduce.KEY)]
+    names = [argument.removeprefix(KEY) for argument in arguments if argument.startswith(KEY)]
     if reproduced:
-        if names or not {"-m", "--multirun"}.isdisjoint(sys.argv):
+        if names or not {"-m", "--multirun"}.isdisjoint(arguments):
             raise ConfigError("reproduce= names one run to train again: give no resume= and no -m beside it")
-        sys.argv[1:] = reproduce.reproduce_run(reproduced[-1].removeprefix(reproduce.KEY), sys.argv[1:])
-        return
-    if not names:
-        return
-    name = names[-1].removeprefix(KEY)
-    if {"-m", "--multirun"}.isdisjoint(sys.argv):
-        if BASE in sys.argv:  # a child process of a DDP run has its parent's arguments
-            folder = OverridesParser.create().parse_override(KEY + name).value()
-            load_settings(Path(str(folder)), sys.argv[1:], trust.typed_trust([]))
-        else:
-            sys.argv[1:] = resume_run(name, sys.argv[1:])
-    else:
-        sys.argv[1:] = resume_sweep(name, sys.argv[1:])
+        arguments = reproduce.reproduce_run(reproduced[-1], arguments)
+    elif BASE in arguments and (told := [one for one in arguments if one.startswith(reproduce.TOLD)]):
+        # a child process of a DDP run has its parent's arguments
+        folder = OverridesParser.create().parse_override(told[-1]).value()
+        reproduce.give_settings(Path(str(folder)), arguments, trust.typed_trust([]))
+    elif names and not {"-m", "--multirun"}.isdisjoint(arguments):
+        arguments = resume_sweep(names[-1], arguments)
+    elif names and BASE in arguments:  # a child process of a DDP run has its parent's arguments
+        folder = OverridesParser.create().parse_override(KEY + names[-1]).value()
+        load_settings(Path(str(folder)), arguments, trust.typed_trust([]))
+    elif names:
+        arguments = resume_run(names[-1], arguments)
+    return quote_paths(PATHS, arguments)
+
+
+def expand_folds(arguments: Sequence[str]) -> list[str]:
+    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
+
+    Raises:
+        ConfigError: it is no whole number, or there is no -m.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key != "folds":
+            expanded.append(argument)
+            continue
+        if not re.fullmatch(r"0*([2-9]|[1-9]\d{1,3})", value):
+            raise ConfigError(f"folds must be a whole number in [2, 9999], got {value}")
+        if {"-m", "--multirun"}.isdisjoint(arguments):
+            raise ConfigError(
+                f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
+                " data.fold=0 for one of them"
+            )
+        folds = ",".join(map(str, range(int(value))))
+        expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
+    return expanded
 
 
 def resume_sweep(name: str, arguments: list[str]) -> list[str]:

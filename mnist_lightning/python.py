@@ -1,0 +1,541 @@
+"""What people call from Python: settings and runs as the command makes them, and trained nets to ask.
+
+``mnist_lightning.train("model.hidden=256")`` is ``launch`` with what the command does once its settings
+are there.  The process is somebody else's: what a run changes in it is put back.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from mnist_lightning import threads, workarounds
+from mnist_lightning.config import CONF_DIR, ConfigError, Train, check, register
+from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.claim import prepare
+from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.notebook import in_notebook, to_table
+from mnist_lightning.rundir.status import let_go, read, show_with_unit
+from mnist_lightning.sweeps.resume import rewrite_arguments
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from mnist_lightning.classifier import DigitClassifier
+    from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.evaluation.scores import Evaluation
+
+    Images = str | Path | Sequence[str | Path] | NDArray[Any] | Tensor
+
+log = logging.getLogger(__name__)
+
+ALONE = threading.Lock()  # one run at a time: Lightning and torch keep much for the whole process
+DATED = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # as in conf/hydra/job_logging/train.yaml
+OURS = ("mnist_lightning", "lightning.pytorch", "lightning.fabric")
+
+
+def compose(*overrides: str) -> Train:
+    """The settings of a run, checked, as ``python -m mnist_lightning.train`` makes them of its arguments.
+
+    Args:
+        overrides: such arguments: ``"model.hidden=256"``, ``"experiment=strong"``, ``"--config-dir=mine"``.
+
+    Raises:
+        ConfigError: a setting can't be used.
+        HydraException: an argument names no setting.
+    """
+    with short_errors():
+        config, _ = compose_run(overrides)
+        return check(config, Train)
+
+
+def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
+    """A run's config with Hydra's own node, and Hydra's loader; Hydra's state in this process is kept.
+
+    Raises:
+        ConfigError, HydraException: see ``compose``.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.types import RunMode
+
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(
+                f'settings are given as text, as in train("model.hidden=256"), got {override!r}'
+            )
+    register()
+    flags, settings = split_flags(rewrite_arguments(overrides))
+    with workarounds.hydra_as_it_was():
+        search_path = create_config_search_path(CONF_DIR)
+        if "--config-dir" in flags:
+            folder = Path(flags["--config-dir"]).expanduser().absolute()
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir={flags['--config-dir']}: there is no such folder")
+            search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+        loader = ConfigLoaderImpl(config_search_path=search_path)
+        config = loader.load_configuration(
+            config_name=flags.get("--config-name", "train"),
+            overrides=settings,
+            run_mode=RunMode.RUN,
+            from_shell=False,
+        )
+    return config, loader
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """
+    Raises:
+        ConfigError: a flag asks for more than one run's settings.
+    """
+    flags: dict[str, str] = {}
+    settings: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, sign, value = argument.partition("=")
+        name = {"-cd": "--config-dir", "-cn": "--config-name"}.get(name, name)
+        if name in ("--config-dir", "--config-name"):
+            flags[name] = value if sign else next(rest, "")
+        elif name in ("-m", "--multirun"):
+            raise ConfigError("train(…) makes one run; python -m mnist_lightning.train -m … makes a sweep")
+        elif argument.startswith("-"):
+            raise ConfigError(f"{argument} is a flag of the command line; from Python there is --config-dir")
+        else:
+            settings.append(argument)
+    return flags, settings
+
+
+class Run:
+    """What a run has left, or has left so far.
+
+    Attributes:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def state(self) -> str:
+        """ "completed", "interrupted", "failed", "running", or "unknown" where no status can be read."""
+        status = read(self.folder)
+        return "unknown" if status is None else status.state
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What ``metrics.json`` holds; empty where the run has not ended.
+
+        Raises:
+            OSError: the file can't be read.
+        """
+        path = self.folder / "metrics.json"
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OSError(f"{path} can't be read: {error}") from error
+        return dict(content)
+
+    def load(self) -> "TrainedNet":
+        """The net of the best epoch; see ``load``."""
+        return load(self.folder)
+
+    def show(self) -> "Figure":
+        """Loss and metrics by epoch, which a notebook draws where this is a cell's last line.
+
+        Raises:
+            OSError: no epoch has left its numbers.
+        """
+        from mnist_lightning import figures
+        from mnist_lightning.compare import read_curves
+
+        curves = read_curves(self.folder)
+        if not curves:
+            raise OSError(
+                f"{self.folder} has no curves (csv/metrics.csv): no epoch has ended, or logger=none"
+            )
+        return figures.curves({self.folder.name: curves})
+
+    def _scores(self) -> list[tuple[str, str]]:
+        scores = {key: value for key, value in self.metrics.items() if key.startswith(("test/", "val/"))}
+        return [(key, show_with_unit(key, value)) for key, value in scores.items()]
+
+    def __repr__(self) -> str:
+        scores = "".join(f", {key} {value}" for key, value in self._scores())
+        return f"Run({str(self.folder)!r}): {self.state}{scores}"
+
+    def _repr_html_(self) -> str:
+        metrics = self.metrics
+        rows = [["state", self.state], *map(list, self._scores())]
+        rows += [[key, metrics[key]] for key in ("epochs", "train_seconds") if key in metrics]
+        return to_table([*rows, ["folder", self.folder]])
+
+
+def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequence[str]) -> Run:
+    """Make one run in this process.
+
+    Args:
+        work: what the command does with checked settings, the run's folder and its overrides.
+        overrides: as on the command line.
+
+    Returns:
+        The run, which Ctrl-C or a cell's interruption may have ended early, its last step saved.
+
+    Raises:
+        Exception: what the command would tell in a line.
+    """
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext
+
+    with ALONE, short_errors():
+        config, loader = compose_run(overrides)
+        settings = check(config, Train)
+        strategy = str(settings.trainer.get("strategy", "auto"))
+        if strategy != "auto":
+            raise ConfigError(
+                f"trainer.strategy={strategy} starts more processes, which a command line can:"
+                f" python -m mnist_lightning.train {' '.join(overrides)}"
+            )
+        try:
+            prepare(config, "run")
+        except SystemExit:  # it was to be resumed, and has finished
+            return Run(str(config.hydra.run.dir))
+        folder = Path(str(config.hydra.run.dir))
+        errors: list[Exception] = []
+
+        def job(_: DictConfig) -> None:
+            try:
+                work(settings, folder, list(config.hydra.overrides.task))
+            except Exception as error:
+                errors.append(error)
+
+        with ExitStack() as stack:
+            stack.callback(let_go, folder)  # where the run has not come so far
+            stack.enter_context(workarounds.process_as_it_was())
+            stack.enter_context(workarounds.hydra_as_it_was())
+            stack.enter_context(told(folder / "train.log"))
+            stack.enter_context(signals.borrowed())
+            try:
+                context = HydraContext(config_loader=loader, callbacks=Callbacks())
+                run_job(job, config, "hydra.run.dir", None, context, configure_logging=False)
+            except (SystemExit, KeyboardInterrupt):
+                if not signals.received():
+                    raise
+        if errors:
+            raise errors[0]
+        return Run(folder)
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Let IPython show what a command tells in a line as a line, without the frames that led to it."""
+    try:
+        yield
+    except CompactHydraException as error:
+        line = f"{type(error).__name__}: {error}"
+        vars(error)["_render_traceback_"] = lambda: [line]  # IPython's name for it
+        raise
+
+
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """A stretch in which this project's and Lightning's messages are printed and written to a file, as the
+    command does it; the loggers of the process stay as they are."""
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(sys.stdout),
+        logging.FileHandler(file, encoding="utf-8"),
+    ]
+    if in_notebook():  # there the epochs have a line of their own, which is drawn anew
+        handlers[0].addFilter(lambda record: not record.name.endswith(".progress"))
+    handlers[1].setFormatter(logging.Formatter(DATED))
+    loggers = [logging.getLogger(name) for name in OURS]
+    before = [(one, one.level, one.propagate, one.handlers[:]) for one in loggers]
+    for one in loggers:
+        one.handlers[:], one.propagate = handlers, False
+    loggers[0].setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for one, level, propagate, its in before:
+            one.level, one.propagate, one.handlers[:] = level, propagate, its
+        for handler in handlers:
+            with contextlib.suppress(OSError):
+                handler.close()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a net says of one image or of many.  ``labels, probabilities = prediction`` takes it apart.
+
+    Attributes:
+        labels: (N,) int64, the most probable class of each image; for one image an int.
+        probabilities: (N, num_classes) float32; for one image (num_classes,).
+        class_names: of the classes, in their order.
+    """
+
+    labels: "NDArray[np.int64] | int"
+    probabilities: "NDArray[np.float32]"
+    class_names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.labels, self.probabilities))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        import numpy as np
+
+        labels = np.atleast_1d(self.labels)
+        largest = np.atleast_2d(self.probabilities).max(axis=1) if len(labels) else []
+        return [
+            (self.class_names[label], f"{100 * probability:.1f} %")
+            for label, probability in zip(labels, largest, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        more = f", and {len(rows) - 10:,} more" if len(rows) > 10 else ""
+        return ", ".join(f"{name} ({probability})" for name, probability in rows[:10]) + more
+
+    def _repr_html_(self) -> str:
+        return to_table([list(row) for row in self._rows()[:100]], header=["class", "probability"])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a net is on a split.
+
+    Attributes:
+        metrics: what ``evaluate``'s metrics.json holds of the scores.
+        figures: by name; a notebook draws one that is a cell's last line.
+        table: the scores as text, as ``evaluate`` prints them.
+        class_names: in the order of the net's outputs.
+    """
+
+    metrics: dict[str, Any]
+    figures: "dict[str, Figure]"
+    table: str
+    class_names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return self.table
+
+    def _repr_html_(self) -> str:
+        plain = {key: value for key, value in self.metrics.items() if isinstance(value, (int, float, str))}
+        rows = [[key, f"{value:.4g}" if isinstance(value, float) else value] for key, value in plain.items()]
+        columns = ("precision", "recall", "f1", "support")
+        if "f1" not in self.metrics:
+            return to_table(rows)
+        cells = zip(self.class_names, *(self.metrics[column] for column in columns), strict=True)
+        by_class = [[name, *map(show_share, shares), count] for name, *shares, count in cells]
+        return to_table(rows) + to_table(by_class, header=["class", *columns])
+
+
+def show_share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+class TrainedNet:
+    """A trained net, to be asked.
+
+    Attributes:
+        path: of its checkpoint.
+        classifier: net, preprocessing and loss, in eval mode.
+        class_names: in the order of the net's outputs.
+    """
+
+    def __init__(
+        self, path: Path, classifier: "DigitClassifier", checkpoint: dict[str, Any], trust: Any
+    ) -> None:
+        self.path, self.classifier = path, classifier
+        self.class_names = tuple(classifier.class_names)
+        self._checkpoint, self._trust = checkpoint, trust
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the checkpoint tells of net, loss, metrics, preprocessing and data, as plain values."""
+        return dict(self._checkpoint["hyper_parameters"]) | {
+            "data": dict(self._checkpoint["datamodule_hyper_parameters"])
+        }
+
+    @functools.cached_property
+    def data(self) -> "MNISTDataModule":
+        """The data of the run, split as the run had it; ``data.splits["test"].images`` are (N, H, W) uint8.
+
+        Raises:
+            OSError: it does not lie where the run read it, or is not what the run was trained on.
+        """
+        from mnist_lightning.evaluation.trained import load_data
+
+        with workarounds.usual_torch():
+            return load_data(self.path, self._checkpoint, data_dir=None, trust=self._trust)
+
+    def predict(self, images: "Images") -> Prediction:
+        """The class of each image.
+
+        Args:
+            images: a picture's file, or a list of files, read and prepared as ``predict`` does it; or an
+                array or a tensor of the net's size: one image (H, W), (C, H, W) or (H, W, C), or many,
+                (N, H, W), (N, C, H, W) or (N, H, W, C).  Of grey images three axes are always (N, H, W).
+                Integers are uint8 in [0, 255], floating-point numbers in [0, 1]: the type decides, never
+                the values.
+
+        Raises:
+            OSError: a file can't be read.
+            ValueError: the images have another shape, type or range; nothing stands out in a picture; or
+                the net names no classes.
+        """
+        import numpy as np
+        import torch
+
+        from mnist_lightning.evaluation.trained import log_probabilities
+
+        if not self.classifier.names_classes:
+            raise ValueError(f"{self.path} gives a number for each image, no classes: net.classifier(images)")
+        stored, single = self._prepare(images)
+        if len(stored):
+            with self._computing(len(stored)):
+                probabilities = log_probabilities(self.classifier, torch.from_numpy(stored)).exp().numpy()
+        else:
+            probabilities = np.empty((0, len(self.class_names)), np.float32)
+        labels = probabilities.argmax(axis=1)
+        if single:
+            return Prediction(int(labels[0]), probabilities[0], self.class_names)
+        return Prediction(labels, probabilities, self.class_names)
+
+    @contextmanager
+    def _computing(self, num_images: int) -> Iterator[None]:
+        """A stretch with the threads that pay for so many images; torch is the user's again behind it."""
+        from mnist_lightning.evaluation.trained import choose_threads
+
+        with workarounds.usual_torch(), threads.use(choose_threads([self.classifier], num_images, None)):
+            yield
+
+    def _prepare(self, images: "Images") -> "tuple[NDArray[Any], bool]":
+        """(N, H, W) or (N, H, W, 3), uint8 or float32 in [0, 255], and whether it was one image alone."""
+        import numpy as np
+
+        if isinstance(images, (str, Path)):
+            return self._read(images)[None], True
+        if isinstance(images, Sequence):
+            return np.stack([self._read(file) for file in images]), False
+        channels, height, width = self.classifier.image_shape
+        array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
+        if array.dtype == np.uint8:
+            scale = 1
+        elif np.issubdtype(array.dtype, np.floating):
+            if array.size and not (array.min() >= 0 and array.max() <= 1):  # NaN too
+                raise ValueError(
+                    f"images of floating-point numbers lie in [0, 1], got {array.min():g} to {array.max():g}:"
+                    " divide by 255, or give uint8"
+                )
+            scale = 255
+        else:
+            raise ValueError(f"images are uint8 in [0, 255] or floats in [0, 1], got {array.dtype}")
+        if channels == 1:
+            single = array.shape == (height, width)
+            array = array[None] if single else array
+            if array.shape[1:] in ((1, height, width), (height, width, 1)):
+                array = array.reshape(len(array), height, width)
+        else:
+            single = array.shape in ((channels, height, width), (height, width, channels))
+            array = array[None] if single else array
+            if array.shape[1:] == (channels, height, width):
+                array = np.moveaxis(array, 1, -1)
+        if array.shape[1:] != ((height, width) if channels == 1 else (height, width, channels)):
+            one = f"({height}, {width})" if channels == 1 else f"({channels}, {height}, {width})"
+            raise ValueError(
+                f"the net takes images of {one}, one or many (N, …), got {tuple(np.shape(images))};"
+                " a picture of another size is read from its file: net.predict('picture.png')"
+            )
+        if scale == 1:
+            return np.ascontiguousarray(array), single
+        return np.ascontiguousarray(array, np.float32) * np.float32(scale), single
+
+    def _read(self, file: str | Path) -> "NDArray[np.uint8]":
+        from mnist_lightning.images.handwriting import NoDigit
+        from mnist_lightning.images.known import KNOWN
+        from mnist_lightning.predict import read_pixels
+
+        path = Path(file).expanduser()
+        data = self._checkpoint["datamodule_hyper_parameters"]
+        known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
+        try:
+            _, pixels = read_pixels(
+                path, self.classifier.image_shape, as_mnist=known is not None and known.handwriting
+            )
+        except NoDigit as error:
+            raise ValueError(f"{file}: {error}") from error
+        return pixels
+
+    def evaluate(self, split: str = "val") -> Scores:
+        """How good the net is on a split of its run's data.
+
+        Args:
+            split: "train", "val" or "test"; the test images are for the end.
+
+        Raises:
+            OSError: see ``data``; or the run had no such split.
+            ValueError: there is no split of this name.
+        """
+        from mnist_lightning.evaluate import draw, tabulate, to_metrics
+        from mnist_lightning.evaluation.scores import score
+        from mnist_lightning.evaluation.trained import compute_outputs, find_split, measure
+
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split must be train, val or test, got {split!r}")
+        images = find_split(self.data, split)
+        with self._computing(len(images)):
+            outputs = compute_outputs(self.classifier, images.images)
+            own = measure(self.classifier, outputs, images.labels)
+        if not self.classifier.names_classes:
+            lines = [f"{key:13} {show_with_unit(key, value)}" for key, value in own.items()]
+            return Scores(
+                {"split": split, "images": len(images)} | own, {}, "\n".join(lines), self.class_names
+            )
+        evaluation: Evaluation = score(images.labels.numpy(), outputs.log_softmax(dim=1).numpy())
+        title = f"{self.data.name} {split}"
+        return Scores(
+            {"split": split, "images": len(images)} | to_metrics(evaluation) | {"own": own},
+            draw(evaluation, images.images.numpy(), list(self.class_names), title),
+            tabulate(evaluation, list(self.class_names)),
+            self.class_names,
+        )
+
+    def __repr__(self) -> str:
+        name = type(self.classifier.net).__name__
+        return f"TrainedNet({str(self.path)!r}): {name}, {len(self.class_names)} classes"
+
+
+def load(run: str | Path = "latest", *, trust: Any = None) -> TrainedNet:
+    """A trained net, read back from what its run left.
+
+    Args:
+        run: a run's folder, a checkpoint file, or "latest": the newest run under ``logs/``.
+        trust: modules of yours that the checkpoint may name, say "my_nets".
+
+    Raises:
+        OSError: there is none, or it can't be read.
+        TrustError: it names what is not trusted.
+    """
+    path = find_checkpoint(str(run))
+
+    from mnist_lightning.evaluation.trained import load_classifier
+
+    with workarounds.usual_torch():
+        classifier, checkpoint = load_classifier(path, trust=trust)
+    return TrainedNet(path, classifier, checkpoint, trust)
