@@ -511,6 +511,26 @@ class Report:
     run: str
 
 
+@dataclass
+class Runs:
+    """One run of ``python -m mnist_lightning.runs``."""
+
+    under: str
+    filter: str | None
+    sort: str
+    columns: Any  # list of str
+    average: str | None
+    csv: str | None
+    delete: Any  # str or list of str
+    yes: bool
+
+    def __post_init__(self) -> None:
+        if self.average is not None:
+            one_of("average", self.average, ("seed",))
+        self.columns = check_names("columns", self.columns, "columns=[run,val/acc]", at_least=1)
+        self.delete = check_names("delete", self.delete, "delete=logs/train/runs/A", at_least=0)
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -558,7 +578,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

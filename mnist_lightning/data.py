@@ -525,11 +525,8 @@ def read_splits(
     if num_folds is None:
         val_indices, train_indices = split(labels, num_val, split_seed)
     else:
-        folds = assign_folds(labels, num_folds, split_seed)
-        val_indices, train_indices = (
-            (folds == fold).nonzero().squeeze(1),
-            (folds != fold).nonzero().squeeze(1),
-        )
+        is_val = assign_folds(labels, num_folds, split_seed).eq(int(fold or 0))
+        val_indices, train_indices = is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
     if train_size is not None:
         first = order_stratified(labels[train_indices], split_seed)[:train_size]
         train_indices = train_indices[first.sort().values]

@@ -13,16 +13,14 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
-from mnist_lightning.config import CONF_DIR, check, check_names, one_of, register
+from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.index import (
     STATES,
@@ -38,7 +36,6 @@ from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
 from mnist_lightning.sweeps.results import count_jobs
 
 log = logging.getLogger(__name__)
-register()
 
 NARROWEST = 24  # letters of what was changed, however narrow the terminal is
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -71,33 +68,11 @@ OURS = re.compile(
 )
 
 
-@dataclass
-class Runs:
-    """``python -m mnist_lightning.runs``"""
-
-    under: str
-    filter: str | None
-    sort: str
-    columns: Any  # list of str
-    average: str | None
-    csv: str | None
-    delete: Any  # str or list of str
-    yes: bool
-
-    def __post_init__(self) -> None:
-        if self.average is not None:
-            one_of("average", self.average, ("seed",))
-        self.columns = check_names("columns", self.columns, "columns=[run,val/acc]", at_least=1)
-        self.delete = check_names("delete", self.delete, "delete=logs/train/runs/A", at_least=0)
-
-
-ConfigStore.instance().store(name="runs_schema", node=Runs, provider="mnist_lightning")
-
-
 def main() -> None:
     begin()
     gc.disable()  # a short life among many small records: looking for cycles would take a third of it
-    quote_paths(["under", "filter", "sort", "columns", "csv", "delete"])
+    paths = ["under", "filter", "sort", "columns", "csv", "delete"]
+    sys.argv[1:] = quote_paths(paths, sys.argv[1:])
     run()
 
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
     "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
-    "callbacks": {"evaluation", "figures", "rundir", "sweeps"},
+    "callbacks": {"evaluation", "figures", "rundir", "sweeps", "workarounds"},
     "python": COMMANDS - {"train"}
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},
