@@ -93,7 +93,8 @@ def show(settings: Runs) -> None:
         OSError: there is no such folder, or the CSV file can't be written.
         CommandError: a key is unknown, or the filter can't be read.
     """
-    records = list_runs(settings.under)
+    nothing_yet = settings.under == "logs" and not Path(settings.under).exists()
+    records = [] if nothing_yet else list_runs(settings.under)
     keys = find_keys(records)
     if settings.filter is not None:
         conditions = read_filter(settings.filter, keys)
