@@ -312,6 +312,7 @@ class Train:
     logger: Any
     threads: int | None
     reproduce: str | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)

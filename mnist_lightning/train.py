@@ -27,6 +27,7 @@ from mnist_lightning.cli import begin, compact_errors, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -165,6 +166,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         FloatingPointError: the loss or a weight became NaN or infinite.
         MisconfigurationException: settings that Lightning can't use on this machine.
     """
+    first = None
+    if settings.init_from is not None and settings.resume is None:
+        first = find_checkpoint(settings.init_from)  # before torch is imported
     log.info("loading torch and Lightning …")
 
     import lightning as L
@@ -192,6 +196,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
     classifier.logs_evaluations = False
+    if first is not None:
+        take_weights(classifier, first)
     monitor = settings.monitor
     monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.higher_is_better(monitor.metric))
     with signals.deferred():  # torch calls the counter from C++, where an exception would abort the process
@@ -307,6 +313,38 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
     )
     classifier.check()
     return classifier
+
+
+def take_weights(classifier: "DigitClassifier", path: Path) -> None:
+    """Begin with the weights of another net, as far as they fit: those of the same name and shape.
+
+    Args:
+        path: a checkpoint.
+
+    Raises:
+        OSError: it can't be read, or nothing in it fits.
+    """
+    from mnist_lightning.rundir.checkpoint import load
+
+    own = classifier.net.state_dict()
+    saved = {
+        name.removeprefix("net."): value
+        for name, value in load(path)["state_dict"].items()
+        if name.startswith("net.")
+    }
+    fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    others = [
+        f"{name} {tuple(value.shape)}"
+        + (f" instead of {tuple(saved[name].shape)}" if name in saved else ", which is not there")
+        for name, value in own.items()
+        if name not in fitting
+    ]
+    if not fitting:
+        raise OSError(f"init_from={path}: no weight fits this net ({'; '.join(others)})")
+    classifier.net.load_state_dict(fitting, strict=False)
+    log.info("%d of %d weights are those of %s: %s", len(fitting), len(own), path, ", ".join(fitting))
+    if others:
+        log.info("drawn anew: %s", "; ".join(others))
 
 
 def place(settings: Train, run_dir: Path) -> Train:
