@@ -1,5 +1,6 @@
 """All runs at a glance:  python -m mnist_lightning.runs [key=value …]"""
 
+import collections
 import csv
 import difflib
 import gc
@@ -262,8 +263,8 @@ def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) 
         position = columns.index("changed")
         room = shutil.get_terminal_size().columns - sum(widths) - 2 * (len(widths) - 1)
         widths[position] = max(NARROWEST, min(widths[position], widths[position] + room))
-        for row in rows:
-            row[position] = shorten(row[position], widths[position])
+        for row, changed in zip(rows, put_rare_first([row[position] for row in rows]), strict=True):
+            row[position] = shorten(row[position], changed, widths[position])
     lines = []
     for row in (list(columns), *rows):
         cells = (
@@ -279,8 +280,16 @@ def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) 
     return lines
 
 
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def put_rare_first(changes: Sequence[str]) -> list[str]:
+    """What was changed in each run, that first which the fewest others share."""
+    parts = [re.split(r" (?=~?[\w./@]+=)", changed) for changed in changes]
+    counts = collections.Counter(part for of_run in parts for part in of_run)
+    return [" ".join(sorted(of_run, key=counts.__getitem__)) for of_run in parts]
+
+
+def shorten(text: str, rare_first: str, width: int) -> str:
+    """A text that has room, or else the beginning of the other one."""
+    return text if len(text) <= width else rare_first[: width - 1] + "…"
 
 
 def show_cell(record: Record, column: str) -> str:

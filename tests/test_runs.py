@@ -1,16 +1,18 @@
 """The table of all runs: what it shows, finds, averages and deletes, and its index."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NO_PICTURES, Run
+from conftest import NO_PICTURES, Run, Start
 
 from mnist_lightning import list_runs
 from mnist_lightning.cli import CommandError
@@ -18,7 +20,7 @@ from mnist_lightning.config import Runs
 from mnist_lightning.rundir.index import INDEX, read_value
 from mnist_lightning.rundir.record import find_changes, write_patch
 from mnist_lightning.rundir.status import Status, lock
-from mnist_lightning.runs import average, delete, find_keys, read_filter, show, sort
+from mnist_lightning.runs import average, delete, find_keys, put_rare_first, read_filter, shorten, show, sort
 
 SHORT = (
     *("trainer.max_epochs=1", "+trainer.limit_train_batches=2", NO_PICTURES),
@@ -221,6 +223,37 @@ def test_folder_that_can_not_be_written_is_still_read(logs: Path, monkeypatch: p
     assert list_runs(logs) == before
 
 
+def test_several_commands_at_once_and_a_killed_write(logs: Path) -> None:
+    before = list_runs(logs)
+    half = logs / f".writing-{INDEX}-12345"
+    half.write_text('{"version": 1, "ba')
+    os.utime(half, (0, 0))
+
+    def look(number: int) -> bool:
+        with contextlib.suppress(OSError):
+            (logs / INDEX).unlink()
+        return list_runs(logs) == before
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(look, range(40)))
+    assert list_runs(logs) == before
+    assert json.loads((logs / INDEX).read_text())["version"] == 1
+    assert not half.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions of POSIX")
+def test_read_only_logs(logs: Path, start: Start) -> None:
+    logs.chmod(0o555)
+    try:
+        done = start("runs", cwd=logs.parent, heed_permissions=True).finish()
+    finally:
+        logs.chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "6 runs: 5 completed, 1 failed" in done.stdout
+    assert "no index is kept" in done.stdout
+    assert not (logs / INDEX).exists()
+
+
 def test_delete(logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = logs / "train" / "runs"
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # no terminal
@@ -263,6 +296,18 @@ def test_delete_leaves_what_is_under_way(logs: Path) -> None:
     assert not (sweep / INDEX).exists()
     assert not (sweep / "0").exists()
     assert not run.exists()
+
+
+def test_where_room_is_short_what_sets_runs_apart_comes_first() -> None:
+    changes = [
+        "trainer.max_epochs=2 model.hidden=[64, 32] seed=1",
+        "trainer.max_epochs=2 model.hidden=8 seed=1",
+    ]
+    first, second = put_rare_first(changes)
+    assert first == "model.hidden=[64, 32] trainer.max_epochs=2 seed=1"
+    assert shorten(changes[0], first, 16) == "model.hidden=[6…"
+    assert shorten("default", "default", 16) == "default"
+    assert second.startswith("model.hidden=8 ")
 
 
 def test_command(logs: Path, command: Run) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
-from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
 from mnist_lightning.rundir.outside import read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
@@ -308,6 +309,9 @@ def is_entry(entry: Mapping[str, Any]) -> bool:
 def save_index(path: Path, base: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
     content = {"version": VERSION, "base": base, "runs": entries}
     try:
+        for left in path.parent.glob(f"{TEMPORARY}{path.name}-*"):  # by a process that was killed
+            if time.time() - left.lstat().st_mtime >= LONG_LEFT:
+                left.unlink()
         write_atomic(path, json.dumps(content, separators=(",", ":")).encode())
     except OSError as error:
         log.info("no index is kept: %s", error)
