@@ -11,7 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -444,13 +446,13 @@ class DigitClassifier(L.LightningModule):
 
     def _accumulates(self) -> bool:
         """Whether the optimizer waits for the gradients of batches to come."""
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        rest = batches % self.trainer.accumulate_grad_batches
-        return rest > 0 and batches < self.trainer.num_training_batches
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rest: int = batches % self.trainer.accumulate_grad_batches
+        return rest > 0 and bool(batches < self.trainer.num_training_batches)
 
     def _is_in_step(self) -> bool:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(progress.processed < progress.ready)  # type: ignore[attr-defined]
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed < progress.ready)
 
     def _last_step(self) -> int:
         """The number of the latest optimizer step, or of the one under way; from 1, over all epochs."""
@@ -466,6 +468,21 @@ class DigitClassifier(L.LightningModule):
         latest = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         groups = -(-latest // accumulate) + (lag - latest) // accumulate
         return self.global_step + (self._is_in_step() or self._accumulates()) - groups
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, also beside a fused optimizer in bfloat16: Lightning takes its gradients
+        for scaled ones, which they are in float16 alone."""
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, MixedPrecision) and precision.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
@@ -514,6 +531,9 @@ def rebuild(
     ours = net is None and not strange_modules({"model": recipe["model"]})
     with torch.device("meta") if ours else nullcontext():
         net = make(recipe["model"], "model") if net is None else net
+    if ours:  # given as they are: in the precision that the net computes in
+        wanted = net.state_dict()
+        own = {name: as_in(wanted.get(name), tensor) for name, tensor in own.items()}
     net.load_state_dict(own, strict=True, assign=ours)
     if loss is None and recipe.get("loss"):
         loss = make(recipe["loss"], "loss")
@@ -533,6 +553,19 @@ def rebuild(
     )
     classifier.check()
     return classifier
+
+
+def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
+    """A weight in the type of the one whose place it takes.
+
+    Raises:
+        ValueError: it is of another kind: a complex one, say.
+    """
+    if wanted is None or wanted.dtype == given.dtype:
+        return given
+    if not (wanted.is_floating_point() and given.is_floating_point()):
+        raise ValueError(f"a weight is {given.dtype} where its net has {wanted.dtype}")
+    return given.to(wanted.dtype)
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,6 +1,10 @@
 """What the commands share: paths on the command line as people type them, errors in a line."""
 
+import codecs
 import contextlib
+import gc
+import io
+import logging
 import os
 import re
 import shlex
@@ -15,6 +19,7 @@ from hydra.errors import CompactHydraException
 from mnist_lightning import threads, workarounds
 from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
+from mnist_lightning.rundir.outside import as_text
 
 
 class CommandError(CompactHydraException):
@@ -25,20 +30,45 @@ PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # a text of which Hydra's grammar mak
 WORDS = ("null", "true", "false", "nan", "inf")
 INTERPOLATION = r"\$\{[\w.]+(:[^{}]*(\{[^{}]*\}[^{}]*)*)?\}"  # of a key, or of a resolver: ${now:%H-%M}
 
+SPELLED = {"±": "+/-", "…": "...", "–": "-", "×": "x", "≥": ">=", "→": "->", "“": '"', "”": '"', "’": "'"}
+
 typed: list[str] = []
 """The command as its user typed it."""
+
+
+class PlainFormatter(logging.Formatter):
+    """Lines in which no text of a file or a name moves the terminal's cursor or takes its colours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_text(super().format(record), lines=True)
 
 
 def begin() -> None:
     """What every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
+    gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
     workarounds.read_yaml_by_libyaml()
+    workarounds.tell_settings_in_a_line()
+    codecs.register_error("spelled", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
+            stream.reconfigure(errors="spelled")
+    workarounds.compose_once()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
         sys.path.insert(0, folder)
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    """In the manner of ``codecs.backslashreplace_errors``, but as people write where a sign is missing."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    spelled = (SPELLED.get(one, one.encode("ascii", "backslashreplace").decode("ascii")) for one in missing)
+    return "".join(spelled), error.end
 
 
 def retype(argument: str, *, without: str = "") -> str:
@@ -109,6 +139,14 @@ def quote(value: str, *, literal: bool = True) -> str:
     return f"'{escaped}'"
 
 
+def is_of_lightning(error: Exception) -> bool:
+    """Whether Lightning itself has raised an error: it says of settings what it can't do with them, in a
+    ValueError, a RuntimeError or an AttributeError."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    return bool(names) and names[-1].split(".")[0] == "lightning"
+
+
 @contextmanager
 def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> Iterator[None]:
     """Tell what a user can mend (files, folders, numbers, devices) in one line on stderr.
@@ -133,9 +171,10 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
             from lightning.fabric.utilities.exceptions import MisconfigurationException
 
             kinds += (MisconfigurationException,)
-        if not isinstance(error, kinds) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        known = isinstance(error, kinds) or is_of_lightning(error)
+        if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        line = " ".join(str(error).split())
+        line = as_text(" ".join(str(error).split()))
         if isinstance(error, OSError) and error.filename is None and log_file is not None:
             line += f" ({log_file.parent})"
         if in_sweep:

@@ -1,21 +1,26 @@
 """Which net is better, and what sets them apart:  python -m mnist_lightning.compare runs=[A,B]"""
 
 import csv
+import io
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check
+from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import claim_output
+from mnist_lightning.rundir.outside import as_text, read_file, read_json, read_yaml
 from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.settings_help import flatten
 
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from mnist_lightning.figures import Curve
 
 log = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
 LEVEL = 0.05  # of McNemar's test
@@ -79,11 +86,10 @@ def compare(settings: Compare) -> None:
     ]
     first = contestants[0].images
     check_same_images(paths, [contestant.images for contestant in contestants], settings.split)
-    folder = Path(settings.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim_output(settings.output, "compare", ("comparison.json", "curves.png"))
     names = [contestant.name for contestant in contestants]
     for contestant, path in zip(contestants, paths, strict=True):
-        print(f"{contestant.name} = {path}")
+        print(f"{contestant.name} = {as_text(str(path))}")
     differences = differing([contestant.settings for contestant in contestants])
     print("\nsettings that differ" if differences else "\nno setting differs")
     print(tabulate(differences, names))
@@ -105,9 +111,7 @@ def compare(settings: Compare) -> None:
             "\nWhoever chooses a net by its test images has no independent estimate of its accuracy left:"
             " choose by split=val, and read the test images once."
         )
-    (folder / "comparison.json").write_text(
-        json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8"
-    )
+    write_atomic(folder / "comparison.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
     histories = {c.name: history for c in contestants if (history := read_curves(c.folder))}
     written = ["comparison.json"]
     if histories:
@@ -169,7 +173,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
     reports = []
     for contestant in contestants:
         path = contestant.folder / "metrics.json" if contestant.folder else None
-        reports.append(json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {})
+        reports.append(read_or_warn(read_json, path) or {})
     for key in METRICS:
         if any(key in report for report in reports):
             rows[key] = [report.get(key, "–") for report in reports]
@@ -180,7 +184,7 @@ def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
     """A line a key, a column a run."""
     if not rows:
         return ""
-    cells = [["", *names]] + [[key, *map(str, values)] for key, values in rows.items()]
+    cells = [["", *names]] + [[as_text(str(one)) for one in (key, *values)] for key, values in rows.items()]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = []
     for key, *values in cells:
@@ -193,20 +197,47 @@ def read_curves(folder: Path | None) -> "dict[str, Curve]":
     """The curves by epoch of a run's ``csv/metrics.csv``; none where it has no such file."""
     import numpy as np
 
-    path = folder / "csv" / "metrics.csv" if folder else None
-    if path is None or not path.is_file():
+    content = read_or_warn(read_file, folder / "csv" / "metrics.csv" if folder else None)
+    try:
+        rows = list(csv.DictReader(io.StringIO((content or b"").decode(), newline="")))
+        history = {}
+        for key in rows[0] if rows else []:
+            if not key or not key.startswith(("train/", "val/")) or key == "train/loss_step":
+                continue
+            points = [
+                (float(row["epoch"]), float(row[key])) for row in rows if row.get(key) and row.get("epoch")
+            ]
+            if points and np.isfinite(points).all():
+                epochs, values = np.array(points).T
+                history[key] = (epochs, values)
+    except (ValueError, csv.Error) as error:
+        log.warning("%s has no curves that can be read: %s", folder, error)
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    history = {}
-    for key in rows[0] if rows else []:
-        if not key.startswith(("train/", "val/")) or key == "train/loss_step":
-            continue
-        points = [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key) and row.get("epoch")]
-        if points:
-            epochs, values = np.array(points).T
-            history[key] = (epochs, values)
     return history
+
+
+def read_or_warn(read: Callable[[Path], Content], path: Path | None) -> Content | None:
+    """What a file of a run holds; None, and a word, where it can't be read, and without one where it is not
+    there."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return read(path)
+    except OSError as error:
+        log.warning("%s", error)
+        return None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings by dotted key.
+
+    Raises:
+        OSError: they can't be read.
+    """
+    try:
+        return flatten(OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False))
+    except (OmegaConfBaseException, AttributeError) as error:
+        raise OSError(f"{path} holds no settings: {str(error).splitlines()[0]}") from error
 
 
 def _letters(count: int) -> list[str]:
@@ -227,10 +258,8 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     split = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
-    saved = folder / ".hydra" / "config.yaml" if folder else None
-    if saved and saved.is_file():
-        values = flatten(OmegaConf.to_container(OmegaConf.load(saved), resolve=False))
-    else:  # a checkpoint alone tells the net and the data
+    values = read_or_warn(read_settings, folder / ".hydra" / "config.yaml" if folder else None)
+    if values is None:  # a checkpoint alone tells the net and the data
         parts = ("model", "loss", "metrics", "preprocess")
         values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}

@@ -8,6 +8,7 @@ import ast
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,6 +42,11 @@ GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "t
 RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
 PREPROCESS = ("mean", "std", "deskew", "augment")
+USELESS = {  # Trainer's arguments that would silently do nothing -> why
+    "limit_predict_batches": "is for Trainer.predict, which no run calls",
+    "model_registry": "is where Lightning's ModelCheckpoint puts its files, and a run keeps its own",
+}
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16", "None")
 MAX_SEED = 2**32 - 1  # the largest that numpy takes
 MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
 
@@ -333,6 +339,7 @@ class Train:
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
         self._check_limits()
+        self._check_trainer()
         self._check_combinations()
 
     @property
@@ -365,6 +372,40 @@ class Train:
         for key, (holds, wanted) in TRAINER_LIMITS.items():
             if self.trainer.get(key) is not None:
                 check_number(f"trainer.{key}", self.trainer[key], holds, wanted, whole=True)
+
+    def _check_trainer(self) -> None:
+        """What of Lightning's Trainer a run has another way for; docs/lightning.md lists all of it."""
+        trainer = self.trainer
+        for key, group in (("callbacks", "callbacks"), ("logger", "logger")):
+            allowed = (None, False) if key == "logger" else (None,)
+            require(
+                trainer.get(key) in allowed,
+                f"trainer.{key} is made by the run: +{group}.mine._target_=… adds one, {group}=… chooses",
+            )
+        for key, why in USELESS.items():
+            require(trainer.get(key) is None, f"trainer.{key} {why}")
+        precision, strategy = str(trainer.get("precision")), str(trainer.get("strategy"))
+        require(
+            precision in PRECISIONS,
+            f"trainer.precision must be one of {', '.join(PRECISIONS[:3])}, got {precision}: checkpoints hold"
+            " weights in 32 bits",
+        )
+        require(
+            not (precision in ("16-mixed", "16") and trainer.get("gradient_clip_val"))
+            or not self.optimizer.get("fused"),
+            "trainer.gradient_clip_val with trainer.precision=16-mixed wants optimizer.fused=false: a fused"
+            " optimizer scales its gradients back itself",
+        )
+        name = re.match(r"(ddp_(spawn|fork|notebook)|(fsdp|deepspeed|model_parallel|xla))", strategy)
+        require(
+            name is None,
+            f"trainer.strategy={strategy} can't be used: "
+            + (
+                "its processes end without telling what they have kept; trainer=ddp starts others"
+                if name and name[2]
+                else "it keeps a checkpoint in pieces, and those of a run are whole files"
+            ),
+        )
 
     def _check_combinations(self) -> None:
         max_epochs = self.trainer.get("max_epochs")

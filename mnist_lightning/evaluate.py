@@ -1,6 +1,7 @@
 """How good a trained net is, and where it errs:  python -m mnist_lightning.evaluate [key=value …]"""
 
 import csv
+import io
 import json
 import logging
 import math
@@ -16,7 +17,10 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Evaluate, check
+from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import claim_output
+from mnist_lightning.rundir.outside import as_cell, as_text, check_inside, expand_home
 from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.sweeps.results import FOLD, Sweep, find_sweep, read_sweep
 
@@ -32,6 +36,10 @@ log = logging.getLogger(__name__)
 NUM_MISTAKES = 40  # on the sheet
 NUM_LABELS = 12  # in the terminal
 NUM_ASKED = 10_000  # images, by which the number of threads is chosen
+FILES = (
+    *("metrics.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png"),
+    *("labels.csv", "labels.png"),
+)
 
 
 def main() -> None:
@@ -127,7 +135,6 @@ def evaluate(settings: Evaluate) -> None:
     if evaluation:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
-    folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
     what = settings.split if sweep is None else "out-of-fold"
     metrics |= {"data": name, "split": what, "images": len(split)}
@@ -136,25 +143,31 @@ def evaluate(settings: Evaluate) -> None:
     if evaluation:
         metrics |= to_metrics(evaluation)
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    written = ["metrics.json", "predictions.csv"]
-    pictures: dict[str, Figure] = {}
+    more: dict[str, str] = {}
     if evaluation:
-        write_predictions(folder / "predictions.csv", evaluation, indices)
+        table = format_predictions(evaluation, indices)
         pictures = draw(evaluation, split.images.numpy(), names, f"{name} {what}")
         if settings.labels:
             doubtful = evaluation.doubtful()
-            write_labels(folder / "labels.csv", evaluation, doubtful, indices, names)
-            written.append("labels.csv")
+            more["labels.csv"] = format_labels(evaluation, doubtful, indices, names)
             pictures["labels"] = draw_labels(
                 evaluation, doubtful, split.images.numpy(), names, f"{name} {what}"
             )
-        written += [path.name for path in figures.save(pictures, folder)]
     else:
-        write_outputs(folder / "predictions.csv", outputs[:, 0].numpy(), split.labels.numpy())
+        table, pictures = format_outputs(outputs[:, 0].numpy(), split.labels.numpy()), {}
+    write_atomic(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomic(folder / "predictions.csv", table.encode())
+    for file, content in more.items():
+        write_atomic(folder / file, content.encode())
+    written = [
+        "metrics.json",
+        "predictions.csv",
+        *more,
+        *(path.name for path in figures.save(pictures, folder)),
+    ]
 
     for path in paths:
-        print(f"{'checkpoint':13} {path}")
+        print(f"{'checkpoint':13} {as_text(str(path))}")
     if sweep is not None:
         tell_folds(sweep, missing)
     if settings.tta:
@@ -194,7 +207,7 @@ def read_folds(name: str) -> Sweep:
 def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
     if len(sweep.settings) > 1:
         told = " ".join(f"{key}={value}" for key, value in sweep.settings[0].params.items() if value)
-        print(f"{'of':13} the best of {len(sweep.settings)} settings: {told}")
+        print(f"{'of':13} the best of {len(sweep.settings)} settings: {as_text(told)}")
     failed = [job for job in sweep.in_state("failed", "interrupted") if FOLD in job.params]
     for job in failed:
         print(
@@ -204,28 +217,38 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
         print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
 
 
-def write_outputs(path: Path, outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> None:
+def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
     """A line an image: its index in the split, label and the net's number."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "output"])
-        for index, (label, output) in enumerate(zip(labels, outputs, strict=True)):
-            writer.writerow([index, label, f"{output:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "output"])
+    for index, (label, output) in enumerate(zip(labels, outputs, strict=True)):
+        writer.writerow([index, label, f"{output:.6f}"])
+    return text.getvalue()
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:
     """The folder to write to: the user's, the run's, one beside a lone checkpoint file, or one of several
-    runs."""
+    runs.  It is made.
+
+    Raises:
+        CommandError: files that this command has not written would be overwritten.
+        OSError: it can't be made, or leads elsewhere.
+    """
     if settings.output is not None:
-        return Path(settings.output).expanduser()
+        return claim_output(settings.output, "evaluate", FILES)
     if settings.folds is not None:
-        return find_sweep(settings.folds) / "evaluation" / "out-of-fold"
-    if settings.runs:
-        return Path("logs/evaluate") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}" / settings.split
-    if settings.checkpoint is None and not Path(settings.run).expanduser().is_file():
+        home, split = find_sweep(settings.folds), "evaluation/out-of-fold"
+    elif settings.runs:
+        home, split = Path("logs/evaluate"), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}/{settings.split}"
+    elif settings.checkpoint is None and not expand_home(settings.run).is_file():
         split = f"{settings.split}-tta{settings.tta}" if settings.tta else settings.split
-        return checkpoint.parent.parent / "evaluation" / split
-    return checkpoint.with_name(f"{checkpoint.stem}-evaluation") / settings.split
+        home, split = checkpoint.parent.parent, f"evaluation/{split}"
+    else:
+        home, split = checkpoint.parent, f"{checkpoint.stem}-evaluation/{settings.split}"
+    check_inside(home, [str(Path(split).parent), split])
+    (home / split).mkdir(parents=True, exist_ok=True)
+    return home / split
 
 
 def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
@@ -247,43 +270,40 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
     }
 
 
-def write_predictions(
-    path: Path, evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None
-) -> None:
+def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
     """A line an image: its index in the split, label, prediction and the prediction's probability.
 
     Args:
         indices: (N,) of the images; None: 0, 1, 2, …
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "prediction", "probability"])
-        columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
-        for position, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
-            index = position if indices is None else indices[position]
-            writer.writerow([index, label, prediction, f"{probability:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "prediction", "probability"])
+    columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
+    for position, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+        index = position if indices is None else indices[position]
+        writer.writerow([index, label, prediction, f"{probability:.6f}"])
+    return text.getvalue()
 
 
-def write_labels(
-    path: Path,
-    evaluation: "Evaluation",
-    doubtful: "NDArray[np.int64]",
-    indices: "NDArray[np.int64]",
-    names: list[str],
-) -> None:
+def format_labels(
+    evaluation: "Evaluation", doubtful: "NDArray[np.int64]", indices: "NDArray[np.int64]", names: list[str]
+) -> str:
     """A line for each label that is contradicted, the least probable first.
 
     Args:
         doubtful: (M,) places in the evaluation, see ``Evaluation.doubtful``.
         indices: (N,) of the images among all training images.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "prediction", "probability_of_label", "probability"])
-        for place in doubtful:
-            label, prediction = evaluation.labels[place], evaluation.predictions[place]
-            given, taken = evaluation.probabilities[place, label], evaluation.confidences[place]
-            writer.writerow([indices[place], names[label], names[prediction], f"{given:.3e}", f"{taken:.6f}"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "prediction", "probability_of_label", "probability"])
+    for place in doubtful:
+        label, prediction = evaluation.labels[place], evaluation.predictions[place]
+        given, taken = evaluation.probabilities[place, label], evaluation.confidences[place]
+        cells = (as_cell(names[label]), as_cell(names[prediction]), f"{given:.3e}", f"{taken:.6f}")
+        writer.writerow([indices[place], *cells])
+    return text.getvalue()
 
 
 def draw_labels(

@@ -2,11 +2,11 @@
 
 import io
 import logging
+import os
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -17,6 +17,7 @@ from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.outside import expand_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,13 +56,15 @@ def export(settings: Export) -> None:
         raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
     path = find_checkpoint(settings.run, settings.checkpoint)
     if settings.output is not None:
-        target = Path(settings.output).expanduser()
-    elif settings.checkpoint is not None or Path(settings.run).expanduser().is_file():
+        target = expand_home(settings.output)
+    elif settings.checkpoint is not None or expand_home(settings.run).is_file():
         target = path.with_suffix(".onnx")
     else:
         target = path.parent.parent / "model.onnx"
     if target.is_dir():
         raise CommandError(f"output={target} is a folder: name a file, say {target / 'model.onnx'}")
+    if os.path.lexists(target) and target.suffix != ".onnx":
+        raise CommandError(f"output={target} is there already and no *.onnx: name another file")
     log.info("loading torch, Lightning and ONNX …")
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 

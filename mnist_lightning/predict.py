@@ -2,10 +2,12 @@
 
 import csv
 import glob
+import io
 import logging
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -14,10 +16,13 @@ from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check
 from mnist_lightning.images.known import KNOWN
+from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import claim_output
+from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from matplotlib.figure import Figure
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
+
+LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
 
 
 def main() -> None:
@@ -69,50 +76,66 @@ def predict(settings: Predict) -> int:
     data = checkpoint["datamodule_hyper_parameters"]
     known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
     as_mnist = known is not None and known.handwriting
-    folder = Path(settings.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"net: {path}")
-    width = min(60, max(len(str(file)) for file in files))
+    figure_names = [f"{number:03}_{shorten(file.stem)}" for number, file in enumerate(files, start=1)]
+    written = ["predictions.csv", *(f"{name}.png" for name in figure_names if classes)]
+    folder = claim_output(settings.output, "predict", written)
+    print(f"net: {as_text(str(path))}")
+    width = min(60, max(len(as_text(str(file))) for file in files))
     failures = 0
     drawings: dict[str, Figure] = {}
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
-    with computing, (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table)
+    with computing, write_table(folder / "predictions.csv") as writer:
         header = ["file", "prediction", "probability", *(f"p({name})" for name in names)]
-        writer.writerow(header if classes else ["file", "output"])
-        for number, file in enumerate(files, start=1):
+        writer.writerow(map(as_cell, header) if classes else ["file", "output"])
+        for file, figure_name in zip(files, figure_names, strict=True):
+            shown = as_text(str(file))
             try:
                 picture, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
             except (OSError, NoDigit, MemoryError) as error:
                 failures += 1
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                print(f"{file}: {reason or type(error).__name__}", file=sys.stderr, flush=True)
+                print(f"{shown}: {as_text(reason) or type(error).__name__}", file=sys.stderr, flush=True)
                 continue
             outputs = compute_outputs(classifier, torch.from_numpy(seen)[None])[0]
             if not classes:
-                print(f"{file!s:{width}}  {outputs.item():.4f}", flush=True)
-                writer.writerow([file, f"{outputs.item():.6f}"])
+                print(f"{shown:{width}}  {outputs.item():.4f}", flush=True)
+                writer.writerow([as_cell(str(file)), f"{outputs.item():.6f}"])
                 continue
             probabilities = outputs.softmax(dim=0).numpy()
             best = int(probabilities.argmax())
             line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
-            print(f"{file!s:{width}}  {line}", flush=True)
-            writer.writerow(
-                [file, names[best], f"{probabilities[best]:.6f}", *(f"{p:.6f}" for p in probabilities)]
-            )
+            print(f"{shown:{width}}  {line}", flush=True)
+            numbers = [f"{p:.6f}" for p in (probabilities[best], *probabilities)]
+            writer.writerow([as_cell(str(file)), as_cell(names[best]), *numbers])
             picture.thumbnail((480, 480))
             drawing = figures.prediction(
                 np.asarray(picture), seen, probabilities, names, title=f"{file.name}: {line}"
             )
-            figures.save({f"{number:03}_{file.stem}": drawing}, folder)
+            figures.save({figure_name: drawing}, folder)
             if settings.show:
                 drawings[str(file)] = drawing
     done = len(files) - failures
-    drawn = " and a figure for each" if classes else ""
+    drawn = " and a figure for each" if classes and done else ""
     print(f"\n{done} of {len(files)} read; written to {folder}: predictions.csv{drawn}")
     if settings.show:
         figures.show(drawings.values())
     return failures
+
+
+@contextmanager
+def write_table(path: Path) -> "Iterator[Any]":
+    """A CSV writer whose rows are in the file at the end, whatever ends it."""
+    text = io.StringIO(newline="")
+    try:
+        yield csv.writer(text)
+    finally:
+        write_atomic(path, text.getvalue().encode())
+
+
+def shorten(stem: str) -> str:
+    """A file's name for that of its figure: letters that every file system takes, and not too many."""
+    text = "".join("_" if one in '<>:"/\\|?*' else one for one in as_text(stem))
+    return text.encode()[:LONGEST_NAME].decode(errors="ignore")
 
 
 def read_pixels(
@@ -147,7 +170,7 @@ def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
 
     A name that matches nothing stands for itself, so that it is told with the files that fail.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
         if not pictures:

@@ -88,12 +88,15 @@ def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
                 raise ConfigError(f"--config-dir={flags['--config-dir']}: there is no such folder")
             search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
         loader = ConfigLoaderImpl(config_search_path=search_path)
-        config = loader.load_configuration(
-            config_name=flags.get("--config-name", "train"),
-            overrides=settings,
-            run_mode=RunMode.RUN,
-            from_shell=False,
-        )
+        try:
+            config = loader.load_configuration(
+                config_name=flags.get("--config-name", "train"),
+                overrides=settings,
+                run_mode=RunMode.RUN,
+                from_shell=False,
+            )
+        except SystemExit as error:  # with a line
+            raise ConfigError(str(error)) from error
     return config, loader
 
 

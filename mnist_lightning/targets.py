@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.errors import CompactHydraException, InstantiationException
@@ -27,13 +27,29 @@ class Kind:
         homes: modules, and single names, of the classes that saved settings may name.
         inner: the same for what is built within it, as an argument.
         functions: names of the functions that saved settings may name, a regular expression.
+        refused: classes of that base that no run can use -> why, and what to do instead.
     """
 
     base: str | None
     homes: tuple[str, ...]
     inner: tuple[str, ...] = ()
     functions: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
+
+AVERAGING = "would average weights that are then not those that are tested: ema_decay=0.999 does it"
+REFUSED_CALLBACKS = {
+    "StochasticWeightAveraging": AVERAGING,
+    "WeightAveraging": AVERAGING,
+    "BatchSizeFinder": "would let a machine's memory decide the result: data.batch_size is the batch",
+    "LearningRateFinder": "wants a module with a rate of its own: -m optimizer.lr=0.001,0.004 compares",
+    "BackboneFinetuning": "wants a module with a backbone that is already trained, and nets here have none",
+    "ModelPruning": "would leave masks in the net, which a checkpoint's own net does not have",
+    "SpikeDetection": "can't be read back from a checkpoint by Lightning 2.6, which every evaluation does",
+    "BasePredictionWriter": "waits for Trainer.predict, which no run calls: use the command predict",
+}
+
+ABSTRACT = ("lightning.pytorch.callbacks.BaseFinetuning",)
 
 # The group of settings -> what its ``_target_`` builds, or each of its entries' where there are several
 KINDS = {
@@ -56,10 +72,15 @@ KINDS = {
         "lightning.pytorch.callbacks.Callback",
         ("mnist_lightning.callbacks", "lightning.pytorch.callbacks"),
         inner=("optuna.pruners", "optuna.samplers"),
+        refused={f"lightning.pytorch.callbacks.{name}": why for name, why in REFUSED_CALLBACKS.items()},
     ),
     "logger": Kind(
         "lightning.pytorch.loggers.Logger",
-        ("mnist_lightning.rundir.loggers", "lightning.pytorch.loggers"),
+        (  # those that write files; others send what they are given to a server
+            "mnist_lightning.rundir.loggers",
+            *("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"),
+            *("lightning.pytorch.loggers.csv_logs", "lightning.pytorch.loggers.tensorboard"),
+        ),
     ),
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
@@ -142,6 +163,14 @@ def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
     base = base_of(key)
     if inspect.isclass(target) and base is not None and not issubclass(target, get_object(base)):
         raise TargetError(f"{key}.{TARGET}={name} is no {base}")
+    kind = kind_of(key)
+    for refused, why in (kind.refused if kind and inspect.isclass(target) else {}).items():
+        if issubclass(target, get_object(refused)):
+            raise TargetError(f"{key}.{TARGET}={name} {why}")
+    if target in {get_object(one) for one in ABSTRACT if one.startswith(name.split(".")[0])}:
+        raise TargetError(
+            f"{key}.{TARGET}={name} does nothing by itself: name a class that is derived from it"
+        )
     for inner in find_inner(list(config.values())):
         check_home(get_object(inner), inner)
     check_home(target, name)

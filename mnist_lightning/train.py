@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import io
 import json
 import logging
 import math
@@ -215,7 +216,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
             "callbacks": callbacks,
-            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+            "enable_checkpointing": settings.trainer.get(
+                "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
+            ),
             "logger": make_loggers(settings, resumed_at),
             "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
         },
@@ -272,6 +275,8 @@ def check_parts(settings: Train) -> None:
     """
     parts = {key: getattr(settings, key) for key in ("model", "loss", "optimizer", "scheduler")}
     parts |= {f"metrics.{name}": metric for name, metric in settings.metrics.items()}
+    for group in ("callbacks", "logger"):
+        parts |= {f"{group}.{name}": one for name, one in getattr(settings, group).items()}
     for key, config in (parts | {"data.source": settings.data.source}).items():
         if config:
             check_arguments(config, key)
@@ -377,6 +382,8 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
+    from lightning.pytorch.callbacks import Checkpoint
+
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
     facts: dict[str, Any] = {
@@ -394,7 +401,11 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
             offered = {"check_on_train_epoch_end": not watched.startswith("val/")}
             offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
-            made.append(make(whole, f"callbacks.{name}", **offered))
+            callback = make(whole, f"callbacks.{name}", **offered)
+            if settings.trainer.get("enable_checkpointing") is not False or not isinstance(
+                callback, Checkpoint
+            ):
+                made.append(callback)
     return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
 
 
@@ -406,7 +417,8 @@ def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.log
     """
     from mnist_lightning.rundir.loggers import Forgiving
 
-    loggers = [make(logger, f"logger.{name}") for name, logger in settings.logger.items() if logger]
+    wanted = {} if settings.trainer.get("logger") is False else settings.logger
+    loggers = [make(logger, f"logger.{name}") for name, logger in wanted.items() if logger]
     for logger in loggers:
         if resumed_at is not None and isinstance(logger, Forgiving):
             logger.resume_from(resumed_at)
@@ -443,7 +455,9 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     from mnist_lightning.evaluation.trained import compute_outputs
 
     predictions = compute_outputs(classifier.eval(), images).argmax(1)
-    np.save(path, np.packbits((predictions == labels).numpy()))
+    content = io.BytesIO()
+    np.save(content, np.packbits((predictions == labels).numpy()))
+    write_atomic(path, content.getvalue())
 
 
 def find_versions() -> dict[str, str | None]:
@@ -513,8 +527,10 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
         key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
     }
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, TensorBoardLogger) and not logger.failed:
             with logger.ending() as writer:
+                if writer is None:
+                    continue
                 for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
                     workarounds.add_summary(writer, summary)
                 for key, value in (finals | tests).items():
@@ -548,13 +564,14 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
     changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     resume = shlex.quote(str(as_typed(run_dir)))
+    resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
     return [
         "",
         "next:",
         "  tensorboard --logdir logs",
         *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
         *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-        f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted",
+        *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
     ]
 
 

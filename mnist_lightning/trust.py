@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.cli import retype
 from mnist_lightning.config import RUN_DIR
+from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
@@ -32,6 +33,7 @@ PLACES = (
     "run_dir",
     "filename",
 )
+WRITERS = ("trainer", "callbacks", "logger")  # groups whose classes write files
 ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # settings that may be a place anywhere: read, never written
 OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that reach nothing outside
 
@@ -125,10 +127,17 @@ def stays_inside(key: str, text: str, folder: Path) -> bool:
     text = text.replace("${run_dir:}", RUN_DIR)
     parts = re.split(r"[/\\]", text)
     if parts[0] == RUN_DIR:
-        return ".." not in parts
+        place = os.path.realpath(folder.joinpath(*parts[1:]))  # a link may lie there
+        return ".." not in parts and Path(place).is_relative_to(os.path.realpath(folder))
+    if key.split(".")[0] in WRITERS and ("._args_[" in key or "$" in text):
+        return False  # a place without its name, or one that the library looks up
     is_path = len(parts) > 1 and (parts[0] in ("", "~", ".", "..") or parts[0].endswith(":") or ".." in parts)
     if "://" in text or text.startswith("~") or is_path or text == "..":
-        return "://" not in text and Path(text).expanduser().resolve().is_relative_to(folder.resolve())
+        try:
+            place = os.path.realpath(expand_home(text))
+        except OSError:
+            return False
+        return "://" not in text and Path(place).is_relative_to(os.path.realpath(folder))
     name = key.rpartition(".")[2]
     return name not in PLACES or (name == "filename" and len(parts) == 1)
 

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check
+from mnist_lightning.rundir.output import claim_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,8 @@ def visualize(settings: Visualize) -> None:
 
     with threads.use(settings.threads or threads.most()):
         drawings, summary = draw(settings.data)
-    for path in figures.save(drawings, Path(settings.output).expanduser()):
+    folder = claim_output(settings.output, "visualize", [f"{name}.png" for name in drawings])
+    for path in figures.save(drawings, folder):
         print(path)
     print(f"\n{summary}")
     if settings.show:

@@ -4,8 +4,11 @@ uses a name that it does not promise to keep.  Why, and for which release.
 Commands install what changes a library; importing this package changes nothing.
 """
 
+import difflib
 import logging
 import os
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,12 +16,17 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
     from optuna import Trial
+    from optuna.trial import FrozenTrial
     from torch.utils.tensorboard import SummaryWriter
 
 SET_EACH_STEP = "_current_fx_name"
@@ -40,6 +48,101 @@ def read_yaml_by_libyaml() -> None:
     """
     if hasattr(yaml, "CSafeLoader"):
         yaml.SafeLoader = yaml.CSafeLoader
+
+
+def tell_settings_in_a_line() -> None:
+    """Hydra 1.3 advises "+key" for each key that is not there, a misspelt one too, over several lines, and
+    ends in a traceback for a group that is null.  Name the nearest key, or the choices, in one.
+    """
+    load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
+
+    def load_telling(
+        self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        try:
+            return load(self, config_name, overrides, *args, **kwargs)
+        except (ConfigCompositionException, ValueError) as error:
+            line = " ".join(str(error).partition("\n\nConfig search path")[0].split())
+        pairs = [one.lstrip("+~").partition("=")[::2] for one in overrides]
+        for key, value in pairs:
+            choices = self.get_group_options(key)
+            if choices and value == "null" and "Config group override" in line:
+                line = f"{key}=null chooses nothing: {key} is one of {', '.join(choices)}"
+            elif choices and f"Could not override '{key}'" in line:
+                line = (
+                    f"{key}={value} can't be chosen beside resume=, which goes on with the run's own {key}:"
+                    f" type single settings of it, {key}.…=…"
+                )
+        sys.exit(line)
+
+    def apply_telling(overrides: list[Any], cfg: DictConfig) -> None:
+        try:
+            apply(overrides, cfg)
+        except ConfigCompositionException as error:
+            match = re.match(r"Could not override '(.+)'", str(error))
+            if match is None:
+                raise
+            key, keys = match[1], list(find_keys(OmegaConf.to_container(cfg)))
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+            advice = f"did you mean {near[0]}?" if near else f"no YAML file has it; +{key}=… adds it"
+            raise ConfigCompositionException(f"Could not override '{key}': {advice}") from error
+
+    if load.__module__ != __name__:
+        ConfigLoaderImpl.load_configuration = load_telling  # type: ignore[method-assign]
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_telling)  # type: ignore[method-assign]
+
+
+def find_keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested settings."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        yield f"{prefix}{key}"
+        yield from find_keys(value, f"{prefix}{key}.")
+
+
+def compose_once() -> None:
+    """Keep Hydra 1.3 from composing all settings twice, the first time only to read ``hydra.mode`` of them.
+
+    What the first composing gave, settings or an error, is handed out when Hydra asks for the same again,
+    with the one word that it has added to the command line since.
+    """
+    from hydra._internal.hydra import Hydra
+
+    plain = Hydra.get_mode
+    if plain.__module__ == __name__:
+        return
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        mode = RunMode.RUN if {"-m", "--multirun"}.isdisjoint(sys.argv) else RunMode.MULTIRUN
+        wanted: dict[str, Any] = {"config_name": config_name, "run_mode": mode}
+        wanted |= {"from_shell": True, "validate_sweep_overrides": True}
+        loader: Any = hydra.config_loader
+        compose, typed = loader.load_configuration, list(overrides)
+        first: DictConfig | Exception
+        said: RunMode | None
+        try:
+            settings: DictConfig = compose(overrides=overrides, **wanted)
+            first, said = settings, settings.hydra.mode
+        except Exception as error:
+            first, said = error, plain(hydra, config_name, overrides)
+
+        def give_first(overrides: list[str], **arguments: Any) -> DictConfig:
+            del loader.load_configuration  # once
+            added = overrides[len(typed) :]
+            if arguments != wanted or overrides[: len(typed)] != typed or added not in ([], [word]):
+                composed: DictConfig = compose(overrides=overrides, **arguments)
+                return composed
+            if isinstance(first, Exception):
+                raise first
+            first.hydra.overrides.hydra.extend(added)
+            first.hydra.mode = mode
+            return first
+
+        word = f"hydra.mode={mode.name}"
+        if said in (None, mode):
+            loader.load_configuration = give_first
+        return said
+
+    Hydra.get_mode = get_mode  # type: ignore[assignment, method-assign]
 
 
 def quiet_tensorboard() -> None:
@@ -132,9 +235,13 @@ def hydra_as_it_was() -> Iterator[None]:
     version.setbase("1.3")
     setup_globals()
     JobRuntime.instance().set("name", "train")
+    loading, applying = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
+    tell_settings_in_a_line()
     try:
         yield
     finally:
+        ConfigLoaderImpl.load_configuration = loading  # type: ignore[method-assign]
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(applying)  # type: ignore[method-assign]
         for name in names:
             Singleton._instances.pop(name, None)
         Singleton._instances.update({name: one for name, one in kept.items() if one is not None})
@@ -167,7 +274,7 @@ def compiler_failure() -> type[Exception]:
     return BackendCompilerFailed
 
 
-def trial_id(trial: "Trial") -> int:
+def trial_id(trial: "Trial | FrozenTrial") -> int:
     """The number by which a storage knows a trial, as ``optuna.Trial`` is made from; Optuna 4 hides it."""
     return trial._trial_id
 

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cor
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps memory and reuses it: a short training
 os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # spent a fifth of its time on getting it anew
 
+import compileall
 import gc
 import json
 import shutil
@@ -37,6 +38,13 @@ NO_PICTURES = "callbacks.pictures.enabled=false"  # they take longer than a shor
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
 Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where Python is told to write no bytecode, each of hundreds of commands would compile all modules."""
+    if not hasattr(config, "workerinput"):
+        for package in ("mnist_lightning", "hydra_plugins", "benchmarks", "tests"):
+            compileall.compile_dir(REPOSITORY / package, quiet=2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,3 +60,13 @@ class Witness(Callback):
             "process": os.getpid(),
         }
         self.file.write_text(json.dumps(seen))
+
+
+class StepTimer(Callback):
+    """A limit on time, as Lightning's Timer, that comes at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.global_step == self.step

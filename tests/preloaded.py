@@ -99,7 +99,6 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
     added = request["env"].get("PYTHONPATH")
     sys.path[1:1] = added.split(os.pathsep) if added else []
     importlib.invalidate_caches()
-    gc.set_threshold(20_000, 50, 100)  # looking for cycles as often as usual takes a sixth of a short command
     if "torch" in sys.modules:
         import numpy as np
         import torch

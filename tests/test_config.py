@@ -178,3 +178,77 @@ def test_libyaml_reads_the_configs_as_pyyaml_does() -> None:
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert yaml.load(text, yaml.CSafeLoader) == yaml.load(text, yaml.SafeLoader)
+
+
+# a Hydra program that prints all that it gets, and then how often its settings were composed
+APP = """
+import sys
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from mnist_lightning import workarounds
+
+plain, composed = ConfigLoaderImpl.load_configuration, []
+
+def load_configuration(*arguments, **more):
+    composed.append(None)
+    return plain(*arguments, **more)
+
+ConfigLoaderImpl.load_configuration = load_configuration
+if sys.argv.pop(1) == "once":
+    workarounds.compose_once()
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="app")
+def run(cfg):
+    print(OmegaConf.to_yaml(cfg), OmegaConf.to_yaml(HydraConfig.get()))
+
+try:
+    run()
+finally:
+    print(len(composed), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "returncode", "usually", "once"),
+    [
+        (("a=2", "group=one"), 0, 2, 1),
+        (("a=2", "hydra.mode=RUN"), 0, 2, 1),
+        (("-m", "a=2,3"), 0, 6, 5),
+        (("a=2,3", "hydra.mode=MULTIRUN"), 0, 6, 7),
+        (("a=2,3", "group=sweep"), 0, 6, 7),  # the mode is in the file
+        (("group=sweep",), 0, 4, 4),
+        (("a=2,3",), 1, 2, 2),
+        (("b=2",), 1, 2, 2),
+        (("group=none",), 1, 2, 2),
+    ],
+)
+def test_composing_once_changes_nothing(
+    arguments: tuple[str, ...],
+    returncode: int,
+    usually: int,
+    once: int,
+    light: Preloaded,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "conf" / "group").mkdir(parents=True)
+    (tmp_path / "app.py").write_text(APP)
+    folders = "hydra: {run: {dir: run}, sweep: {dir: sweep}}"
+    (tmp_path / "conf" / "app.yaml").write_text(
+        f"defaults: [_self_, group: one, override hydra/hydra_logging: disabled]\na: 1\n{folders}\n"
+    )
+    (tmp_path / "conf" / "group" / "one.yaml").write_text("b: ${a}\n")
+    (tmp_path / "conf" / "group" / "sweep.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
+    env = environment | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    usual, done = (
+        light.start("app.py", how, *arguments, cwd=tmp_path, env=env).finish() for how in ("usual", "once")
+    )
+    assert done.returncode == usual.returncode == returncode, done.stderr
+    assert done.stdout == usual.stdout
+    *told, count = done.stderr.splitlines()
+    *usually_told, usual_count = usual.stderr.splitlines()
+    assert told == usually_told
+    assert (int(usual_count), int(count)) == (usually, once)
+    assert returncode == 1 or "hydra" in done.stdout

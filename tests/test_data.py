@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Run
 from processes import Preloaded
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from mnist_lightning.data import EpochSampler, MNISTDataModule, split
 from mnist_lightning.images import sources
@@ -361,6 +362,17 @@ def test_idx_files_are_looked_into(
     path = tmp_path / "labels"
     path.write_bytes(change(content))
     assert sources.is_idx(path, sources.LABELS_MAGIC, 10_000, range(10)) is valid
+
+
+def test_idx_files_are_read_as_torchvision_reads_them(data_dir: Path) -> None:
+    unpack(data_dir)
+    for part in ("train", "t10k"):
+        images, labels = (
+            data_dir / "MNIST" / "raw" / f"{part}-{name}"
+            for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        )
+        assert torch.equal(sources.read_idx(images), read_image_file(str(images)))
+        assert torch.equal(sources.read_idx(labels).long(), read_label_file(str(labels)))
 
 
 def test_unreadable_file_is_repaired(

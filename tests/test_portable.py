@@ -1,17 +1,26 @@
 """Nothing of this project needs what only POSIX systems have: a simulation, on a system that has it."""
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
+from PIL import Image, ImageDraw
+from processes import Fresh, wait_for
+from test_sweeps import find_children, wait_until_gone
+
+from mnist_lightning.rundir.checkpoint import load
 
 # Run before anything of this project, whose modules, and they alone, see a system without these.
 SITE = """
 import builtins, os, signal, sys, types
-ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
+ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"}
 LESS = {
-    "os": {"fork", "register_at_fork", "getppid", "setpgid", "killpg", "sched_getaffinity", "getuid"},
+    "os": {"fork", "register_at_fork", "getppid", "setpgid", "killpg", "sched_getaffinity", "getuid", "symlink"},
     "signal": {"SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "pthread_kill", "alarm"},
 }
 everything = builtins.__import__
@@ -75,3 +84,74 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(
         return
     states = [json.loads((tmp_path / "sweep" / job / "status.json").read_text())["state"] for job in "01"]
     assert states == ["completed", "completed"]
+
+
+@pytest.fixture
+def elsewhere(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of processes that see such a system, they and those that they start."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    return environment | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+SWEPT = ("-m", *SHORT, "seed=1,2", "logger=none", "hydra/launcher=processes", "hydra.launcher.n_jobs=2")
+
+
+@pytest.mark.slow
+def test_jobs_run_side_by_side_without_fork(elsewhere: dict[str, str], command: Run, tmp_path: Path) -> None:
+    """In processes that are begun anew; the weights are those of one job after the other."""
+    module = ("-m", "mnist_lightning.train")
+    done = Fresh(*module, *SWEPT, "hydra.sweep.dir=anew", cwd=tmp_path, env=elsewhere).finish()
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs, 2 at a time" in done.stdout
+    assert "plugin" not in done.stderr
+    basic = [one for one in SWEPT if "launcher" not in one]
+    done = command("train", *basic, "hydra/launcher=basic", "hydra.sweep.dir=basic", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for job in "01":
+        nets = [
+            load(tmp_path / sweep / job / "checkpoints" / "last.ckpt")["state_dict"]
+            for sweep in ("anew", "basic")
+        ]
+        assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert "epoch 1/1" in (tmp_path / "anew" / "0" / "output.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_without_fork_save_and_leave(
+    how: signal.Signals, elsewhere: dict[str, str], command: Run, tmp_path: Path
+) -> None:
+    """On Ctrl-C, which reaches all that a console has started, and when their parent is gone."""
+    long = [one.replace("max_epochs=1", "max_epochs=4000") for one in SWEPT]
+    sweeping = Fresh(
+        "-m", "mnist_lightning.train", *long, "hydra.sweep.dir=sweep", cwd=tmp_path, env=elsewhere
+    )
+    saved = [tmp_path / "sweep" / job / "checkpoints" / "last.ckpt" for job in "01"]
+    wait_for(lambda: all(path.exists() for path in saved), sweeping)
+    children = find_children(sweeping.pid)
+    assert len(children) >= 2
+    for process in [*children, sweeping.pid] if how == signal.SIGINT else [sweeping.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, how)
+    sweeping.communicate()
+    wait_until_gone(children)
+    states = [json.loads((tmp_path / "sweep" / job / "status.json").read_text())["state"] for job in "01"]
+    assert states == ["interrupted", "interrupted"]
+
+
+@pytest.mark.slow
+def test_a_search_a_report_and_a_prediction_need_no_posix(elsewhere: dict[str, str], tmp_path: Path) -> None:
+    search = ("search=mlp", "hydra.sweeper.n_trials=2", *SHORT[:2], "hydra.sweep.dir=search")
+    picture = Image.new("L", (60, 60), 250)
+    ImageDraw.Draw(picture).line([(30, 10), (30, 50)], fill=10, width=6)
+    picture.save(tmp_path / "one.png")
+    for name, *arguments in (
+        ("train", "-m", *search),
+        ("report", "run=search"),
+        ("predict", "images=one.png", "run=search/0"),
+        ("evaluate", "run=search/0", "split=val"),
+    ):
+        done = Fresh("-m", f"mnist_lightning.{name}", *arguments, cwd=tmp_path, env=elsewhere).finish()
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr

@@ -27,6 +27,10 @@ monitor: {metric: val/acc, mode: max}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return make_sweep(tmp_path)
+
+
+def make_sweep(tmp_path: Path) -> Path:
     """Seven completed jobs and a failed one; 32 units are better, the learning rate hardly matters."""
     sweep = tmp_path / "sweep (1)"
     sweep.mkdir()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ import optuna
 import pytest
 import torch
 from conftest import Run, Start
-from processes import wait_for
+from processes import PATIENCE, wait_for
 
 from mnist_lightning.rundir.checkpoint import load
+from mnist_lightning.sweeps.results import read_sweep
 from mnist_lightning.sweeps.study import open_storage
 
 TINY = ("trainer.max_epochs=2", "+trainer.limit_train_batches=10", "data.val_size=500", "logger=csv")
@@ -37,7 +39,7 @@ def find_children(pid: int) -> list[int]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while any(Path("/proc", str(pid)).exists() for pid in pids):
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
@@ -371,3 +373,54 @@ def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     finished = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     assert len(finished) == 4
     assert os.path.exists(tmp_path / "study.db")
+
+
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}_x", "${seed}/${hydra.job.num}/run"])
+def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path: Path) -> None:
+    """They are found there, reported, and not trained again; one that is missing is."""
+    short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
+    folders = (f"hydra.sweep.subdir={subdir}", "hydra.sweep.dir=sweep")
+    settings = ("seed=1,2,3", "hydra/launcher=basic")
+    done = command("train", "-m", *settings, *short, *folders, cwd=tmp_path)
+    names = ["0_x", "1_x", "2_x"] if "_x" in subdir else ["1/0/run", "2/1/run", "3/2/run"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = read_sweep(tmp_path / "sweep")
+    assert [job.name for job in sweep.jobs] == names
+    assert {job.status.state for job in sweep.jobs} == {"completed"}
+    assert "failed" not in done.stdout
+    shutil.rmtree(tmp_path / "sweep" / names[1])
+    again = command("train", "-m", "resume=sweep", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 3 jobs are done already" in again.stdout
+    assert [job.name for job in read_sweep(tmp_path / "sweep").jobs] == names
+
+
+@pytest.mark.parametrize("subdir", ["same", "../${hydra.job.num}"])
+def test_jobs_that_would_share_a_folder_are_told_before_the_first(
+    subdir: str, command: Run, tmp_path: Path
+) -> None:
+    done = command("train", "-m", "seed=1,2", f"hydra.sweep.subdir={subdir}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "hydra.sweep.subdir gives job" in done.stderr
+    assert not list(tmp_path.rglob("status.json"))
+
+
+def test_a_job_of_a_sweep_goes_on_without_the_test_images(command: Run, tmp_path: Path) -> None:
+    """latest passes over it; by its name it goes on, and is not tested unasked."""
+    short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
+    done = command(
+        "train", "-m", "seed=1,2", "hydra/launcher=basic", *short, "hydra.sweep.dir=logs/sweep", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    job = tmp_path / "logs" / "sweep" / "0"
+    (job / "metrics.json").unlink()
+    (job / "mine" / "checkpoints").mkdir(parents=True)
+    shutil.copy(job / "checkpoints" / "last.ckpt", job / "mine" / "checkpoints" / "newest.ckpt")
+    done = command("train", "resume=latest", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "train -m resume=logs/sweep goes on with the latest" in done.stderr
+    done = command("train", "resume=logs/sweep/0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((job / "metrics.json").read_text())
+    assert "val/acc" in metrics
+    assert "test/acc" not in metrics

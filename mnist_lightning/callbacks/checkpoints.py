@@ -89,9 +89,13 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Where the run may go on, take an epoch that was cut short for one that is under way."""
+        """Where the run may go on, take an epoch that was cut short for one that is under way; let
+        EarlyStopping have the patience of today's settings, and not the one that it has saved."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        for callback in trainer.early_stopping_callbacks:
+            if callback.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
         loop = checkpoint["loops"]["fit_loop"]
         epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
         was_cut = epochs["current"]["processed"] == epochs["current"]["started"]

@@ -1,14 +1,14 @@
 """Give up trials of a search that are behind the others."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from mnist_lightning.rundir.outside import read_json
 from mnist_lightning.rundir.status import Pruned
-from mnist_lightning.sweeps.study import TRIAL, open_storage
+from mnist_lightning.sweeps.study import TRIAL, find_storage, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -36,11 +36,12 @@ class Pruning(Callback):
             return
         import optuna
 
-        saved = json.loads(self.file.read_text(encoding="utf-8"))
+        saved = read_json(self.file)
         if saved.get("folds"):
             return
+        storage = find_storage(saved["storage"], self.file.parent.parent)
         study = optuna.load_study(
-            study_name=saved["study_name"], storage=open_storage(saved["storage"]), pruner=self.pruner
+            study_name=saved["study_name"], storage=open_storage(storage), pruner=self.pruner
         )
         self.trial = optuna.Trial(study, saved["id"])
 

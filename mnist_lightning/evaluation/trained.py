@@ -2,23 +2,41 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
-from mnist_lightning.rundir.checkpoint import find_newest, load
-from mnist_lightning.targets import PARTS, TargetError
+from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
+from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.targets import PARTS, TargetError, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
+
+OPERATIONS_OF_A_WEIGHT = 1_000  # of torch, for each tensor of weights: to build its layer takes some tens
+LARGEST = 2**30  # bytes of a tensor
+MOST_PIXELS = 2**26  # of an image
+MOST_CLASSES = 10_000
+MOST_VALUES = 10_000  # in the settings of a net, a loss and metrics
+FACTORIES = (
+    torch.zeros,
+    torch.ones,
+    torch.empty,
+    torch.full,
+    torch.arange,
+    torch.eye,
+    torch.rand,
+    torch.randn,
+)
 
 
 def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -47,22 +65,66 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     recipe = checkpoint["hyper_parameters"]
     if recipe.get("model") is None:
         raise OSError(f"{path} does not tell how its net was made")
+    if missing := [
+        name for name in (*PARTS, "preprocess", "image_shape", "class_names") if name not in recipe
+    ]:
+        raise OSError(f"{path} does not tell how its net was made: it has no {missing[0]}")
+    check_sizes(recipe, path)
     check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
+    recipe["class_names"] = [as_text(name) for name in recipe["class_names"]]
+    ours = not strange_modules({group: recipe[group] for group in PARTS})
+    most = OPERATIONS_OF_A_WEIGHT * (1 + len(checkpoint["state_dict"]))
     try:
-        classifier = rebuild(recipe, checkpoint["state_dict"])
+        with Bounded(most) if ours else nullcontext():
+            classifier = rebuild(recipe, checkpoint["state_dict"])
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        MisconfigurationException,
-    ) as error:
-        cause = " ".join(str(error).split())
+    except Exception as error:  # whatever a class raises that is given what it does not expect
+        cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
     return classifier.eval(), checkpoint
+
+
+class Bounded(TorchFunctionMode):
+    """A stretch in which torch is asked no more than so often, and for no tensor beyond ``LARGEST``.
+
+    What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
+
+    Raises:
+        MemoryError: it was to do more.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError("it describes a far larger net than it holds")
+        kwargs = kwargs or {}
+        if func in FACTORIES and func(*args, **{**kwargs, "device": "meta"}).nbytes > LARGEST:
+            raise MemoryError("it describes a net that asks for too large a tensor")
+        return func(*args, **kwargs)
+
+
+def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
+    """
+    Raises:
+        OSError: images or classes are such as no data set of this project has, or there is no end to its
+            settings.
+    """
+    shape, names = recipe["image_shape"], recipe["class_names"]
+    if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
+        raise OSError(f"{path} is refused: its net has more settings than a person writes")
+    numbers = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
+    if not numbers or len(shape) != 3 or math.prod(shape) > MOST_PIXELS:
+        raise OSError(f"{path} is refused: its image_shape is no (C, H, W)")
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or not 2 <= len(names) <= MOST_CLASSES:
+        raise OSError(f"{path} is refused: its class_names are no list of names")
 
 
 def load_data(
@@ -99,8 +161,9 @@ def load_data(
                 f"{path} says that its data lies in {settings[place]}, where it is not, or not whole:"
                 f" data_dir=… says where it lies, or is to be put"
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise OSError(f"{path} does not tell which data its net was trained on: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        cause = as_text(str(error))
+        raise OSError(f"{path} does not tell which data its net was trained on: {cause}") from error
     datamodule.setup("fit")
     try:
         datamodule.check_fingerprint(checkpoint.get(type(datamodule).__qualname__) or {})

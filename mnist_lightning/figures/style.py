@@ -17,6 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text
+
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
@@ -75,9 +78,9 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 
 def escape(value: Any) -> Any:
-    """The same, each $ in its texts escaped."""
+    """The same, each $ in its texts escaped, and what is no letter written out."""
     if isinstance(value, str):
-        return value.replace("$", r"\$")
+        return as_text(value, lines=True).replace("$", r"\$")
     if isinstance(value, Mapping):
         return {escape(key): escape(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
@@ -94,7 +97,9 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=STYLE["savefig.dpi"])
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
+        write_atomic(path, content.getvalue())
     return paths
 
 

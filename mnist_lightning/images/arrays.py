@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_lightning.threads import free_memory
+
 KEYS = "train_images, train_labels, test_images and test_labels, or images and labels"
 PARTS = {"train": "train_", "test": "test_", "all": ""}
 
@@ -128,10 +130,17 @@ def read_npz(path: Path) -> ImageSet:
         OSError: it can't be read.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"data.path={path} is no file")
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise DataError(f"data.path={path} is a single array: it must be an npz file of {KEYS}")
         with file:
+            size = sum(member.file_size for member in (file.zip.infolist() if file.zip else ()))
+            if size > free_memory():
+                raise DataError(
+                    f"data.path={path}: its {size / 1e9:.1f} GB are more than the memory that is free"
+                )
             content = {name: file[name] for name in file.files}
     except DataError:
         raise

@@ -30,7 +30,7 @@ COMMENT_SIZE = len(LABEL) + 64  # the digest in hexadecimal
 # A zip file ends with the length of its comment, in two bytes, and the comment (PKWARE's APPNOTE, 4.3.16).
 LENGTH = COMMENT_SIZE.to_bytes(2, "little")
 MAGIC = b"PK\x03\x04"  # what it begins with; torch takes other files for a format of its own, an old one
-MOST_PLAIN = 2**24  # bytes of plain data: a net's take some thousands
+MOST_PLAIN = 2**22  # bytes of plain data: a net's take some thousands
 DEEPEST = 100  # levels of lists in lists
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 

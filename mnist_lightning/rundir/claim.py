@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning.cli import CommandError, quote
 from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.rundir.outside import check_run, check_sweep
 from mnist_lightning.rundir.resume import check_place, check_resumption
 from mnist_lightning.rundir.status import hold, is_main_process
 
@@ -81,6 +82,7 @@ def prepare(config: DictConfig, kind: str) -> None:
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
         if named:
             folder.mkdir(parents=True, exist_ok=True)
+            (check_run if kind == "run" else check_sweep)(folder)
             if kind == "run" and not resumed and is_main_process():
                 check_unused(folder)
         else:
@@ -96,6 +98,8 @@ def prepare(config: DictConfig, kind: str) -> None:
         if kind == "run" and is_main_process():
             hold(folder)
     except OSError as error:
+        if error.strerror is None:  # one of our own
+            raise ConfigError(str(error)) from error
         place = error.filename or folder
         raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
 

@@ -1,9 +1,12 @@
 """The folders that runs leave under ``logs/``."""
 
+import contextlib
 import logging
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
+from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.rundir.status import FILE
 
 log = logging.getLogger(__name__)
@@ -33,15 +36,14 @@ def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path
         FileNotFoundError: there is none.
     """
     if name != "latest":
-        folder = Path(name).expanduser()
+        folder = expand_home(name)
         if not folder.is_dir():
             raise FileNotFoundError(f"{name} is not a run folder: there is no such folder")
         if not any((folder / "checkpoints").glob("*.ckpt")):
             raise FileNotFoundError(f"{name} is not a run folder: it has no checkpoints/*.ckpt")
         return folder
-    checkpoints = sorted(logs.glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     passed: Path | None = None
-    for path in reversed(checkpoints):
+    for path in newest_first(logs.glob("**/checkpoints/*.ckpt")):
         if not is_run(path.parent.parent):
             continue
         if not jobs and is_job(path.parent.parent):
@@ -77,7 +79,7 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(checkpoint or run).expanduser()
+    path = expand_home(checkpoint or run)
     if path.is_file():
         return path
     if checkpoint is not None:
@@ -86,6 +88,16 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
     best = folder / "best.ckpt"
     if best.exists():
         return best
-    newest = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    log.warning("%s has no best.ckpt yet: reading %s", folder, newest.name)
-    return newest
+    for path in newest_first(folder.glob("*.ckpt")):
+        log.warning("%s has no best.ckpt yet: reading %s", folder, path.name)
+        return path
+    raise FileNotFoundError(f"{folder} has no checkpoint that can be read")
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Files by the time of their last change; what has vanished, or is a link to nothing, is left out."""
+    changed = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            changed[path] = path.stat().st_mtime_ns
+    return sorted(changed, key=changed.__getitem__, reverse=True)

@@ -3,7 +3,7 @@
 import csv
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import workarounds
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import read_file
 
 log = logging.getLogger(__name__)
 
+MOST_CURVES = 2**30  # bytes of a metrics.csv: a hundred bytes for each of ten million rows
 ENDING = ".ending"  # at the end of the name of a run's second event file
 
 
@@ -29,6 +31,13 @@ def is_failed_write(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class Silent:
+    """Takes the place of a writer that can't be made: whatever is asked of it, it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 class Forgiving:
@@ -92,10 +101,27 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
             path.unlink()
 
     @contextmanager
-    def ending(self) -> Iterator[SummaryWriter]:
+    def ending(self) -> Iterator[SummaryWriter | None]:
         """A writer for what belongs to a run's end, in a file of its own: a resumption writes that anew."""
-        with self.forgiving(), SummaryWriter(self.log_dir, filename_suffix=ENDING) as writer:
-            yield writer
+        writer: SummaryWriter | None = None
+        with self.forgiving():
+            writer = SummaryWriter(self.log_dir, filename_suffix=ENDING)
+        with self.forgiving():
+            try:
+                yield writer
+            finally:
+                if writer is not None:
+                    writer.close()
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "SummaryWriter | Silent":
+        """TensorBoard's writer; Lightning asks for it before anything is logged."""
+        with self.forgiving():
+            if not self.failed:
+                writer: SummaryWriter = super().experiment
+                return writer
+        return Silent()
 
     def save(self) -> None:
         """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
@@ -133,11 +159,11 @@ class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = AppendingWriter(self.log_dir, self.purge_step)
-        assert isinstance(self._experiment, AppendingWriter)
-        return self._experiment
+    def experiment(self) -> "ExperimentWriter | Silent":
+        with self.forgiving():
+            if self._experiment is None and not self.failed:
+                self._experiment = AppendingWriter(self.log_dir, self.purge_step)
+        return self._experiment if isinstance(self._experiment, AppendingWriter) else Silent()
 
 
 class AppendingWriter(ExperimentWriter):
@@ -155,18 +181,34 @@ class AppendingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = self._read_all()
         if rows:
             self._kept_keys = list(rows[0])
             last = float("inf") if self.purge_step is None else self.purge_step - 1
-            ends = [] if self.purge_step is None else [key for key in rows[0] if key.startswith("test/")]
-            whole = [row for row in rows if None not in row.values() and not any(row[key] for key in ends)]
-            self._write_all([row for row in whole if int(row["step"]) <= last], self._kept_keys)
+            ends = [] if self.purge_step is None else [key for key in rows[0] if f"{key}".startswith("test/")]
+            whole = [row for row in rows if None not in row.values() and None not in row]
+            whole = [row for row in whole if not any(row[key] for key in ends)]
+            try:
+                kept = [row for row in whole if int(row["step"]) <= last]
+            except (KeyError, ValueError) as error:
+                raise OSError(f"{path} holds no curves of ours") from error
+            self._write_all(kept, self._kept_keys)
+
+    def _read_all(self) -> list[dict[str, Any]]:
+        """The file's rows.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        path = Path(self.metrics_file_path)
+        try:
+            text = read_file(path, most=MOST_CURVES).decode()
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        except (ValueError, csv.Error) as error:
+            raise OSError(f"{path} can't be read: {error}") from error
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with Path(self.metrics_file_path).open(newline="", encoding="utf-8") as file:
-            self._write_all(list(csv.DictReader(file)), fieldnames)
+        self._write_all(self._read_all(), fieldnames)
 
     def _write_all(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:
         text = io.StringIO(newline="")

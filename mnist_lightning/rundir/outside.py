@@ -11,14 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 SMALL = 2**24  # bytes: far more than any file of settings, numbers or curves that a run writes
+MOST_YAML = 2**20  # bytes of settings, which take longer to parse
+DEEPEST = 100  # levels of lists in lists
 FORMULA = ("=", "+", "-", "@")  # what a spreadsheet calculates, at the beginning of a cell
 # What a run opens in its folder and does not replace whole
 OF_A_RUN = (
     *("train.log", "output.log", "fit-profile.txt", ".lock", ".hydra", "checkpoints", "tensorboard"),
     *("csv", "csv/metrics.csv", "csv/hparams.yaml"),
 )
-OF_A_SWEEP = (".lock", ".report.lock", "figures")
+OF_A_SWEEP = (".lock", ".report.lock", "figures", "optuna.journal")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -66,6 +70,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_yaml(path: Path) -> str:
+    """The text of a YAML file that can be parsed in the time that its length takes.
+
+    Raises:
+        OSError: see ``read_file``; or it is no YAML, or unfolds to more than it holds.
+    """
+    content = read_file(path, most=MOST_YAML)
+    depth = 0
+    try:
+        text = content.decode()
+        for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):  # ten lines of them make a billion values
+                raise ValueError("it has an alias, which no run saves")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError("it has lists in lists without end")
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise OSError(f"{path} is damaged: {as_text(' '.join(str(error).split()))[:200]}") from error
+    return text
+
+
 def is_number(value: object) -> bool:
     """Whether it is a number that can be computed with; NaN is one."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
@@ -75,8 +101,10 @@ def expand_home(name: str | Path) -> Path:
     """A path, "~" in it replaced by the home folder that it stands for.
 
     Raises:
-        OSError: there is no such user.
+        OSError: there is no such user, or it can be no path.
     """
+    if "\0" in str(name):
+        raise OSError(f"{as_text(str(name))} is no path: it holds a NUL")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

@@ -10,10 +10,8 @@ The folder may be a stranger's.  Hydra never looks into it: what its settings as
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir.find import find_run, is_job
+from mnist_lightning.rundir.outside import check_run, expand_home, read_json, read_yaml
 from mnist_lightning.rundir.status import is_main_process, read
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import TARGET, find_targets
@@ -49,6 +48,11 @@ FIXED = (
     "metrics",
     "optimizer",
     "scheduler",
+)
+# What an attempt that is begun anew would take for its own
+LEFT = (
+    *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.json"),
+    *("csv/metrics.csv", "tensorboard/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
 )
 FREE = ("data.data_dir", "data.path", "data.num_workers")
 # Of Trainer's arguments, those that end a run, and those that decide no weight but in its last bits; all
@@ -75,6 +79,7 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
         TrustError: its settings ask for more than they are trusted with.
     """
     folder = find_run(name, jobs=False).absolute()
+    check_run(folder)
     number = max([0, *(int(path.name.partition("-")[2]) for path in find_resumptions(folder))]) + 1
     typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
     trusted = trust.typed_trust(arguments)
@@ -164,8 +169,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: they can't be read, or hold what no run of this project saves.
     """
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        saved = OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False)
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise ConfigError(f"{path} holds no settings")
@@ -210,15 +215,15 @@ def find_stops(settings: Train) -> list[str]:
 
 def resume_job(job_dir: Path) -> str | None:
     """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
-    a checkpoint, else nothing, and all that an earlier attempt has left but its log is removed."""
+    a checkpoint, else nothing, and what an earlier attempt has written is removed, but its log."""
     status = read(job_dir)
     checkpoints = job_dir / "checkpoints"
     if status is not None and status.state == "interrupted" and any(checkpoints.glob("*.ckpt")):
         return str(job_dir)
-    for folder in (checkpoints, job_dir / "csv", job_dir / "tensorboard"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in ("metrics.json", "val_correct.npy", "test_correct.npy"):
-        (job_dir / file).unlink(missing_ok=True)
+    for name in LEFT:
+        for path in job_dir.glob(name):
+            with contextlib.suppress(OSError):
+                path.unlink()
     return None
 
 
@@ -253,7 +258,12 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
             )
     report, status = folder / "metrics.json", read(folder)
     if report.is_file() and (status is None or status.state == "completed"):
-        done = json.loads(report.read_text(encoding="utf-8"))
+        done = read_json(report)
+        if (
+            not all(isinstance(done.get(name, 0), int) for name in ("epochs", "steps"))
+            or "epochs" not in done
+        ):
+            raise ConfigError(f"{report} is damaged: it tells no epochs")
         if not may_go_on(saved, settings, done):
             print(f"{folder} has finished: {done['epochs']} epochs; nothing to do")
             sys.exit(0)
@@ -270,8 +280,8 @@ def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None
     told = any(override.startswith(f"data.{key}=") for override in overrides)
     source = find_source(
         data.name,
-        Path(data.data_dir).expanduser(),
-        path=None if data.path is None else Path(data.path).expanduser(),
+        expand_home(data.data_dir),
+        path=None if data.path is None else expand_home(data.path),
         size=data.size,
         grey=data.grey,
         source=data.source,

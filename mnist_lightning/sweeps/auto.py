@@ -1,6 +1,5 @@
 """The default launcher: jobs side by side where that is faster, one after the other where it is not."""
 
-import os
 from collections.abc import Sequence
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -17,8 +16,7 @@ class AutoLauncher(Launcher):
 
     Hydra settles on a launcher before it knows the jobs, so this one chooses when the first ones come.  It
     keeps to its choice: a process that has trained must not be forked.  Jobs run one after the other where
-    there is only one at a time (in a search), on a single core or GPU, where processes can't be forked and
-    where memory would not do for two.
+    there is only one at a time (in a search), on a single core or GPU, and where memory would not do for two.
 
     Args:
         n_jobs: jobs at a time; None: decided as above, and by ``ProcessesLauncher``.
@@ -51,8 +49,7 @@ class AutoLauncher(Launcher):
         if self.processes.n_jobs is not None:
             return self.processes.n_jobs > 1
         trials = OmegaConf.select(self.config, "hydra.sweeper.n_jobs") or 1  # at a time
-        several = max(count, trials) > 1 and hasattr(os, "fork")
-        return several and self.processes.count_slots([self.config]) > 1
+        return max(count, trials) > 1 and self.processes.count_slots([self.config]) > 1
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.choose(len(job_overrides)).launch(job_overrides, initial_job_idx)

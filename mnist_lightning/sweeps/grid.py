@@ -20,18 +20,18 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mnist_lightning.cli import CommandError, typed
+from mnist_lightning.cli import CommandError, quote, typed
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import SEED, read_multirun
+from mnist_lightning.sweeps.results import SEED, read_multirun, read_sweep
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
@@ -94,11 +94,21 @@ class GridSweeper(BasicSweeper):
         with lock(self.sweep_dir), _stopped_by_signals(self.sweep_dir):
             remove_leftovers(self.sweep_dir, age=LONG_LEFT)
             if not self.resumed:
-                OmegaConf.save(self.config, self.sweep_dir / MULTIRUN)
+                self.write_multirun()
             returns = self.launch_all()
         self.hydra_context.callbacks.on_multirun_end(config=self.config)
         self.finish()
         return returns
+
+    def write_multirun(self) -> None:
+        """
+        Raises:
+            CommandError: the sweep's folder can't be written; no job has started.
+        """
+        try:
+            write_atomic(self.sweep_dir / MULTIRUN, OmegaConf.to_yaml(self.config).encode())
+        except OSError as error:
+            raise CommandError(str(error)) from error
 
     def prepare(self, arguments: list[str]) -> None:
         """Know the jobs, and check them all.
@@ -114,6 +124,7 @@ class GridSweeper(BasicSweeper):
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (self.jobs,) = self.split_arguments(overrides, None)
         self.check_jobs(self.jobs)
+        self.check_folders(list(enumerate(self.jobs)))
 
     def check_jobs(self, jobs: Sequence[Job]) -> None:
         assert self.config is not None
@@ -138,7 +149,9 @@ class GridSweeper(BasicSweeper):
         self.modes |= {mode for found in parts.values() if (mode := check_parts(found))}
 
     def launch_all(self) -> list[JobReturn]:
-        numbered = [(number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number)]
+        numbered = [
+            (number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number, job)
+        ]
         if len(numbered) < len(self.jobs):
             log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
         size = self.max_batch_size or len(self.jobs)
@@ -147,12 +160,42 @@ class GridSweeper(BasicSweeper):
             returns += self.launch(numbered[start : start + size])
         return returns
 
-    def is_finished(self, number: int) -> bool:
+    def job_dir(self, number: int, job: Job) -> Path:
+        """Where Hydra has a job leave what it leaves."""
+        assert self.config is not None
+        subdir = OmegaConf.to_container(self.config.hydra.sweep)["subdir"]  # type: ignore[call-overload, index]
+        if subdir == "${hydra.job.num}":
+            return self.sweep_dir / str(number)
+        config = ConfigLoaderImpl.load_sweep_config(self.loader, self.config, list(job))
+        with open_dict(config):
+            config.hydra.job.num, config.hydra.job.id = number, str(number)
+        return self.sweep_dir / str(config.hydra.sweep.subdir)
+
+    def check_folders(self, jobs: Sequence[tuple[int, Job]]) -> None:
+        """
+        Raises:
+            ConfigError: two jobs would write to the same folder, or one outside of the sweep's.
+        """
+        folders: dict[Path, int] = {}
+        for number, job in jobs:
+            folder = self.job_dir(number, job)
+            other = folders.setdefault(folder, number)
+            inside = ".." not in folder.parts and self.sweep_dir in folder.parents
+            if other != number or not inside:
+                what = (
+                    f"the same folder as job {other}" if other != number else "no folder within the sweep's"
+                )
+                raise ConfigError(
+                    f"hydra.sweep.subdir gives job {number} {what} ({folder}): a name with"
+                    " ${hydra.job.num} in it gives each its own"
+                )
+
+    def is_finished(self, number: int, job: Job) -> bool:
         """
         Raises:
             SystemExit: the job is running, in a process that outlives its sweep.
         """
-        status = read(self.sweep_dir / str(number))
+        status = read(self.job_dir(number, job))
         if status is None:
             return False
         if status.state == "running":
@@ -171,7 +214,12 @@ class GridSweeper(BasicSweeper):
         first = jobs[0][0]
         overrides = [
             # a launcher counts upwards by itself
-            job if number == first + position else [*job, f"hydra.sweep.subdir={number}"]
+            job
+            if number == first + position
+            else [
+                *job,
+                f"hydra.sweep.subdir={quote(str(self.job_dir(number, job).relative_to(self.sweep_dir)))}",
+            ]
             for position, (number, job) in enumerate(jobs)
         ]
         try:
@@ -197,7 +245,7 @@ class GridSweeper(BasicSweeper):
 
     def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
         """A job that ended before it could leave a status, killed or without a folder, has failed."""
-        job_dir = self.sweep_dir / str(number)
+        job_dir = self.job_dir(number, job)
         if read(job_dir) is None:
             error = getattr(job_return, "_return_value", None)
             status = Status(state="failed", error=str(error or "left no status"), overrides=job)
@@ -211,16 +259,24 @@ class GridSweeper(BasicSweeper):
         """Write the report, show the top of its table.
 
         Raises:
-            SystemExit: jobs failed.
+            SystemExit: jobs failed, or the report can't be written.
         """
         from mnist_lightning.sweeps.report import summarize, write_report
 
-        sweep = write_report(self.sweep_dir)
+        unwritten: OSError | None = None
+        try:
+            sweep = write_report(self.sweep_dir)
+        except OSError as error:  # a full disk: what the jobs have left is told all the same
+            unwritten, sweep = error, read_sweep(self.sweep_dir)
         print(summarize(sweep), flush=True)
+        if unwritten:
+            print(f"the report is not of this moment: {unwritten}", file=sys.stderr)
         names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
         if names:
             count = len(sweep.jobs) + len(self.lost)
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
+        if unwritten:
+            sys.exit(1)
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:

@@ -2,23 +2,21 @@
 
 The sweep's process starts workers by forking and so must not import torch.  What ``conf/`` names is known to
 be right; all else is imported and held against its signature once, whatever the number of jobs.
-
-    python -m mnist_lightning.sweeps.parts < parts.json
 """
 
 import functools
-import json
 import logging
-import os
-import subprocess
-import sys
+import multiprocessing
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import CompactHydraException
 
 from mnist_lightning.config import CONF_DIR, ConfigError, Train
+from mnist_lightning.sweeps.processes import FORKS
 
 log = logging.getLogger(__name__)
 
@@ -82,27 +80,27 @@ def check_parts(parts: Parts) -> str | None:
     if not parts["settings"]:
         return None
     log.info("looking at %s …", ", ".join(str(one["_target_"]) for one in parts["settings"].values()))
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps(parts),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    if done.returncode:
-        raise ConfigError((done.stderr.strip() or "nothing was said").splitlines()[-1])
-    answer: str | None = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    context = multiprocessing.get_context("fork") if FORKS else multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(parts, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        mode, error = ours.recv()
+    except EOFError:
+        process.join()
+        keys = ", ".join(parts["settings"])
+        mode, error = None, f"{keys}: the process that looks at them has left with code {process.exitcode}"
+    process.join()
+    if error:
+        raise ConfigError(error)
+    return None if mode is None else str(mode)
 
 
-def main() -> None:
-    """Read parts as JSON, print the mode as JSON; an error goes to stderr in a line."""
-    from hydra.errors import CompactHydraException
-
+def answer(parts: Parts, connection: Connection) -> None:
+    """In the process that is asked: send the mode of the monitored metric and what is wrong, or None."""
     from mnist_lightning.targets import check_arguments, choose_mode, make
 
-    parts = json.load(sys.stdin)
     mode: str | None = None
     try:
         for key, settings in parts["settings"].items():
@@ -112,10 +110,9 @@ def main() -> None:
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
             metric = make(parts["settings"][key], key, num_classes=2)  # of any number: it is only asked
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
-    except CompactHydraException as error:
-        sys.exit(" ".join(str(error).split()))
-    print(json.dumps(mode))
-
-
-if __name__ == "__main__":
-    main()
+    except BaseException as error:  # whatever a module of somebody's own does when it is imported
+        told = " ".join(str(error).split())
+        ours = isinstance(error, CompactHydraException)
+        connection.send((None, told if ours else f"{type(error).__name__}: {told}"))
+    else:
+        connection.send((mode, None))

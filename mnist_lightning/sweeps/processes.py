@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib
 import itertools
 import logging
 import multiprocessing
@@ -33,12 +34,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from mnist_lightning import threads
-from mnist_lightning.cli import CommandError
+from mnist_lightning.cli import CommandError, begin
 from mnist_lightning.config import AT_LEAST_ONE, POSITIVE, check_number
+from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.status import Status, read
 
 log = logging.getLogger(__name__)
 
+# macOS has fork, but its own libraries don't survive it
+FORKS = hasattr(os, "fork") and sys.platform != "darwin"
+KILLED = 9  # SIGKILL, which not every system has
 GRACE = 8.0  # seconds that a worker gets to save its job and leave
 BAR = "jobs: {n_fmt}/{total_fmt} |{bar:30}| {elapsed}, {remaining} left"
 MEMORY_OF_A_JOB = 0.8e9  # bytes: torch, Lightning and a small net, what is shared with other workers apart
@@ -85,9 +90,9 @@ class Worker:
 class ProcessesLauncher(Launcher):
     """Runs jobs in worker processes that import torch once and then take one job after the other.
 
-    They are forked before anything heavy is imported, so that nothing needs to be pickled but a
-    job's config.  A worker that dies costs its own job only: another takes its place.  Workers
-    notice when their parent is gone, save, and leave within ``GRACE`` seconds and a second.
+    They are started before anything heavy is imported.  A worker that dies costs its own job only: another
+    takes its place.  Workers notice when their parent is gone, save, and leave within ``GRACE`` seconds and
+    a second.
 
     A job knows its number of threads once its net is built, and asks for them.  Unless ``n_jobs`` says how
     many run at a time, it begins when so many cores are free: a large one alone, small ones side by side.
@@ -127,8 +132,6 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self.config is not None
-        if not hasattr(os, "fork"):
-            raise CommandError("hydra/launcher=processes can't work here: this system forks no processes")
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         tasks = deque(
@@ -247,12 +250,18 @@ class ProcessesLauncher(Launcher):
             worker.given_up, worker.deadline = True, time.monotonic() + GRACE
 
     def _start_worker(self) -> Worker:
+        assert self.hydra_context is not None
+        assert self.task_function is not None
         slot = min(set(range(len(self.workers) + 1)) - {worker.slot for worker in self.workers})
         ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(
-            target=self._work, args=(theirs, os.getpid(), slot)
+        gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+        task = (self.task_function.__module__, self.task_function.__name__)
+        inherited = [worker.connection for worker in self.workers] + [ours] if FORKS else []
+        context = multiprocessing.get_context("fork") if FORKS else multiprocessing.get_context("spawn")
+        process = context.Process(
+            target=work, args=(theirs, os.getpid(), inherited, gpu, task, self.hydra_context)
         )
-        self.workers.append(Worker(process, ours, slot))  # the child closes its copy of all of these
+        self.workers.append(Worker(process, ours, slot))
         process.start()
         theirs.close()
         return self.workers[-1]
@@ -270,7 +279,7 @@ class ProcessesLauncher(Launcher):
             error = f"given up: it took more than hydra.launcher.timeout_s={self.timeout_s:g}"
         elif code < 0:
             error = f"its process was killed by {signal.Signals(-code).name}"
-            error += " (out of memory?)" if -code == signal.SIGKILL else ""
+            error += " (out of memory?)" if code == -KILLED else ""
         else:
             error = f"its process left with code {code}"
         status = read(task.job_dir) or Status(overrides=list(task.overrides), started=time.time())
@@ -288,45 +297,9 @@ class ProcessesLauncher(Launcher):
         with contextlib.suppress(OSError):
             tell_job(task.job_dir)
 
-    def _work(self, connection: Connection, parent: int, slot: int) -> None:
-        """A worker's life."""
-        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which tells its workers once
-        for worker in self.workers:
-            worker.connection.close()
-        threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
-        if self.gpus:  # before torch looks for them
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-
-        def ask(number: int) -> None:
-            connection.send(number)
-            connection.recv()
-
-        threads.ask = ask
-        while (config := connection.recv()) is not None:
-            connection.send(self._run(config))
-
-    def _run(self, config: DictConfig) -> JobReturn:
-        assert self.hydra_context is not None
-        assert self.task_function is not None
-        task = Task(0, config.hydra.job.num, config, [])
-        try:
-            task.job_dir.mkdir(parents=True, exist_ok=True)
-            redirect_output(task.job_dir / "output.log")
-            job_return = run_job(
-                hydra_context=self.hydra_context,
-                task_function=self.task_function,
-                config=config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
-        except Exception as error:  # the folder or the log file can't be made
-            return failure(f"{type(error).__name__}: {error}", task)
-        job_return.cfg = job_return.hydra_cfg = None  # nobody asks
-        return job_return
-
     def terminate(self) -> None:
         """Stop all workers: they save where they stand."""
-        for worker in self.workers:
+        for worker in self.workers if hasattr(os, "setpgid") else ():  # else Ctrl-C has reached them too
             worker.process.terminate()
         self._bury()
 
@@ -351,11 +324,74 @@ def failure(error: str, task: Task) -> JobReturn:
     return job_return
 
 
+def work(
+    connection: Connection,
+    parent: int,
+    inherited: Sequence[Connection],
+    gpu: str | None,
+    task: tuple[str, str],
+    hydra_context: HydraContext,
+) -> None:
+    """A worker's life, in a process of its own: forked, or begun anew with what can be pickled.
+
+    Args:
+        connection: to the parent: jobs come in, their numbers of threads and outcomes go out.
+        parent: its process.
+        inherited: ends of pipes that a fork has copied.
+        gpu: the only one that its jobs see; None: they see all.
+        task: module and name of what Hydra runs.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which tells its workers once
+    for end in inherited:
+        end.close()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+    if gpu is not None:  # before torch looks for them
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if not FORKS:
+        begin()
+        signals.install()
+        setup_globals()
+    module, name = task
+    task_function = getattr(importlib.import_module(module), name).__wrapped__
+
+    def ask(number: int) -> None:
+        connection.send(number)
+        connection.recv()
+
+    threads.ask = ask
+    while (config := connection.recv()) is not None:
+        connection.send(run_task(config, task_function, hydra_context))
+
+
+def run_task(config: DictConfig, task_function: TaskFunction, hydra_context: HydraContext) -> JobReturn:
+    task = Task(0, config.hydra.job.num, config, [])
+    try:
+        task.job_dir.mkdir(parents=True, exist_ok=True)
+        redirect_output(task.job_dir / "output.log")
+        job_return = run_job(
+            hydra_context=hydra_context,
+            task_function=task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+    except Exception as error:  # the folder or the log file can't be made
+        return failure(f"{type(error).__name__}: {error}", task)
+    job_return.cfg = job_return.hydra_cfg = None  # nobody asks
+    return job_return
+
+
 def leave_with(parent: int) -> None:
     """End this process when its parent is gone; what it does is saved first if that is quick."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    starter = multiprocessing.parent_process()
+    if FORKS or starter is None:  # workers forked later hold the pipe that would tell
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        starter.join()
+        signal.raise_signal(signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)
 

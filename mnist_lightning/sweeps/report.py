@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import logging
+import math
 import re
 import shlex
 import time
@@ -16,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.outside import as_code, as_text
+from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.importance import Importance, find_importance
 from mnist_lightning.sweeps.results import (
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 TOLD_APART = 0.05  # level of the paired tests
 MAX_HEAT_MAP_CELLS = 400
 MAX_FIGURES = 12
+MOST_EPOCHS = 10**9  # more are a damaged file's
+LONGEST_NAME = 200  # letters of a file's name, with room for what is put before and behind it
 
 
 class ReportEachJob(Callback):
@@ -46,14 +50,18 @@ class ReportEachJob(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: "JobReturn", **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
-            tell_job(Path(config.hydra.runtime.output_dir))
+            try:
+                tell_job(Path(config.hydra.runtime.output_dir))
+            except OSError as error:  # the next job's end, and the sweep's, try again
+                log.warning("the sweep's tables are not of this moment: %s", error)
 
 
 def tell_job(job_dir: Path) -> None:
     """Rewrite the tables of a job's sweep, and log the job in a line."""
-    sweep = write_tables(job_dir.parent)
+    folder = next(place for place in job_dir.parents if (place / MULTIRUN).is_file())
+    sweep = write_tables(folder)
     for job in sweep.jobs:
-        if job.name == job_dir.name:
+        if job.folder == job_dir:
             log.info("%s", tell(job, sweep))
 
 
@@ -79,6 +87,7 @@ def write_tables(folder: Path) -> Sweep:
     """
     from filelock import FileLock
 
+    check_inside(folder, OF_A_SWEEP)
     with FileLock(folder / ".report.lock"):  # jobs of other processes write it too
         sweep = read_sweep(folder)
         write_atomic(folder / "results.csv", format_csv(sweep).encode())
@@ -93,6 +102,7 @@ def write_report(folder: Path) -> Sweep:
         OSError: the sweep's folder can't be read or written.
     """
     sweep = read_sweep(folder)
+    check_inside(folder, OF_A_SWEEP)
     if sweep.settings:
         draw(sweep, folder / "figures")
     return write_tables(folder)
@@ -104,12 +114,13 @@ def format_csv(sweep: Sweep) -> str:
     names = sorted(set(metrics) - set(sweep.varied), key=lambda name: (name != sweep.metric, name))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", "state", *sweep.varied, *names, "seconds", "error"])
+    writer.writerow(map(as_cell, ["job", "state", *sweep.varied, *names, "seconds", "error"]))
     for job in sweep.jobs:
         status = job.status
         params = [job.params.get(key, "") for key in sweep.varied]
         values = [status.metrics.get(name, "") for name in names]
-        writer.writerow([job.name, status.state, *params, *values, status.seconds, status.error or ""])
+        row = [job.name, status.state, *params, *values, status.seconds, status.error or ""]
+        writer.writerow(map(as_cell, row))
     return text.getvalue()
 
 
@@ -117,7 +128,7 @@ def format_markdown(sweep: Sweep) -> str:
     states = [job.status.state for job in sweep.jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     lines = [
-        f"# Sweep {literal(sweep.folder.name)}",
+        f"# Sweep {as_name(sweep.folder.name)}",
         "",
         *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
         f"{len(states)} jobs: {counts}.",
@@ -136,21 +147,21 @@ def format_markdown(sweep: Sweep) -> str:
         lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
-    figures = sorted((sweep.folder / "figures").glob("*.png"))
-    if figures:
+    drawn = [name for name in name_figures(sweep) if (sweep.folder / "figures" / f"{name}.png").is_file()]
+    if drawn:
         lines += ["## Figures", ""]
-        lines += [line for path in figures for line in (f"![{path.stem}](figures/{path.name})", "")]
+        lines += [line for name in drawn for line in (f"![{name}](figures/{name}.png)", "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
     keys = list(sweep.settings[0].params)
-    metric = sweep.metric + (" (%)" if sweep.metric.endswith("acc") else "")
-    header = ["", *map(literal, keys), metric, "last epoch", "n", "seconds", "p"]
+    metric = as_name(sweep.metric) + (" (%)" if sweep.metric.endswith("acc") else "")
+    header = ["", *map(as_name, keys), metric, "last epoch", "n", "seconds", "p"]
     rows = [
         [
             str(rank),
-            *(span(value) if value else "–" for value in setting.params.values()),
+            *(as_code(value) if value else "–" for value in setting.params.values()),
             show_value(sweep.metric, setting.mean, setting.std),
             show_value(sweep.metric, setting.last),
             str(len(setting.jobs)),
@@ -165,11 +176,11 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         "",
         *table(header, rows),
         "",
-        f"{words} of the best epoch's {sweep.metric} on the validation images over n jobs that differ in"
-        " nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a difference in"
-        " accuracy as large as the one to the winner come from chance alone? (Exact paired sign-flip test"
-        " on the validation images, McNemar's test with one seed; Holm's correction for the number of"
-        " settings. It knows the images' chance, not that of other seeds.)",
+        f"{words} of the best epoch's {as_name(sweep.metric)} on the validation images over n jobs that"
+        " differ in nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a"
+        " difference in accuracy as large as the one to the winner come from chance alone? (Exact paired"
+        " sign-flip test on the validation images, McNemar's test with one seed; Holm's correction for the"
+        " number of settings. It knows the images' chance, not that of other seeds.)",
         "",
     ]
 
@@ -215,7 +226,7 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
     if importance is None:
         return []
     rows = [
-        [span(key), f"{100 * share:.0f} %", tell_luck(share, importance)]
+        [as_code(key), f"{100 * share:.0f} %", tell_luck(share, importance)]
         for key, share in importance.shares.items()
     ]
     words = (
@@ -226,7 +237,9 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
     if importance.method == "variance":
         if importance.luck is not None:
             repeated = [key for key in (SEED, FOLD) if key in sweep.varied]
-            rows.append([f"{' and '.join(map(span, repeated))}: luck", f"{100 * importance.luck:.0f} %", ""])
+            rows.append(
+                [f"{' and '.join(map(as_code, repeated))}: luck", f"{100 * importance.luck:.0f} %", ""]
+            )
         name = "together, not alone" if importance.luck is not None else "together, and luck"
         rows.append([name, f"{100 * importance.rest:.0f} %", ""])
         words = (
@@ -256,10 +269,10 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
     lines = [
         "## The winner",
         "",
-        f"{describe(winner)}: {sweep.metric} {show_value(sweep.metric, winner.mean, winner.std)}"
-        f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {literal(job.name)}'}.",
+        f"{describe(winner)}: {as_name(sweep.metric)} {show_value(sweep.metric, winner.mean, winner.std)}"
+        f"{'' if len(winner.jobs) == 1 else f', best of its {len(winner.jobs)} jobs: {job.name}'}.",
         "",
-        f"- checkpoint: {span(str(checkpoint))}",
+        f"- checkpoint: {as_code(str(checkpoint))}",
         "- the same net again:",
         "",
         *code(reproduce(job)),
@@ -291,8 +304,8 @@ def format_failures(sweep: Sweep) -> list[str]:
     if not jobs:
         return []
     rows = [
-        [literal(job.name), job.status.state, span(settings(job)), literal(job.status.error or "")]
-        for job in jobs
+        [job.name, job.status.state, *(as_code(text) if text else "" for text in (settings(job), error))]
+        for job, error in ((job, job.status.error) for job in jobs)
     ]
     return [
         "## Jobs that did not finish",
@@ -366,13 +379,11 @@ def load_correct(path: Path, started: float) -> "np.ndarray | None":
     """None where there is no such file, or none of a net's: it may be a stranger's."""
     import numpy as np
 
-    if path.is_symlink() or not path.is_file():
-        return None
     try:
-        packed = np.load(path)
-    except (OSError, ValueError, EOFError):
+        packed = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+    except Exception:  # missing, damaged, or no array: numpy raises many kinds
         return None
-    if packed.ndim != 1 or packed.dtype != np.uint8:
+    if not isinstance(packed, np.ndarray) or packed.dtype != np.uint8 or packed.ndim != 1:
         return None
     return np.unpackbits(packed).astype(np.int8)
 
@@ -381,19 +392,10 @@ def draw(sweep: Sweep, folder: Path) -> None:
     """The metric against each varied parameter, a heat map for two, all learning curves."""
     from mnist_lightning import figures
 
-    if folder.is_symlink():
-        raise OSError(f"{folder} is a link, which is not followed: move it away")
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.png"):
-        path.unlink()
     jobs = [job for setting in sweep.settings for job in setting.jobs]
     jobs.sort(key=lambda job: job.status.metrics[sweep.metric], reverse=sweep.maximize)
     values = [job.status.metrics[sweep.metric] for job in jobs]
-    keys = [
-        key
-        for key in sweep.settings[0].params
-        if len({setting.params[key] for setting in sweep.settings}) > 1
-    ]
+    keys = find_drawn(sweep)
     pictures = {}
     for key in keys[:MAX_FIGURES]:
         settings_of_key = [job.params.get(key, "none") for job in jobs]
@@ -410,8 +412,26 @@ def draw(sweep: Sweep, folder: Path) -> None:
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
-    files = {"".join(c if c.isalnum() else "_" for c in name): one for name, one in pictures.items()}
-    figures.save(files, folder)
+    figures.save({to_file_name(title): one for title, one in pictures.items()}, folder)
+
+
+def find_drawn(sweep: Sweep) -> list[str]:
+    """The settings that have a figure: those whose values differ."""
+    params = [setting.params for setting in sweep.settings]
+    return [key for key in params[0] if len({its[key] for its in params}) > 1]
+
+
+def name_figures(sweep: Sweep) -> list[str]:
+    """The names of the files that ``draw`` may have written."""
+    if not sweep.settings:
+        return []
+    titles = [f"{key} {sweep.metric}" for key in find_drawn(sweep)[:MAX_FIGURES]]
+    return [to_file_name(title) for title in ("heat map", "learning curves", *titles)]
+
+
+def to_file_name(title: str) -> str:
+    name = "".join(one if one.isalnum() and one.isascii() else "_" for one in title)
+    return name[:LONGEST_NAME]
 
 
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
@@ -420,12 +440,14 @@ def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
     if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
         return [], []
     try:
-        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get(metric):
-                    epochs.append(int(row["epoch"]))
-                    values.append(float(row[metric]))
-    except (OSError, ValueError, KeyError):
+        text = read_file(job.folder / "csv" / "metrics.csv").decode()
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            if row.get(metric):
+                epoch, value = int(row["epoch"]), float(row[metric])
+                if 0 <= epoch < MOST_EPOCHS and math.isfinite(value):
+                    epochs.append(epoch)
+                    values.append(value)
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return [], []
     return epochs, values
 
@@ -462,7 +484,7 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
     if len(unfinished) > top:
         lines.append(f"… {len(unfinished) - top} more jobs did not finish")
-    lines += ["", f"the report is in {sweep.folder / 'report.md'}", "", "next:"]
+    lines += ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
     if unfinished:
         lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
     lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
@@ -508,7 +530,7 @@ def summarize_importance(importance: Importance) -> str:
 
 def describe(setting: Setting) -> str:
     words = " ".join(f"{key}={value}" for key, value in setting.params.items() if value)
-    return span(words) if words else "the only setting"
+    return as_code(words) if words else "the only setting"
 
 
 def settings(job: Job, keys: Sequence[str] | None = None) -> str:
@@ -516,22 +538,17 @@ def settings(job: Job, keys: Sequence[str] | None = None) -> str:
     return " ".join(f"{key}={value}" for key, value in chosen.items())
 
 
+def as_name(text: str) -> str:
+    """A name for Markdown: as it stands where nothing in it is markup."""
+    return text if re.fullmatch(r"[\w./() -]+", text) else as_code(text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Of cells that are Markdown: see ``literal`` and ``span`` for what is not."""
-    cells = [list(header), ["---"] * len(header), *map(list, rows)]
+    """A table of Markdown; a "|" in a cell, also in its code, is escaped."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells.insert(1, ["---"] * len(header))
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def literal(text: str) -> str:
-    """Text of a folder that may be a stranger's, as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", as_text(text))
-
-
-def span(text: str) -> str:
-    """The same as code."""
-    return as_code(text).replace("|", "\\|")
-
-
 def code(command: str) -> list[str]:
-    fence = "`" * (1 + max(2, *map(len, re.findall("`+", command) or [""])))
-    return [f"{fence}bash", command, fence, ""]
+    return ["```bash", as_text(command), "```", ""]

@@ -2,16 +2,19 @@
 
 import functools
 import math
+import os
+import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.find import MULTIRUN, newest_first
+from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
 from mnist_lightning.rundir.status import FILE, Status, read
 
 if TYPE_CHECKING:
@@ -20,19 +23,18 @@ if TYPE_CHECKING:
 SEED, FOLD = "seed", "data.fold"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
+LARGEST = 1e100  # of a metric that can be ranked
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job's folder, its status and the settings of its command line by key."""
+    """One job's folder, its status, the settings of its command line by key, and its folder's place in the
+    sweep's."""
 
     folder: Path
     status: Status
     params: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+    name: str
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,21 @@ def read_sweep(folder: Path) -> Sweep:
     if not (folder / MULTIRUN).is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {MULTIRUN}")
     saved = read_multirun(folder)
-    metric = saved["monitor"]["metric"]
+    metric = as_text(saved["monitor"]["metric"])
     jobs = []
-    for path in sorted(folder.glob(f"*/{FILE}"), key=lambda path: _natural(path.parent.name)):
-        if path.is_symlink() or path.parent.is_symlink():
-            continue  # a folder may be a stranger's: links in it are not followed
-        status = read(path.parent)
+    places = {path.relative_to(folder).as_posix(): path for path in find_jobs(folder)}
+    for name in sorted(places, key=_natural):
+        status = read(places[name])
         if status is not None:
-            jobs.append(Job(path.parent, status, split_overrides(status.overrides)))
+            jobs.append(Job(places[name], status, split_overrides(status.overrides), as_text(name)))
     # what the settings leave to the metric, the jobs that have ended tell
-    modes = [saved["monitor"]["mode"], *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
+    modes = [saved["monitor"].get("mode"), *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
     maximize = next((mode for mode in modes if mode), "max") == "max"
     keys = list(dict.fromkeys(key for job in jobs for key in job.params))
     varied = [key for key in keys if len({job.params.get(key) for job in jobs}) > 1]
     return Sweep(
         folder=folder,
-        command=["-m", *own_overrides(saved)],
+        command=["-m", *map(as_text, own_overrides(saved))],
         metric=metric,
         maximize=maximize,
         jobs=jobs,
@@ -151,19 +152,39 @@ def read_sweep(folder: Path) -> Sweep:
     )
 
 
+def find_jobs(folder: Path) -> Iterator[Path]:
+    """The folders of a sweep's jobs, as deep as ``hydra.sweep.subdir`` has put them."""
+    for place, below, files in os.walk(folder):
+        if FILE in files and Path(place) != folder:
+            below.clear()  # what lies in a job is its own
+            yield Path(place)
+
+
 @functools.cache
 def read_multirun(folder: Path) -> dict[str, Any]:
-    """The composed config of a sweep, with what Hydra was told."""
+    """The composed config of a sweep, with what Hydra was told.
+
+    Raises:
+        OSError: it can't be read, or is damaged.
+    """
+    path = folder / MULTIRUN
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load((folder / MULTIRUN).read_bytes(), loader)
-    assert isinstance(content, dict)
-    return content
+    content = yaml.load(read_yaml(path), loader)
+    try:
+        told = content["hydra"]["overrides"]
+        texts = [*told["task"], *told["hydra"], content["monitor"]["metric"]]
+        whole = all(isinstance(text, str) for text in texts)
+    except (TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise OSError(f"{path} is damaged: it does not tell the sweep's command and metric")
+    return content  # type: ignore[no-any-return]
 
 
 def own_overrides(saved: dict[str, Any]) -> list[str]:
     """The arguments that a person gave to a sweep, less the folder and the mode."""
     told = saved["hydra"]["overrides"]
-    implied = ("hydra.mode=", "hydra.sweep.dir=", "hydra.sweep.subdir=")
+    implied = ("hydra.mode=", "hydra.sweep.dir=")
     return [*told["task"], *(override for override in told["hydra"] if not override.startswith(implied))]
 
 
@@ -219,24 +240,25 @@ def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
         FileNotFoundError: there is none.
     """
     if name != "latest":
-        folder = Path(name).expanduser()
+        folder = expand_home(name)
         if not (folder / MULTIRUN).is_file():
             raise FileNotFoundError(f"{name} is not the folder of a sweep: it has no {MULTIRUN}")
         return folder
-    found = sorted(logs.glob(f"**/{MULTIRUN}"), key=lambda path: path.stat().st_mtime)
+    found = newest_first(logs.glob(f"**/{MULTIRUN}"))
     if not found:
         raise FileNotFoundError(
             f"latest: there is no sweep under {logs.absolute()} yet;"
             " python -m mnist_lightning.train -m seed=1,2 makes one"
         )
-    return found[-1].parent
+    return found[0].parent
 
 
 def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> list[Setting]:
     groups: dict[tuple[str, ...], list[Job]] = {}
     keys = [key for key in varied if key not in (SEED, FOLD)]
     for job in jobs:
-        if job.status.state == "completed" and metric in job.status.metrics:
+        value = job.status.metrics.get(metric, math.nan)
+        if job.status.state == "completed" and abs(value) < LARGEST:
             groups.setdefault(tuple(job.params.get(key, "") for key in keys), []).append(job)
     settings = []
     for values, members in groups.items():
@@ -254,5 +276,6 @@ def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> l
     return sorted(settings, key=lambda setting: setting.mean, reverse=maximize)
 
 
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name), name) if name.isdecimal() else (-1, name)
+def _natural(name: str) -> list[tuple[int, str]]:
+    """In the order of the numbers in them: 2_x before 10_x."""
+    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]

@@ -3,6 +3,7 @@
 ``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir import reproduce
+from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
@@ -31,6 +33,7 @@ HYDRA = (
     r"|hydra\.launcher\.(n_jobs|jobs_per_gpu|timeout_s|timeout_min|cpus_per_task|gpus_per_node|tasks_per_node|mem_gb|nodes"
     r"|array_parallelism|partition|qos|account|max_num_timeout)=.*"
     r"|hydra\.sweeper\.(n_trials|n_jobs|seed|study_name|max_batch_size|sampler\.[a-z]\w*)=.*"
+    r"|hydra\.sweep\.subdir='?(?!/)(?!.*\.\.).*"
     r"|hydra\.sweeper\.params(=null|\.(?!hydra)[\w.]+=.*)"
 )
 
@@ -49,8 +52,10 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
         if sign and key in MOVED:
             raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
     arguments = expand_folds(arguments)
-    reproduced = [one.removeprefix(reproduce.KEY) for one in arguments if one.startswith(reproduce.KEY)]
-    names = [argument.removeprefix(KEY) for argument in arguments if argument.startswith(KEY)]
+    reproduced = [
+        unquote(one.removeprefix(reproduce.KEY)) for one in arguments if one.startswith(reproduce.KEY)
+    ]
+    names = [unquote(argument.removeprefix(KEY)) for argument in arguments if argument.startswith(KEY)]
     if reproduced:
         if names or not {"-m", "--multirun"}.isdisjoint(arguments):
             raise ConfigError("reproduce= names one run to train again: give no resume= and no -m beside it")
@@ -91,6 +96,12 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
         folds = ",".join(map(str, range(int(value))))
         expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
     return expanded
+
+
+def unquote(name: str) -> str:
+    """A folder as typed, without the quotes that a shell has left around it: Windows' cmd takes none off."""
+    quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
+    return name[1:-1] if quoted and not os.path.exists(name) else name
 
 
 def resume_sweep(name: str, arguments: list[str]) -> list[str]:
@@ -148,7 +159,7 @@ def check_overrides(source: Path, overrides: list[str]) -> None:
         try:
             parsed = OverridesParser.create().parse_override(text)
             right = not text.startswith("-") and is_harmless(parsed, text, source)
-        except HydraException:
+        except (HydraException, OSError):
             right = False
         if not right:
             raise trust.TrustError(
@@ -164,7 +175,7 @@ def is_harmless(parsed: Override, text: str, folder: Path) -> bool:
     if key.split(".")[0].split("/")[0] == "hydra":
         return re.fullmatch(HYDRA, text) is not None
     if key == "data.data_dir":  # it would be filled where something is missing
-        path = Path(str(parsed.value())).expanduser()
+        path = expand_home(str(parsed.value()))
         return not parsed.is_sweep_override() and any(find_source(name, path).is_whole() for name in KNOWN)
     value = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else parsed.value()
     inside = (trust.stays_inside(inner, one, folder) for inner, one in trust.find_texts(value, key))

@@ -4,7 +4,7 @@ import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -13,17 +13,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mnist_lightning.config import ConfigError
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
-from mnist_lightning.sweeps.study import TRIAL, open_storage, to_distribution
+from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage, to_distribution
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +106,10 @@ class OptunaSweeper(GridSweeper):
         """A trial's jobs: one for each fold."""
         return [[*job, f"{FOLD}={fold}"] for fold in self.folds] or [job]
 
-    def jobs_of(self, number: int) -> range:
-        """The numbers of a trial's jobs."""
-        count = max(1, len(self.folds))
-        return range(number * count, (number + 1) * count)
+    def number_jobs(self, number: int, job: Job) -> list[tuple[int, Job]]:
+        """A trial's jobs and their numbers."""
+        divided = self.divide(job)
+        return list(enumerate(divided, start=number * len(divided)))
 
     def examples(self) -> Iterator[Job]:
         """Jobs with each value of each choice and both ends of each interval."""
@@ -132,14 +135,14 @@ class OptunaSweeper(GridSweeper):
         while batch or (batch := self.ask(study, space, size)):
             returns += self.launch(
                 [
-                    one
+                    (place, one)
                     for number, job in batch
-                    for one in zip(self.jobs_of(number), self.divide(job), strict=True)
-                    if not self.is_finished(one[0])
+                    for place, one in self.number_jobs(number, job)
+                    if not self.is_finished(place, one)
                 ]
             )
-            for number, _ in batch:
-                self.tell(study, number)
+            for number, job in batch:
+                self.tell(study, number, job)
             batch = []
         return returns
 
@@ -147,14 +150,22 @@ class OptunaSweeper(GridSweeper):
         import optuna
 
         assert self.config is not None
+        mode = self.find_mode()
         if self.storage is None:
-            self.storage = str(self.sweep_dir.absolute() / "optuna.journal")
-        return optuna.create_study(
-            storage=open_storage(self.storage),
-            study_name=self.study_name,
-            direction="maximize" if self.find_mode() == "max" else "minimize",
-            load_if_exists=True,
-        )
+            mend_journal(self.sweep_dir)
+        storage = find_storage(self.storage, self.sweep_dir)
+        try:
+            return optuna.create_study(
+                storage=open_storage(storage),
+                study_name=self.study_name,
+                direction="maximize" if mode == "max" else "minimize",
+                load_if_exists=True,
+            )
+        except (
+            Exception
+        ) as error:  # Optuna raises many kinds for damaged journals, a database's driver its own
+            cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            raise ConfigError(f"the study in {storage} can't be used: {cause}") from error
 
     def find_mode(self) -> str:
         """
@@ -189,16 +200,16 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.sweep_dir / str(self.jobs_of(trial.number)[0])
-        job_dir.mkdir(exist_ok=True)
+        job_dir = self.job_dir(*self.number_jobs(trial.number, job)[0])
+        job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
-            "storage": self.storage,
+            "storage": self.storage,  # None: the search's own, wherever its folder lies
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
             "folds": len(self.folds),  # a trial of several jobs is not pruned by one of them
         }
-        (job_dir / TRIAL).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
         """This sweep's trials that an interruption has left running, to go on with."""
@@ -206,38 +217,68 @@ class OptunaSweeper(GridSweeper):
 
         unfinished = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
-            file = self.sweep_dir / str(self.jobs_of(frozen.number)[0]) / TRIAL
-            if file.is_file():
-                saved = json.loads(file.read_text(encoding="utf-8"))
-                check_overrides(self.sweep_dir, saved["overrides"])
-                self.check_jobs(self.divide(saved["overrides"]))
-                self.trials[frozen.number] = Trial(study, saved["id"])
-                self.note_trial(
-                    self.trials[frozen.number], saved["overrides"]
-                )  # with this sweep's own storage
-                if all(self.is_finished(job) for job in self.jobs_of(frozen.number)):
-                    self.tell(study, frozen.number)
-                else:
-                    unfinished.append((frozen.number, saved["overrides"]))
+            try:
+                saved = self.find_trial(frozen)
+            except OSError as error:
+                log.warning("trial %d is given up: %s", frozen.number, error)
+                study.tell(frozen.number, state=TrialState.FAIL)
+                continue
+            if saved is None:
+                continue
+            job = saved["overrides"]
+            check_overrides(self.sweep_dir, job)
+            self.check_jobs(self.divide(job))
+            trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
+            self.note_trial(trial, job)  # with this sweep's own storage
+            if all(self.is_finished(*one) for one in self.number_jobs(frozen.number, job)):
+                self.tell(study, frozen.number, job)
+            else:
+                unfinished.append((frozen.number, job))
         return unfinished
 
-    def tell(self, study: "Study", number: int) -> None:
+    def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
+        """What ``note_trial`` has left of it in this sweep's folder, "overrides" as texts.
+
+        Raises:
+            OSError: it is not among what can be read, and a file is damaged.
+        """
+        damaged: OSError | None = None
+        for file in self.sweep_dir.rglob(TRIAL):
+            try:
+                saved = read_json(file)
+                if saved["id"] == trial_id(trial):
+                    return saved | {"overrides": [str(override) for override in saved["overrides"]]}
+            except (OSError, KeyError, TypeError) as error:
+                damaged = OSError(f"{file} is damaged: {error}")
+        if damaged is not None:
+            raise damaged
+        return None
+
+    def tell(self, study: "Study", number: int, job: Job) -> None:
         """A trial's outcome, as its jobs' ``status.json`` have it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        statuses = [read(self.sweep_dir / str(job)) for job in self.jobs_of(number)]
-        failed = [status for status in statuses if status is None or status.state == "failed"]
-        states = {status.state for status in statuses if status is not None}
-        if failed:
-            error = failed[0].error if failed[0] else "left no status"
+        metric = self.config.monitor.metric
+        statuses = [read(self.job_dir(*one)) for one in self.number_jobs(number, job)]
+        ended = [status for status in statuses if status is not None]
+        values = [
+            status.metrics[metric]
+            for status in ended
+            if status.state == "completed" and metric in status.metrics
+        ]
+        failed = [
+            status
+            for status in ended
+            if status.state == "failed" or (status.state == "completed" and metric not in status.metrics)
+        ]
+        if failed or len(ended) < len(statuses):
+            error = failed[0].error if failed else "left no status"
             self.trials[number].set_user_attr("error", error)
             study.tell(self.trials[number], state=TrialState.FAIL)
-        elif states == {"completed"}:
-            metric = self.config.monitor.metric
-            values = [status.metrics[metric] for status in statuses if status is not None]
+        elif len(values) == len(statuses):
             study.tell(self.trials[number], statistics.fmean(values))
-        elif "pruned" in states:
+        elif any(status.state == "pruned" for status in ended):
             study.tell(self.trials[number], state=TrialState.PRUNED)
 
 

@@ -1,0 +1,43 @@
+"""Where commands write what they found: folders in which nothing of the user's is overwritten."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from mnist_lightning.cli import CommandError
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import expand_home, read_file
+
+WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
+LOGS = "logs"  # what lies there is this project's
+
+
+def claim_output(output: str, command: str, names: Collection[str]) -> Path:
+    """Make the folder that ``output=`` names, and see that what is to be written there replaces nothing else.
+
+    Args:
+        command: "evaluate", say.
+        names: of the files that it will write; what it has written before is replaced.
+
+    Raises:
+        CommandError: a file of such a name is there, and the command has not written it.
+        OSError: the folder can't be made or read.
+    """
+    folder = expand_home(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / WRITTEN
+    lines = read_file(mark).decode(errors="replace").splitlines() if os.path.lexists(mark) else []
+    wanted = [f"{command} {name}" for name in names]
+    logs = Path(os.path.realpath(LOGS))
+    strange = [
+        name
+        for name, line in zip(names, wanted, strict=True)
+        if line not in lines and os.path.lexists(folder / name)
+    ]
+    if strange and logs not in Path(os.path.realpath(folder)).parents:
+        raise CommandError(
+            f"output={output} holds {strange[0]} already, which {command} has not written: nothing is"
+            " overwritten, name another folder"
+        )
+    write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*lines, *wanted])).encode())
+    return folder

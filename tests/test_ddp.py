@@ -1,0 +1,94 @@
+"""Runs of several processes: one decides, the others are told, and none is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import NO_PICTURES, Run, Start
+from keep_checkpoints import Keep
+from processes import wait_for
+from test_resume import differences
+
+from mnist_lightning.rundir.checkpoint import load
+
+FAULTS = {"PYTHONPATH": str(Path(__file__).parent)}
+DDP = ("trainer=ddp", "model.hidden=8", "test=false", "logger=csv", NO_PICTURES)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for processes in /proc"),
+]
+
+
+def find_group(cwd: Path) -> list[int]:
+    """The processes that work in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if path.resolve() == cwd.resolve():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_all_processes_after_a_saved_step(times: int, start: Start, tmp_path: Path) -> None:
+    """A second one ends them too; the first is given to the main process alone."""
+    arguments = (*DDP, "trainer.max_epochs=2000", "checkpoint.every_n_seconds=0.5", "hydra.run.dir=run")
+    process = start("train", *arguments, cwd=tmp_path)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    wait_for(last.exists, process)
+    assert len(find_group(tmp_path)) >= 2
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    if times == 1:
+        assert f"saved at step {load(last)['global_step']};" in process.stdout
+    wait_until(lambda: not find_group(tmp_path))
+
+
+def test_resumed_within_an_epoch_it_reports_what_the_whole_run_does(command: Run, tmp_path: Path) -> None:
+    """Weights, metrics of the whole epoch, each process's dropout; saving by the clock blocks nobody."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    more = (
+        "trainer.max_epochs=2",
+        "+trainer.limit_train_batches=12",
+        "model.dropout=0.3",
+        "hydra.run.dir=run",
+    )
+    keep = (f"+callbacks.keep._target_={Keep.__module__}.Keep", f"+callbacks.keep.folder='{kept}'")
+    often = ("checkpoint.every_n_steps=4", "checkpoint.every_n_seconds=0.01", "trainer.log_every_n_steps=5")
+    done = command("train", *DDP, *more, *keep, *often, cwd=tmp_path, **FAULTS)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "run"
+    shutil.copytree(whole, tmp_path / "whole")
+    (whole / "metrics.json").unlink()
+    for name in ("best", "previous"):
+        (whole / "checkpoints" / f"{name}.ckpt").unlink()
+    shutil.copy(kept / "000016.ckpt", whole / "checkpoints" / "last.ckpt")
+    again = command(
+        "train", "resume=run", "callbacks.keep.folder=null", "trust=keep_checkpoints", cwd=tmp_path, **FAULTS
+    )
+    assert again.returncode == 0, again.stderr
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "whole", whole))
+    assert differences(one, two) == []
+    a, b = (load(folder / "checkpoints" / "last.ckpt") for folder in (tmp_path / "whole", whole))
+    assert differences(a, b) == []
+    first, second = (process["random_state"]["cpu"] for process in a["processes"])
+    assert not first.equal(second), "each process draws numbers of its own"
+    assert (whole / "csv" / "metrics.csv").read_text() == (
+        tmp_path / "whole" / "csv" / "metrics.csv"
+    ).read_text()
