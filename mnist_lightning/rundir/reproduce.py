@@ -104,7 +104,10 @@ def compare_weights(folder: Path, again: Path) -> str:
 
     try:
         one, other = (load(place / "checkpoints" / LAST) for place in (folder, again))
-        weights = [checkpoint["state_dict"] for checkpoint in (one, other)]
+        weights = [
+            {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("net.")}
+            for checkpoint in (one, other)
+        ]  # not what metrics have counted
         steps = [int(checkpoint["global_step"]) for checkpoint in (one, other)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         return f"the weights can't be compared: {error}"
