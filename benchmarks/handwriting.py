@@ -6,9 +6,18 @@ reading of the original 28×28 image, right or wrong.
 
     python benchmarks/handwriting.py checkpoint.ckpt
     python benchmarks/handwriting.py checkpoint.ckpt --digits 1000 --seed 3 --sheet kinds.png
+
+Or how many pictures of a folder are read right.  Its ``labels.csv`` has the columns ``file`` (within the
+folder) and ``label`` (a class name), and may have ``kind`` and ``source``, say a person or a web page:
+
+    python benchmarks/handwriting.py checkpoint.ckpt --folder my_pictures --apart printed,clipart
+
+Pictures of one source are alike, so the intervals draw sources, not pictures, with replacement.
 """
 
 import argparse
+import csv
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,26 +140,121 @@ KINDS: dict[str, Render] = {
 }
 
 
-def through_predict(picture: Image.Image, folder: Path) -> Digit:
-    """What the net sees of a picture file; all paper where no digit is found in it."""
-    from mnist_lightning.images.handwriting import NoDigit, read_image, to_mnist
+NUM_RESAMPLES = 10_000
 
+
+def through_predict(picture: Image.Image, folder: Path) -> Digit:
+    """What the net sees of a picture; all paper where no digit is found in it."""
     path = folder / "picture.png"
     picture.save(path, compress_level=1)
+    return prepare(path)
+
+
+def prepare(path: Path) -> Digit:
+    """What the net sees of a picture file; all paper where no digit is found in it.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    from mnist_lightning.images.handwriting import read_image, to_mnist
+    from mnist_lightning.images.normalize import NoDigit
+
     try:
         return to_mnist(read_image(path))
     except NoDigit:
         return np.zeros((28, 28), dtype=np.uint8)
 
 
-def main() -> None:
-    import tempfile
+def interval_over_sources(
+    right: NDArray[np.bool_], sources: list[str], *, seed: int = 0
+) -> tuple[float, float]:
+    """A 95 % interval of the share that is right: percentiles over sources drawn with replacement.
 
+    The bootstrap of clusters: Field and Welsh 2007, "Bootstrapping clustered data", Journal of the Royal
+    Statistical Society B 69(3).
+
+    Args:
+        right: (N,) whether each picture is read right, N > 0.
+        sources: of each picture.
+    """
+    names, numbers = np.unique(sources, return_inverse=True)
+    hits = np.bincount(numbers, weights=right, minlength=len(names))
+    counts = np.bincount(numbers, minlength=len(names))
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), NUM_RESAMPLES)
+    low, high = np.quantile((drawn @ hits) / (drawn @ counts), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def read_labels(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's ``labels.csv``: file, label, kind and source.
+
+    Raises:
+        SystemExit: there is no such file, it lacks a column, or a picture is missing.
+    """
+    path = folder / "labels.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as table:
+            rows = list(csv.DictReader(table))
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{path}: {getattr(error, 'strerror', None) or error}")
+    if not rows:
+        sys.exit(f"{path} names no picture: it needs a line for each, under file,label,kind,source")
+    for column in ("file", "label"):
+        if any(not row.get(column) for row in rows):
+            sys.exit(f"{path} has lines without a {column}: its columns are file,label,kind,source")
+    missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
+    if missing:
+        sys.exit(f"{path} names {missing[0]}, which is not in the folder (and {len(missing) - 1} more)")
+    return [
+        {"kind": row.get("kind") or "all", "source": row.get("source") or row["file"]}
+        | {name: row[name] for name in ("file", "label")}
+        for row in rows
+    ]
+
+
+def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
+    """Accuracy by kind of a folder's pictures, as lines of text.
+
+    Args:
+        apart: kinds that do not count in the total.
+    """
+    rows = read_labels(folder)
     import torch
 
-    from mnist_lightning import figures
-    from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
+    from mnist_lightning.evaluation.trained import load_classifier, log_probabilities
 
+    classifier, _ = load_classifier(checkpoint)
+    strange = sorted({row["label"] for row in rows} - {*classifier.class_names})
+    if strange:
+        sys.exit(f"{folder / 'labels.csv'}: no class of the net: {', '.join(strange[:5])}")
+    seen = []
+    for row in rows:
+        try:
+            seen.append(prepare(folder / row["file"]))
+        except OSError as error:
+            sys.exit(f"{folder / row['file']}: {error}")
+    read = log_probabilities(classifier, torch.from_numpy(np.stack(seen))).argmax(dim=1)
+    right = np.array([classifier.class_names[i] == row["label"] for i, row in zip(read, rows, strict=True)])
+    kinds = sorted({row["kind"] for row in rows})
+    groups = {kind: [row["kind"] == kind for row in rows] for kind in kinds}
+    if len(kinds) > 1:
+        counted = f"all but {', '.join(apart)}" if apart else "all"
+        groups[counted] = [row["kind"] not in apart for row in rows]
+    width = max(map(len, groups))
+    lines = [f"{'kind':{width}}  pictures  sources    right  95 % interval over sources"]
+    for name, members in groups.items():
+        chosen = np.array(members)
+        if chosen.any():
+            sources = [row["source"] for row, member in zip(rows, members, strict=True) if member]
+            low, high = interval_over_sources(right[chosen], sources)
+            share = f"{100 * right[chosen].mean():.1f} %"
+            ends = f"{100 * low:.1f} to {100 * high:.1f} %" if len({*sources}) > 1 else "one source"
+            lines.append(f"{name:{width}}  {chosen.sum():8}  {len({*sources}):7}  {share:>7}  {ends}")
+    return "\n".join(lines)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,7 +262,20 @@ def main() -> None:
     parser.add_argument("--digits", type=int, default=300, help="how many of each kind (300)")
     parser.add_argument("--seed", type=int, default=0, help="chooses digits, places and colours (0)")
     parser.add_argument("--sheet", type=Path, help="write a picture of what the net saw")
+    parser.add_argument("--folder", type=Path, help="read the pictures that its labels.csv names instead")
+    parser.add_argument("--apart", default="", help="kinds of the folder that the total leaves out, a,b,c")
     arguments = parser.parse_args()
+    if arguments.folder:
+        apart = [kind for kind in arguments.apart.split(",") if kind]
+        print(report_folder(arguments.checkpoint, arguments.folder, apart))
+        return
+
+    import tempfile
+
+    import torch
+
+    from mnist_lightning import figures
+    from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 
     classifier, checkpoint = load_classifier(arguments.checkpoint)
     test = load_split(arguments.checkpoint, checkpoint, "test", data_dir=None)

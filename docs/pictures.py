@@ -21,6 +21,8 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGES = REPOSITORY / "docs" / "images"
+EXPLAINED = 9587  # of the test images: a 9 that the default net reads as 4
+SEVEN = [(0.3, 0.25), (0.5, 0.22), (0.7, 0.25), (0.6, 0.45), (0.5, 0.65), (0.42, 0.85)]  # of the page's field
 DIGIT = 7  # of the test images, the one that is "photographed" for predict: a 9
 NUM_COLORS = 128  # of a palette, which keeps the files small
 
@@ -43,6 +45,12 @@ def main() -> None:
         keep(cwd / "logs/visualize/mnist/images.png", "digits.png")
         keep(evaluation / "mistakes.png", "mistakes.png")
         keep(evaluation / "confusion_matrix.png", "confusion_matrix.png")
+        run(cwd, "explain", f"index={EXPLAINED}", "run=logs/train/runs/default", "output=why")
+        keep(cwd / f"why/001_test_{EXPLAINED}.png", "explain.png")
+        run(cwd, "visualize", "film=logs/train/runs/default", "output=filmed")
+        shutil.copy(cwd / "filmed/film.gif", IMAGES)
+        run(cwd, "export", "format=html", "film=true", "run=logs/train/runs/default", "output=page.html")
+        photograph_page(cwd / "page.html", cwd)
         with tensorboard(cwd, "logs/train/runs") as url:
             screenshot(cwd, f"{url}#custom_scalars&_smoothingWeight=0", "curves.png", height=460)
         with tensorboard(cwd, "logs/train/multiruns") as url:
@@ -63,6 +71,39 @@ def photograph(path: Path) -> None:
 
     digits = MNIST(str(Path("~/.pytorch/MNIST_data/").expanduser()), train=False).data
     photographed(digits[DIGIT].numpy(), np.random.default_rng(0)).save(path)
+
+
+def photograph_page(page_file: Path, cwd: Path) -> None:
+    """The page of ``export format=html``, a 7 drawn on it: on a wide screen, on a phone and its film."""
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        for name, width, height, theme in (
+            ("page.png", 1280, 1040, "light"),
+            ("page_phone.png", 390, 1500, "dark"),
+            ("page_film.png", 768, 900, "light"),
+        ):
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+            page.goto(page_file.as_uri())
+            box = page.locator("#field").bounding_box()
+            places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SEVEN]
+            page.mouse.move(*places[0])
+            page.mouse.down()
+            for place in places[1:]:
+                page.mouse.move(*place, steps=5)
+            page.mouse.up()
+            page.wait_for_timeout(200)
+            page.locator("#bars button").nth(7).click()
+            page.evaluate(
+                "picked = {layer: 0, unit: seen.passes[0].values.indexOf(Math.max(...seen.passes[0].values))}"
+            )
+            page.evaluate("film.moment = 25; showMoment(); showUnits(); scrollTo(0, 0)")
+            target = page.locator("#film") if "film" in name else page
+            target.screenshot(path=cwd / name)
+            keep(cwd / name, name)
+        browser.close()
 
 
 def keep(path: Path, name: str) -> None:

@@ -36,6 +36,17 @@ COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=TOT
 LOSS = "loss"  # the name of the loss among the metrics
 
 
+class Probabilities(nn.Module):
+    """Logits divided by a temperature, as probabilities: the order of the classes stays.  (B, C) -> (B, C)"""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return (outputs / self.temperature).softmax(dim=1)
+
+
 class DigitClassifier(L.LightningModule):
     """Trains and measures a net.
 
@@ -63,6 +74,8 @@ class DigitClassifier(L.LightningModule):
 
     Attributes:
         num_outputs: of the net for each image; known once ``check`` has run.
+        temperature: by which logits are divided where probabilities are made of them; see ``confidence``.
+        sure: the least probability with which a class is an answer, in [0, 1].
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
         measured: what the training epoch under way, or the last one, has measured so far, by name with a
@@ -111,6 +124,8 @@ class DigitClassifier(L.LightningModule):
         self.num_outputs = num_classes
         self.logs_evaluations = True
         self.measured: dict[str, float] = {}
+        self.temperature = 1.0
+        self.sure = 0.0
         self._is_checked = False
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -238,7 +253,7 @@ class DigitClassifier(L.LightningModule):
 
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images, key))
+        outputs = self.net(self.preprocess(images, key, labels))
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
         return loss
@@ -259,7 +274,12 @@ class DigitClassifier(L.LightningModule):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """(B, num_classes) probabilities, or (B, 1) numbers of a regression, for stored images or a batch."""
         outputs: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
-        return outputs.softmax(dim=1) if self.names_classes else outputs
+        return self.to_probabilities(outputs) if self.names_classes else outputs
+
+    def to_probabilities(self, outputs: Tensor) -> Tensor:
+        """(B, num_classes) logits -> (B, num_classes) probabilities, as sure as validation images bear out"""
+        probabilities: Tensor = Probabilities(self.temperature)(outputs)
+        return probabilities
 
     def on_train_epoch_start(self) -> None:
         # not called where an epoch is resumed within

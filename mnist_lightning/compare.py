@@ -267,7 +267,7 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
         outputs = compute_outputs(classifier, split.images)
         own = measure(classifier, outputs, split.labels)
     log_probs, labels = outputs.log_softmax(dim=1).numpy(), split.labels.numpy()
-    evaluation = score(labels, log_probs) if classifier.names_classes else None
+    evaluation = score(labels, log_probs, classifier.temperature) if classifier.names_classes else None
     return Contestant(name, folder, values, split, evaluation, own, name_of(classifier.loss))
 
 

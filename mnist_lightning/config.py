@@ -41,6 +41,7 @@ RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in it
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
 RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
+DIGITS = tuple(name for name, known in KNOWN.items() if known.class_names == tuple("0123456789"))
 PREPROCESS = ("mean", "std", "deskew", "augment")
 USELESS = {  # Trainer's arguments that would silently do nothing -> why
     "limit_predict_batches": "is for Trainer.predict, which no run calls",
@@ -65,10 +66,12 @@ class Augment:
     shift: float
     elastic: float
     smoothness: float
+    flags: float
 
     def __post_init__(self) -> None:
         for key, most, unit in (("rotation", 180, " degrees"), ("scale", 0.9, ""), ("shear", 60, " degrees")):
             self._check(key, 0, most, unit)
+        self._check("flags", 0, 1, "")
 
     def check_shape(self, height: int, width: int) -> None:
         """
@@ -85,7 +88,7 @@ class Augment:
 
     @property
     def deforms(self) -> bool:
-        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic))
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.flags))
 
 
 @dataclass
@@ -135,6 +138,11 @@ class Data:
                     train_size=self.train_size,
                 )
         at_least("data.val_size", self.val_size or 0, 0)
+        require(
+            not self.augment.flags or (self.source is None and self.name in DIGITS),
+            f"data.augment.flags draws at the digits 1: it is for data={'/'.join(DIGITS)},"
+            f" not for data={self.name}",
+        )
 
     def _check_folds(self) -> None:
         at_least("data.train_size", 1 if self.train_size is None else self.train_size, 1)
@@ -316,6 +324,7 @@ class Train:
     trainer: Any
     callbacks: Any
     logger: Any
+    watch: bool
     threads: int | None
     reproduce: str | None = None
     init_from: str | None = None
@@ -500,6 +509,40 @@ class Predict:
 
 
 @dataclass
+class Explain:
+    """One run of ``python -m mnist_lightning.explain``; None is explained in ``conf/explain.yaml``."""
+
+    images: Any  # str or list of str
+    index: Any  # int or list of int
+    mistakes: int
+    split: str
+    run: str
+    checkpoint: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+    output: str
+    threads: int | None
+    show: bool
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        one_of("split", self.split, SPLITS)
+        at_least("mistakes", self.mistakes, 0)
+        self.index = self.index if isinstance(self.index, list) else [self.index]
+        for number in self.index:
+            check_number("index", number, *NOT_NEGATIVE, whole=True)
+        asked = [self.images != [], self.index != [], self.mistakes > 0]
+        require(
+            sum(asked) == 1,
+            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"
+            + (", not several" if sum(asked) else ""),
+        )
+        if self.images != []:
+            self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
+        check_source(self.run, self.checkpoint)
+
+
+@dataclass
 class Compare:
     """One run of ``python -m mnist_lightning.compare``."""
 
@@ -522,6 +565,7 @@ class Visualize:
     """One run of ``python -m mnist_lightning.visualize``."""
 
     data: Data
+    film: str | None
     output: str
     threads: int | None
     show: bool
@@ -534,6 +578,8 @@ class Visualize:
 class Export:
     """One run of ``python -m mnist_lightning.export``; None is explained in ``conf/export.yaml``."""
 
+    format: str
+    film: bool
     run: str
     checkpoint: str | None
     data_dir: str | None
@@ -542,6 +588,9 @@ class Export:
     threads: int | None
 
     def __post_init__(self) -> None:
+        one_of("format", self.format, ("onnx", "html"))
+        require(not self.film or self.format == "html", "film=true is for the page: add format=html")
+        require(not self.film or self.checkpoint is None, "film=true wants a run: a checkpoint has no film")
         check_source(self.run, self.checkpoint)
         check_threads(self.threads)
 
@@ -620,7 +669,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Export, Report, Runs):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

@@ -124,7 +124,9 @@ def evaluate(settings: Evaluate) -> None:
             outputs = average(log_probs)
         own = measure(first, outputs, split.labels)  # log-probabilities are logits too
     classes = first.names_classes
-    evaluation = score(split.labels.numpy(), outputs.log_softmax(dim=1).numpy()) if classes else None
+    temperature = 1.0 if averaged else first.temperature  # of a mean of nets none was fitted
+    log_probs_of_all = outputs.log_softmax(dim=1).numpy()
+    evaluation = score(split.labels.numpy(), log_probs_of_all, temperature) if classes else None
     seconds = time.perf_counter() - start
 
     name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
@@ -141,12 +143,18 @@ def evaluate(settings: Evaluate) -> None:
     if sweep is not None:
         metrics["missing_folds"] = missing
     if evaluation:
-        metrics |= to_metrics(evaluation)
+        metrics |= to_metrics(evaluation) | {"temperature": temperature}
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
     more: dict[str, str] = {}
     if evaluation:
         table = format_predictions(evaluation, indices)
-        pictures = draw(evaluation, split.images.numpy(), names, f"{name} {what}")
+        pictures = draw(
+            evaluation,
+            split.images.numpy(),
+            names,
+            f"{name} {what}",
+            0.0 if averaged else first.sure,
+        )
         if settings.labels:
             doubtful = evaluation.doubtful()
             more["labels.csv"] = format_labels(evaluation, doubtful, indices, names)
@@ -177,6 +185,10 @@ def evaluate(settings: Evaluate) -> None:
         print(tabulate(evaluation, names))
         if settings.labels:
             print(f"\n{tabulate_labels(evaluation, doubtful, indices, names)}")
+        if temperature != 1:
+            fitted = " on these images: calibration is that of others only with split=test"
+            told = fitted if settings.split == "val" else " on the validation images"
+            print(f"\nprobabilities are at temperature {temperature:.2f}, fitted{told}")
         if own:
             print("\nthe run's own:")
     else:
@@ -342,15 +354,22 @@ def tabulate_labels(
 
 
 def draw(
-    evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str
+    evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str, sure: float = 0.0
 ) -> "dict[str, Figure]":
+    """
+    Args:
+        sure: the least probability of an answer, see ``DigitClassifier``; 0: each is one.
+    """
     from mnist_lightning import figures
 
     total = len(evaluation.labels)
     wrong = int((evaluation.labels != evaluation.predictions).sum())
     worst = evaluation.worst(NUM_MISTAKES)
     calibration = evaluation.calibration
+    coverage, risk = evaluation.risk_coverage()
+    answered = float((evaluation.confidences >= sure).mean()) if sure else None
     return {
+        "risk_coverage": figures.risk_coverage(coverage, risk, sure=answered, title=title),
         "confusion_matrix": figures.confusion_matrix(
             evaluation.confusion, names, title=f"{title}: {wrong:,} of {total:,} images misread"
         ),

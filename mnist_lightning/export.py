@@ -1,4 +1,4 @@
-"""A trained net as an ONNX file:  python -m mnist_lightning.export [key=value …]"""
+"""A trained net as an ONNX file or a page:  python -m mnist_lightning.export [format=html] [key=value …]"""
 
 import io
 import logging
@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -41,10 +42,94 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="export")
 def run(cfg: DictConfig) -> None:
     with compact_errors():
-        export(check(cfg, Export))
+        settings = check(cfg, Export)
+        export_page(settings) if settings.format == "html" else export_onnx(settings)
 
 
-def export(settings: Export) -> None:
+def find_target(settings: Export, checkpoint: Path, name: str) -> Path:
+    """The file to write: the user's, one of this name in the run's folder, or one beside a lone checkpoint.
+
+    Raises:
+        CommandError: it is a folder, or a file of another kind.
+    """
+    kind = Path(name).suffix
+    if settings.output is not None:
+        target = expand_home(settings.output)
+    elif settings.checkpoint is not None or expand_home(settings.run).is_file():
+        target = checkpoint.with_suffix(kind)
+    else:
+        target = checkpoint.parent.parent / name
+    if target.is_dir():
+        raise CommandError(f"output={target} is a folder: name a file, say {target / name}")
+    if os.path.lexists(target) and target.suffix != kind:
+        raise CommandError(f"output={target} is there already and no *{kind}: name another file")
+    return target
+
+
+def export_page(settings: Export) -> None:
+    """Write the net as a page to draw on, which needs no server and no network.
+
+    Raises:
+        CommandError: the page can't run the net, or there is no film.
+        OSError: the checkpoint, the data or the film can't be read, or the page can't be written.
+    """
+    path = find_checkpoint(settings.run, settings.checkpoint)
+    target = find_target(settings, path, "page.html")
+    log.info("loading torch and Lightning …")
+    import torch
+
+    from mnist_lightning.evaluation.trained import (
+        choose_threads,
+        compute_outputs,
+        load_classifier,
+        load_split,
+    )
+    from mnist_lightning.images.known import draws_like_mnist
+    from mnist_lightning.page.build import NotDrawable, choose_samples, compare_layers, make_page, read_layers
+    from mnist_lightning.rundir.film import pack_film, read_film
+
+    classifier, checkpoint = load_classifier(path, trust=settings.trust)
+    try:
+        layers = read_layers(classifier)
+    except NotDrawable as error:
+        raise CommandError(f"{path}: {error}; format=onnx takes any net") from error
+    data = checkpoint["datamodule_hyper_parameters"]
+    film = read_film(path.parent.parent) if settings.film else None
+    kept = "val" if data.get("val_size") != 0 else "train"
+    split, checked = (
+        load_split(path, checkpoint, name, data_dir=settings.data_dir, trust=settings.trust)
+        for name in (kept, "test")
+    )
+    images = checked.images[:NUM_CHECKED]
+    with threads.use(choose_threads([classifier], len(split), settings.threads)):
+        probabilities = classifier.to_probabilities(compute_outputs(classifier, split.images))
+        chosen = choose_samples(probabilities, split.labels, classifier.image_shape)
+        same, difference = compare_layers(layers, classifier, images)
+    correct = float((probabilities.argmax(dim=1) == split.labels).double().mean())
+    name = data["name"]
+    shape = "-".join(str(layer.weights.shape[1]) for layer in layers) + f"-{len(classifier.class_names)}"
+    split_name = "validation" if kept == "val" else "training"
+    content = make_page(
+        classifier,
+        title=f"A net for {name}",
+        about=f"{shape}: {100 * correct:.2f} % of {len(split):,} {split_name} images of {name} read rightly",
+        samples=(
+            split.images[chosen],
+            split.labels[chosen],
+            probabilities[torch.tensor(chosen, dtype=torch.long)].argmax(dim=1),
+        ),
+        handwriting=draws_like_mnist(data),
+        film=None if film is None else pack_film(film),
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, content)
+    print(f"checkpoint  {path}")
+    print(f"written to  {target} ({len(content) / 1e3:,.0f} kB): open it in a browser")
+    told = f"{same:,} of {len(images):,} test images get the same answer from weights of 8 bits"
+    print(f"checked     {told}, largest difference of a probability {difference:.3f}")
+
+
+def export_onnx(settings: Export) -> None:
     """Write the net as ONNX, once it gives what the PyTorch net gives.
 
     Raises:
@@ -55,16 +140,7 @@ def export(settings: Export) -> None:
     if missing:
         raise CommandError(f"export needs {', '.join(missing)}: pip install 'mnist_lightning[export]'")
     path = find_checkpoint(settings.run, settings.checkpoint)
-    if settings.output is not None:
-        target = expand_home(settings.output)
-    elif settings.checkpoint is not None or expand_home(settings.run).is_file():
-        target = path.with_suffix(".onnx")
-    else:
-        target = path.parent.parent / "model.onnx"
-    if target.is_dir():
-        raise CommandError(f"output={target} is a folder: name a file, say {target / 'model.onnx'}")
-    if os.path.lexists(target) and target.suffix != ".onnx":
-        raise CommandError(f"output={target} is there already and no *.onnx: name another file")
+    target = find_target(settings, path, "model.onnx")
     log.info("loading torch, Lightning and ONNX …")
     from mnist_lightning.evaluation.trained import choose_threads, load_classifier, load_split
 
@@ -101,7 +177,9 @@ def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
     """
     import torch
 
-    last = [torch.nn.Softmax(dim=1)] if classifier.names_classes else []
+    from mnist_lightning.classifier import Probabilities
+
+    last = [Probabilities(classifier.temperature)] if classifier.names_classes else []
     net = torch.nn.Sequential(classifier.preprocess, classifier.net, *last).eval()
     try:
         with _quiet():
@@ -132,7 +210,7 @@ def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (theirs,) = session.run([name_output(classifier)], {"images": images.numpy()})
     ours = compute_outputs(classifier, images)
-    ours = ours.softmax(dim=1) if classifier.names_classes else ours
+    ours = classifier.to_probabilities(ours) if classifier.names_classes else ours
     return float(np.abs(theirs - ours.numpy()).max())
 
 

@@ -1,7 +1,6 @@
 """What is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
 
 import csv
-import glob
 import io
 import logging
 import sys
@@ -15,23 +14,18 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Predict, check
-from mnist_lightning.images.known import KNOWN
+from mnist_lightning.images.known import draws_like_mnist
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
-from mnist_lightning.rundir.output import claim_output
-from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
+from mnist_lightning.rundir.output import claim_output, shorten_stem
+from mnist_lightning.rundir.outside import as_cell, as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    import numpy as np
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
 
 
 def main() -> None:
@@ -59,11 +53,12 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.images.handwriting import NoDigit
-    from mnist_lightning.images.pictures import SUFFIXES
+    from mnist_lightning.images.handwriting import read_pixels
+    from mnist_lightning.images.normalize import NoDigit
+    from mnist_lightning.images.pictures import find_files
 
     path = find_checkpoint(settings.run, settings.checkpoint)
-    files = [file for name in settings.images for file in find_files(name, SUFFIXES)]
+    files = [file for name in settings.images for file in find_files(name)]
     log.info("loading torch and Lightning …")
     import numpy as np
     import torch
@@ -74,9 +69,8 @@ def predict(settings: Predict) -> int:
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names, classes = classifier.class_names, classifier.names_classes
     data = checkpoint["datamodule_hyper_parameters"]
-    known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
-    as_mnist = known is not None and known.handwriting
-    figure_names = [f"{number:03}_{shorten(file.stem)}" for number, file in enumerate(files, start=1)]
+    as_mnist = draws_like_mnist(data)
+    figure_names = [f"{number:03}_{shorten_stem(file.stem)}" for number, file in enumerate(files, start=1)]
     written = ["predictions.csv", *(f"{name}.png" for name in figure_names if classes)]
     folder = claim_output(settings.output, "predict", written)
     print(f"net: {as_text(str(path))}")
@@ -85,7 +79,7 @@ def predict(settings: Predict) -> int:
     drawings: dict[str, Figure] = {}
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
     with computing, write_table(folder / "predictions.csv") as writer:
-        header = ["file", "prediction", "probability", *(f"p({name})" for name in names)]
+        header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names)]
         writer.writerow(map(as_cell, header) if classes else ["file", "output"])
         for file, figure_name in zip(files, figure_names, strict=True):
             shown = as_text(str(file))
@@ -101,12 +95,19 @@ def predict(settings: Predict) -> int:
                 print(f"{shown:{width}}  {outputs.item():.4f}", flush=True)
                 writer.writerow([as_cell(str(file)), f"{outputs.item():.6f}"])
                 continue
-            probabilities = outputs.softmax(dim=0).numpy()
+            probabilities = classifier.to_probabilities(outputs[None])[0].numpy()
             best = int(probabilities.argmax())
             line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
+            is_sure = bool(probabilities[best] >= classifier.sure)
+            if not is_sure:
+                second = int(probabilities.argsort()[-2])
+                line += f"  not sure: perhaps {names[second]}, {100 * probabilities[second]:.1f} %"
             print(f"{shown:{width}}  {line}", flush=True)
-            numbers = [f"{p:.6f}" for p in (probabilities[best], *probabilities)]
-            writer.writerow([as_cell(str(file)), as_cell(names[best]), *numbers])
+            numbers = [f"{p:.6f}" for p in probabilities]
+            answer = "sure" if is_sure else "not sure"
+            writer.writerow(
+                [as_cell(str(file)), as_cell(names[best]), f"{probabilities[best]:.6f}", answer, *numbers]
+            )
             picture.thumbnail((480, 480))
             drawing = figures.prediction(
                 np.asarray(picture), seen, probabilities, names, title=f"{file.name}: {line}"
@@ -130,55 +131,6 @@ def write_table(path: Path) -> "Iterator[Any]":
         yield csv.writer(text)
     finally:
         write_atomic(path, text.getvalue().encode())
-
-
-def shorten(stem: str) -> str:
-    """A file's name for that of its figure: letters that every file system takes, and not too many."""
-    text = "".join("_" if one in '<>:"/\\|?*' else one for one in as_text(stem))
-    return text.encode()[:LONGEST_NAME].decode(errors="ignore")
-
-
-def read_pixels(
-    file: Path, image_shape: "Sequence[int]", *, as_mnist: bool
-) -> "tuple[Image, NDArray[np.uint8]]":
-    """A picture, for people to look at, and the image that is made of it for a net.
-
-    Args:
-        image_shape: (C, H, W) of the net's images.
-        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
-            is resized, as ``data=folder`` does it.
-
-    Returns:
-        The picture, RGB, and (H, W) or (H, W, 3) uint8.
-
-    Raises:
-        OSError: the file can't be read.
-        NoDigit: nothing stands out from the background.
-    """
-    from mnist_lightning.images.handwriting import read_image, to_mnist
-    from mnist_lightning.images.pictures import read_picture
-
-    picture = read_image(file)
-    if as_mnist:
-        return picture, to_mnist(picture)
-    channels, height, width = image_shape
-    return picture, read_picture(file, size=(height, width), grey=channels == 1)
-
-
-def find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
-
-    A name that matches nothing stands for itself, so that it is told with the files that fail.
-    """
-    path = expand_home(name)
-    if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
-        if not pictures:
-            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(suffixes)})")
-        return pictures
-    if path.exists():
-        return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.evaluation.explanation import Explanation
     from mnist_lightning.evaluation.scores import Evaluation
 
     Images = str | Path | Sequence[str | Path] | NDArray[Any] | Tensor
@@ -405,14 +406,15 @@ class TrainedNet:
         import numpy as np
         import torch
 
-        from mnist_lightning.evaluation.trained import log_probabilities
+        from mnist_lightning.evaluation.trained import compute_outputs
 
         if not self.classifier.names_classes:
             raise ValueError(f"{self.path} gives a number for each image, no classes: net.classifier(images)")
         stored, single = self._prepare(images)
         if len(stored):
             with self._computing(len(stored)):
-                probabilities = log_probabilities(self.classifier, torch.from_numpy(stored)).exp().numpy()
+                outputs = compute_outputs(self.classifier, torch.from_numpy(stored))
+                probabilities = self.classifier.to_probabilities(outputs).numpy()
         else:
             probabilities = np.empty((0, len(self.class_names)), np.float32)
         labels = probabilities.argmax(axis=1)
@@ -470,20 +472,42 @@ class TrainedNet:
         return np.ascontiguousarray(array, np.float32) * np.float32(scale), single
 
     def _read(self, file: str | Path) -> "NDArray[np.uint8]":
-        from mnist_lightning.images.handwriting import NoDigit
-        from mnist_lightning.images.known import KNOWN
-        from mnist_lightning.predict import read_pixels
+        from mnist_lightning.images.handwriting import read_pixels
+        from mnist_lightning.images.known import draws_like_mnist
+        from mnist_lightning.images.normalize import NoDigit
 
         path = Path(file).expanduser()
         data = self._checkpoint["datamodule_hyper_parameters"]
-        known = KNOWN.get(str(data.get("name"))) if data.get("source") is None else None
         try:
-            _, pixels = read_pixels(
-                path, self.classifier.image_shape, as_mnist=known is not None and known.handwriting
-            )
+            _, pixels = read_pixels(path, self.classifier.image_shape, as_mnist=draws_like_mnist(data))
         except NoDigit as error:
             raise ValueError(f"{file}: {error}") from error
         return pixels
+
+    def explain(self, image: "Images", *, nearest: bool = True) -> "Explanation":
+        """Why the net answers as it does for one image: ``print(explanation)`` says it in words,
+        ``explanation.draw()`` shows it.
+
+        Args:
+            image: one, as ``predict`` takes it.
+            nearest: whether to look for the training images that are most like it to the net.
+
+        Raises:
+            OSError: the file can't be read; or see ``data``, with ``nearest``.
+            ValueError: see ``predict``; or these are several images.
+        """
+        import torch
+
+        from mnist_lightning.evaluation.explanation import explain, find_nearest
+
+        stored, _ = self._prepare(image)
+        if len(stored) != 1:
+            raise ValueError(f"explain takes one image, got {len(stored)}")
+        training = self.data.splits["train"] if nearest else None
+        with self._computing(len(training) if training else 1):
+            asked = torch.from_numpy(stored)
+            near = find_nearest(self.classifier, asked, training)[0] if training else None
+            return explain(self.classifier, asked[0], nearest=near)
 
     def evaluate(self, split: str = "val") -> Scores:
         """How good the net is on a split of its run's data.
@@ -510,7 +534,9 @@ class TrainedNet:
             return Scores(
                 {"split": split, "images": len(images)} | own, {}, "\n".join(lines), self.class_names
             )
-        evaluation: Evaluation = score(images.labels.numpy(), outputs.log_softmax(dim=1).numpy())
+        evaluation: Evaluation = score(
+            images.labels.numpy(), outputs.log_softmax(dim=1).numpy(), self.classifier.temperature
+        )
         title = f"{self.data.name} {split}"
         return Scores(
             {"split": split, "images": len(images)} | to_metrics(evaluation) | {"own": own},

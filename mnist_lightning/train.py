@@ -26,9 +26,10 @@ from omegaconf import DictConfig
 from mnist_lightning import __version__, threads, workarounds
 from mnist_lightning.cli import begin, compact_errors, retype
 from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
+from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.find import as_typed, find_checkpoint
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -248,7 +249,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
-            save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
+            if split == "val" and ckpt_path and settings.validates:
+                save_confidence(ckpt_path, outputs, images.labels)
         metrics |= last
         if trainer.limit_val_batches == 1.0:
             metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
@@ -406,7 +409,13 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
                 callback, Checkpoint
             ):
                 made.append(callback)
-    return made if settings.ema_decay is None else [*made, ExponentialMovingAverage(decay=settings.ema_decay)]
+    if settings.ema_decay is not None:
+        made.append(ExponentialMovingAverage(decay=settings.ema_decay))
+    if settings.watch:
+        from mnist_lightning.callbacks.watch import WatchPage
+
+        made.append(WatchPage(path=str(run_dir / "page.html")))
+    return made
 
 
 def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.loggers.Logger]":
@@ -443,21 +452,42 @@ def compiler_errors() -> Iterator[None]:
         ) from error
 
 
-def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> None:
+def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
     """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
+
+    Returns:
+        (N, C) the net's outputs.
     """
     import numpy as np
 
     from mnist_lightning.evaluation.trained import compute_outputs
 
-    predictions = compute_outputs(classifier.eval(), images).argmax(1)
+    outputs = compute_outputs(classifier.eval(), images)
     content = io.BytesIO()
-    np.save(content, np.packbits((predictions == labels).numpy()))
+    np.save(content, np.packbits((outputs.argmax(1) == labels).numpy()))
     write_atomic(path, content.getvalue())
+    return outputs
+
+
+def save_confidence(path: Path, outputs: "Tensor", labels: "Tensor") -> None:
+    """Keep in a checkpoint how sure its net may be, fitted on its validation images.  It is replaced whole.
+
+    Args:
+        path: of the checkpoint.
+        outputs: (N, C) float, of the validation images.
+        labels: (N,) int64.
+
+    Raises:
+        OSError: the file can't be read or written.
+    """
+    from mnist_lightning.evaluation import confidence
+    from mnist_lightning.rundir.checkpoint import load, serialize
+
+    write_atomic(path, serialize(load(path) | {"confidence": confidence.fit(outputs, labels)}))
 
 
 def find_versions() -> dict[str, str | None]:
@@ -562,6 +592,9 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
     """What to type after a run, in lines."""
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
+    known = None if settings.data.source else KNOWN.get(settings.data.name)
+    grey = settings.data.grey if known is None else known.image_shape[0] == 1
+    can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
     resume = shlex.quote(str(as_typed(run_dir)))
     resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
@@ -571,13 +604,12 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
         "  tensorboard --logdir logs",
         *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
         *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
+        *(
+            ["  python -m mnist_lightning.export format=html   # a page to draw on"]
+            * (can_draw and resumable)
+        ),
         *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
     ]
-
-
-def as_typed(folder: Path) -> Path:
-    """A folder as a person in the working folder would type it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Data, Visualize, check
+from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.output import claim_output
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 def main() -> None:
     begin()
-    sys.argv[1:] = quote_paths(["data.data_dir", "data.path", "output"], sys.argv[1:])
+    sys.argv[1:] = quote_paths(["data.data_dir", "data.path", "film", "output"], sys.argv[1:])
     run()
 
 
@@ -39,6 +40,9 @@ def visualize(settings: Visualize) -> None:
     Raises:
         OSError: the data can't be read or fetched, or the output can't be written.
     """
+    if settings.film is not None:
+        visualize_film(settings)
+        return
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
 
@@ -50,6 +54,26 @@ def visualize(settings: Visualize) -> None:
     print(f"\n{summary}")
     if settings.show:
         figures.show(drawings.values())
+
+
+def visualize_film(settings: Visualize) -> None:
+    """Draw the training of a run as an animated picture, ``film.gif``.
+
+    Raises:
+        OSError: the run, its checkpoint or its film can't be read, or the output can't be written.
+    """
+    assert settings.film is not None
+    log.info("loading torch and Lightning …")
+    from mnist_lightning import figures
+    from mnist_lightning.rundir.checkpoint import load
+    from mnist_lightning.rundir.film import find_film, read_film
+
+    folder = find_film(settings.film)
+    film = read_film(folder)
+    names = load(find_checkpoint(str(folder)))["hyper_parameters"]["class_names"]
+    path = claim_output(settings.output, "visualize", ["film.gif"]) / "film.gif"
+    figures.save_animation(figures.film_frames(film, names, title=folder.name), path)
+    print(f"{path}\n\n{folder}: {len(film.steps)} moments of {film.steps[-1]:,} steps")
 
 
 def draw(data: Data) -> "tuple[dict[str, Figure], str]":

@@ -249,6 +249,8 @@ def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
         settings = settle(run_dir, f"data.data_dir='{data_dir}'", *overrides)
         if pictures := settings.callbacks.get("pictures"):
             pictures["enabled"] = False
+        if (film := settings.callbacks.get("film")) and "callbacks.film.enabled=true" not in overrides:
+            film["enabled"] = False
         return dict(train(settings, run_dir, test=test))
 
     return run

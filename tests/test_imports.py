@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mnist_lightning"
-COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "export", "report", "runs"}
+COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "explain", "export", "report", "runs"}
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
@@ -37,8 +37,11 @@ MAY_IMPORT = {
     "data": {"images", "rundir"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
-    "evaluation": {"classifier", "data", "images", "rundir", "targets", "threads", "trust"},
-    "callbacks": {"evaluation", "figures", "rundir", "sweeps", "workarounds"},
+    "evaluation": {
+        *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
+    },
+    "page": {"classifier", "network"},
+    "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps", "workarounds"},
     "python": COMMANDS - {"train"}
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},

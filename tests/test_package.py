@@ -30,6 +30,9 @@ def test_wheel_carries_configs_data_and_plugins(wheel: Path) -> None:
         == 4
     )
     assert "hydra_plugins/mnist_lightning/grid_sweeper.py" in names
+    page = {path.name for path in (REPOSITORY / "mnist_lightning" / "page").iterdir() if path.is_file()}
+    assert {"page.html", "page.css", "core.js", "net.js", "page.js", "film.js"} <= page
+    assert {f"mnist_lightning/page/{name}" for name in page} <= names
     assert "hydra_plugins/__init__.py" not in names, "a namespace package has none"
     assert not [name for name in names if name.startswith(("tests/", "logs/", "benchmarks/"))]
 

@@ -62,6 +62,7 @@ def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
         assert tags["images"] == []
         assert not tags["graph"]
         assert "train/loss" in tags["scalars"]
+    assert not list(tmp_path.glob("histograms/*/film.npz")), "a job of a multirun keeps no film"
 
 
 def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command: Run) -> None:

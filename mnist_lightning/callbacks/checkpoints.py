@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -17,6 +19,7 @@ from mnist_lightning import workarounds
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers
 from mnist_lightning.rundir.checkpoint import BEST, LAST, PREVIOUS
+from mnist_lightning.rundir.find import as_typed
 
 log = logging.getLogger(__name__)
 
@@ -175,11 +178,13 @@ class Checkpoints(Checkpoint):
             return
         signals.ask()  # it may have come to another process
         if trainer.is_global_zero:
-            log.warning(
-                "stopped by a signal, saved at step %d; to go on: python -m mnist_lightning.train resume=%s",
-                trainer.global_step,
-                shlex.quote(str(self.folder.parent)),
-            )
+            if (bar := trainer.progress_bar_callback) is not None:
+                bar.disable()  # what comes next has a line of its own
+            told = f"interrupted, saved at step {trainer.global_step}"
+            if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+                folder = shlex.quote(str(as_typed(self.folder.parent)))
+                told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
+            log.warning("%s", told)  # a sweep says itself how it goes on
         signals.stop_if_asked()
 
     def _save(self, trainer: L.Trainer, name: str) -> None:

@@ -32,6 +32,7 @@ class Progress(ProgressBar):
 
     def disable(self) -> None:
         self._enabled = False
+        self._close()
 
     def enable(self) -> None:
         self._enabled = True

@@ -132,7 +132,7 @@ class Evaluation:
         labels, predictions: (N,) int64.
         probabilities: (N, C) float32.
         confusion: (C, C) int64, rows are labels.
-        loss: mean cross-entropy, without label smoothing.
+        loss: mean cross-entropy, without label smoothing and temperature.
     """
 
     labels: NDArray[np.int64]
@@ -150,6 +150,16 @@ class Evaluation:
         """The probability of each prediction.  -> (N,) float32"""
         highest: NDArray[np.float32] = self.probabilities.max(axis=1)
         return highest
+
+    def risk_coverage(self) -> tuple[Floats, Floats]:
+        """The share that is answered and the share of it that is misread, the most confident first.
+
+        -> (N,) coverage in (0, 1], rising, and (N,) risk in [0, 1]
+        """
+        order = (-self.confidences).argsort(kind="stable")
+        count = np.arange(1, len(order) + 1)
+        wrong = np.cumsum((self.labels != self.predictions)[order])
+        return count / len(order), wrong / count
 
     def worst(self, most: int) -> NDArray[np.int64]:
         """Indices of the misread images, the most confident first.  -> (at most ``most``,) int64"""
@@ -170,15 +180,19 @@ class Evaluation:
         return chosen
 
 
-def score(labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]") -> Evaluation:
+def score(
+    labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]", temperature: float = 1.0
+) -> Evaluation:
     """
     Args:
         labels: (N,) int64, N > 0.
         log_probabilities: (N, C).
+        temperature: by which they are divided for the probabilities and the calibration; the loss is without.
     """
     num_classes = log_probabilities.shape[1]
     predictions = log_probabilities.argmax(axis=1)
-    probabilities = np.exp(log_probabilities)
+    tempered = np.exp(log_probabilities / np.float32(temperature))
+    probabilities = tempered / tempered.sum(axis=1, keepdims=True)
     hits = predictions == labels
     confusion = confusion_matrix(labels, predictions, num_classes)
     return Evaluation(

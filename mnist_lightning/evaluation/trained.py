@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
+from mnist_lightning.evaluation import confidence
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
@@ -77,6 +78,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     try:
         with Bounded(most) if ours else nullcontext():
             classifier = rebuild(recipe, checkpoint["state_dict"])
+            confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:  # whatever a class raises that is given what it does not expect

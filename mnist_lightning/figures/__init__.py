@@ -9,15 +9,20 @@ from mnist_lightning.figures.counts import (
     confusion_matrix,
     pixel_histogram,
     reliability_diagram,
+    risk_coverage,
 )
+from mnist_lightning.figures.explanations import explanation
+from mnist_lightning.figures.film import film_frames
 from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction
-from mnist_lightning.figures.style import save, show, to_array
+from mnist_lightning.figures.style import save, save_animation, show, to_array
 
 __all__ = [
     "Curve",
     "class_counts",
     "confusion_matrix",
     "curves",
+    "explanation",
+    "film_frames",
     "first_layer",
     "heat_map",
     "images",
@@ -28,7 +33,9 @@ __all__ = [
     "pixel_histogram",
     "prediction",
     "reliability_diagram",
+    "risk_coverage",
     "save",
+    "save_animation",
     "show",
     "to_array",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from mnist_lightning.figures.style import (
     BLUE,
@@ -114,6 +114,33 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
 
 
 @styled
+def risk_coverage(coverage: Array, risk: Array, *, sure: float | None, title: str) -> Figure:
+    """How many of the images that are answered are misread, where the least confident are left unanswered.
+
+    El-Yaniv and Wiener 2010, "On the Foundations of Noise-free Selective Classification", Journal of Machine
+    Learning Research 11, section 2.
+
+    Args:
+        coverage: (N,) share of the images that are answered, in (0, 1], rising.
+        risk: (N,) share of these that are misread, in [0, 1].
+        sure: the coverage at which predict stops saying "not sure"; None: it never does.
+    """
+    figure = Picture(figsize=(WIDTH, 4.2))
+    axes = figure.subplots()
+    axes.plot(coverage, risk, color=BLUE)
+    if sure is not None:
+        axes.axvline(sure, linestyle="--", color=GREY, label=f"answered by predict: {100 * sure:.1f} %")
+        axes.legend(loc="upper left")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, max(1.1 * float(np.max(risk)), 0.001))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("coverage: images that are answered, the most confident first")
+    axes.set_ylabel("risk: misread among them")
+    axes.set_title(f"{title}: {100 * float(risk[-1]):.2f} % misread where all are answered")
+    return figure
+
+
 def reliability_diagram(
     counts: Array, confidences: Array, accuracies: Array, *, error: float, title: str
 ) -> Figure:

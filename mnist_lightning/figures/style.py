@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.outside import as_text
@@ -101,6 +102,27 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
         figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
         write_atomic(path, content.getvalue())
     return paths
+
+
+def save_animation(frames: Iterable[Array], path: Path, *, milliseconds: int = 120) -> None:
+    """Write pictures of one size as an animated GIF that begins anew at its end, after a pause.
+
+    Args:
+        frames: (H, W, 3) uint8 each.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    palette = pictures[-1].quantize(96, dither=Image.Dither.NONE)
+    reduced = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(reduced) - 1) + [20 * milliseconds]
+    content = io.BytesIO()
+    reduced[0].save(
+        content, "GIF", save_all=True, append_images=reduced[1:], duration=durations, loop=0, optimize=True
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.getvalue())
 
 
 def to_array(figure: Figure) -> NDArray[np.uint8]:

@@ -1,31 +1,22 @@
-"""From a picture of a handwritten digit to an image like MNIST's own.
+"""From a picture of a handwritten digit to its ink; ``normalize`` makes of that an image like MNIST's own.
 
-MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio",
-grey from anti-aliasing, and "centered in a 28x28 image by computing the center of mass of the pixels, and
-translating the image so as to position this point at the center" (LeCun, Cortes, Burges,
-http://yann.lecun.com/exdb/mnist/).  They are ink (high) on paper (0).  A net that learned such images
-misreads others, however clear they are.
+A net that learned MNIST's images misreads others, however clear they are.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from mnist_lightning.images.pictures import open_picture
+from mnist_lightning.images.normalize import Floats, NoDigit, normalize
+from mnist_lightning.images.parts import choose_digit, find_solid
+from mnist_lightning.images.pictures import open_picture, read_picture
 
-SIDE = 28
-BOX = 20
-CENTER = 14.0  # pixel index where MNIST's centres of mass lie, to half a pixel
 WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
-MIN_CONTRAST = 12.0  # grey levels between ink and paper, of 255
-
-Floats = NDArray[np.floating]
-
-
-class NoDigit(ValueError):
-    """A picture in which nothing stands out that could be a digit."""
+MIN_CONTRAST = 4.0  # grey levels between ink and paper, of 255
+MIN_PICTURE = 64  # pixels of the shorter side of a picture within a page; smaller ones are thick strokes
 
 
 def read_image(path: Path) -> Image.Image:
@@ -39,21 +30,45 @@ def read_image(path: Path) -> Image.Image:
     return _to_rgb(open_picture(path))
 
 
+def read_pixels(
+    file: Path, image_shape: Sequence[int], *, as_mnist: bool
+) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """A picture, for people to look at, and the image that is made of it for a net.
+
+    Args:
+        image_shape: (C, H, W) of the net's images.
+        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
+            is resized, as ``data=folder`` does it.
+
+    Returns:
+        The picture, RGB, and (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    picture = read_image(file)
+    if as_mnist:
+        return picture, to_mnist(picture)
+    channels, height, width = image_shape
+    return picture, read_picture(file, size=(height, width), grey=channels == 1)
+
+
 def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
     """The digit of a picture, made as MNIST's were.  RGB, any size -> (28, 28) uint8, ink is high
 
     Raises:
         NoDigit: nothing stands out from the background.
     """
-    ink = find_ink(picture)
-    rows, columns = _box(ink)
-    return center(fit(ink[rows, columns]))
+    return normalize(find_ink(picture))
 
 
 def find_ink(picture: Image.Image) -> Floats:
-    """How much each pixel is ink: 0 is background, whatever its colour, shade and noise.
+    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and
+    what else is on the paper.
 
-    Looks twice where the digit is small in its picture: the second time at its surroundings alone.
+    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and
+    into a picture that lies on a page.
 
     Returns:
         (H, W) in [0, 1], with neither side above ``WORK_SIDE``.
@@ -61,44 +76,44 @@ def find_ink(picture: Image.Image) -> Floats:
     Raises:
         NoDigit: nothing stands out from the background.
     """
+    return _find(picture, looks=3)[0]
+
+
+def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
+    """The ink, and how far it stands out, in grey levels."""
     small = _shrink(picture)
-    ink = _separate(np.asarray(small, dtype=float))
+    ink, contrast = _separate(np.asarray(small, dtype=float))
+    ink = ink * choose_digit(ink)
     rows, columns = _box(ink)
-    largest = max(rows.stop - rows.start, columns.stop - columns.start)
-    if small.size != picture.size and largest < WORK_SIDE / 2:
-        margin = max(4, largest // 3)
-        scale_x, scale_y = picture.width / small.width, picture.height / small.height
+    scale_x, scale_y = picture.width / small.width, picture.height / small.height
+
+    def look(rows: slice, columns: slice, margin: float) -> tuple[Floats, float]:
         surroundings = (
             max(0, int((columns.start - margin) * scale_x)),
             max(0, int((rows.start - margin) * scale_y)),
             min(picture.width, int((columns.stop + margin) * scale_x)),
             min(picture.height, int((rows.stop + margin) * scale_y)),
         )
-        ink = _separate(np.asarray(_shrink(picture.crop(surroundings)), dtype=float))
-    return ink
+        return _find(picture.crop(surroundings), looks=looks - 1)
 
-
-def fit(ink: Floats) -> Floats:
-    """Scale to the 20x20 box with its aspect; the darkest stroke becomes 1.  (H, W) -> (h, w)"""
-    height, width = ink.shape
-    scale = BOX / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resampling = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
-    scaled = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, resampling))
-    return np.clip(scaled / max(float(np.quantile(scaled, 0.98)), 1e-6), 0.0, 1.0)
-
-
-def center(digit: Floats) -> NDArray[np.uint8]:
-    """Put the centre of mass into the middle.  (h, w) in [0, 1], at most 20x20 -> (28, 28) uint8"""
-    image = np.zeros((SIDE, SIDE))
-    corner = []
-    for axis in (0, 1):
-        profile = digit.sum(axis=1 - axis)
-        mass = float((profile * np.arange(len(profile))).sum() / profile.sum())
-        corner.append(int(np.clip(round(CENTER - mass), 0, SIDE - digit.shape[axis])))
-    top, left = corner
-    image[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
-    return (255 * image).round().astype(np.uint8)
+    solid = find_solid(ink[rows, columns]) if looks > 1 else None
+    if solid is not None:
+        down, right = (
+            slice(a.start + b.start, a.start + b.stop) for a, b in zip((rows, columns), solid, strict=True)
+        )
+        height, width = (down.stop - down.start) * scale_y, (right.stop - right.start) * scale_x
+        if min(height, width) >= MIN_PICTURE:
+            try:
+                inside, inner_contrast = look(down, right, -max(1, 0.02 * (down.stop - down.start)))
+            except NoDigit:
+                pass  # a bar
+            else:
+                if inner_contrast >= 0.4 * contrast:
+                    return inside, inner_contrast
+    largest = max(rows.stop - rows.start, columns.stop - columns.start)
+    if looks > 1 and small.size != picture.size and largest < WORK_SIDE / 2:
+        return look(rows, columns, max(4, largest // 3))
+    return ink, contrast
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -125,8 +140,8 @@ def _shrink(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX)
 
 
-def _separate(pixels: Floats) -> Floats:
-    """Ink of a picture.  (H, W, 3) in [0, 255] -> (H, W) in [0, 1]"""
+def _separate(pixels: Floats) -> tuple[Floats, float]:
+    """Ink of a picture, (H, W, 3) in [0, 255] -> (H, W) in [0, 1], and its contrast in grey levels."""
     residual, is_paper = _subtract_background(pixels)
     distance = np.sqrt((residual**2).mean(axis=2))
     is_ink = distance > _otsu(distance)
@@ -145,7 +160,7 @@ def _separate(pixels: Floats) -> Floats:
         raise NoDigit("blank: nothing stands out clearly from the background")
     floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
     ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
-    return np.asarray(ink * _without_specks(ink))
+    return ink, level / np.sqrt(3)
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
@@ -213,34 +228,6 @@ def _blur(values: Floats) -> Floats:
     height, width = values.shape
     shifted = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return np.asarray(np.mean(shifted, axis=0))
-
-
-def _without_specks(ink: Floats) -> Floats:
-    """1 where ink belongs to a stroke, 0 where to a speck: a connected part with less than a twentieth
-    of the ink of the largest.  (H, W) -> (H, W)"""
-    cell = max(1, round(max(ink.shape) / 64))
-    rows, columns = -(-ink.shape[0] // cell), -(-ink.shape[1] // cell)
-    padded = np.zeros((rows * cell, columns * cell))
-    padded[: ink.shape[0], : ink.shape[1]] = ink
-    cells = padded.reshape(rows, cell, columns, cell)
-    occupied = cells.max(axis=(1, 3)) > 0.3
-    labels = np.where(occupied, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
-    while True:  # the largest number of each part spreads through it
-        around = np.pad(labels, 1)
-        spread = np.max([around[i : i + rows, j : j + columns] for i in range(3) for j in range(3)], axis=0)
-        spread = np.where(occupied, spread, 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    amounts = np.bincount(labels.ravel(), weights=cells.sum(axis=(1, 3)).ravel())
-    amounts[0] = 0
-    kept = amounts >= max(float(amounts.max()) / 20, 1e-9)
-    # faint edges of a stroke may lie in the cells around it
-    wide = Image.fromarray(kept[labels]).convert("L").filter(ImageFilter.MaxFilter(3))
-    keep = (np.asarray(wide) > 0) & (kept[labels] | (labels == 0))
-    return np.repeat(np.repeat(keep, cell, axis=0), cell, axis=1)[: ink.shape[0], : ink.shape[1]].astype(
-        float
-    )
 
 
 def _box(ink: Floats) -> tuple[slice, slice]:

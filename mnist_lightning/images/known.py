@@ -1,7 +1,9 @@
 """What is known of the data sets that have a name, before they are read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_letters, ascii_lowercase, digits
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,18 @@ KNOWN = {
         num_train=50_000,
     ),
 }
+
+
+def draws_like_mnist(settings: Mapping[str, Any]) -> bool:
+    """Whether a net's images were made as MNIST's, so that pictures for it must be, too.
+
+    Args:
+        settings: of its ``MNISTDataModule``.
+    """
+    known = KNOWN.get(str(settings.get("name"))) if settings.get("source") is None else None
+    return known is not None and known.handwriting
+
+
 OF_A_PATH = ("folder", "npz")  # data sets that lie where ``data.path`` says
 
 

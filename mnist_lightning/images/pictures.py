@@ -1,11 +1,14 @@
 """Files of pictures, as their pixels."""
 
+import glob
 import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mnist_lightning.rundir.outside import expand_home
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -85,3 +88,19 @@ def is_grey(path: Path) -> bool:
         raise OSError(TOO_MANY) from error
     except UnidentifiedImageError as error:
         raise OSError(NO_PICTURE) from error
+
+
+def find_files(name: str) -> list[Path]:
+    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
+
+    A name that matches nothing stands for itself, so that it is told with the files that fail.
+    """
+    path = expand_home(name)
+    if path.is_dir():
+        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not pictures:
+            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(SUFFIXES)})")
+        return pictures
+    if path.exists():
+        return [path]
+    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_lightning.images.deform import Deformation, resample, upright
+from mnist_lightning.images.deform import Deformation, add_flags, resample, upright
 
 
 class Preprocess(nn.Module):
@@ -46,7 +46,9 @@ class Preprocess(nn.Module):
         self.deskew = deskew
         self.deform = None if augment is None else Deformation(**augment)
 
-    def to_pixels(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
+    def to_pixels(
+        self, images: Tensor, key: tuple[int, ...] | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Images before they are normalised; see ``forward``.  -> (B, C, H, W) float32, in [0, 255]"""
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
             raise ValueError(
@@ -55,21 +57,26 @@ class Preprocess(nn.Module):
             )
         pixels = images.float()
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        if key is not None and labels is not None and self.deform is not None and self.deform.flags:
+            pixels = add_flags(pixels, labels, self.deform.flags, *key)
         sources = None if key is None or self.deform is None else self.deform.draw(pixels, *key)
         if self.deskew:
             return upright(pixels, sources)
         return pixels if sources is None else resample(pixels, sources)
 
-    def forward(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, key: tuple[int, ...] | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """(B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, normalised
 
         Args:
             key: of the deformations to draw, whole numbers that alone decide them; None: do not deform.
+            labels: (B,) int64, for deformations that depend on what an image shows; None: without these.
 
         Raises:
             ValueError: the images have another shape.
         """
-        normalised: Tensor = (self.to_pixels(images, key) - self.mean) / self.std
+        normalised: Tensor = (self.to_pixels(images, key, labels) - self.mean) / self.std
         return normalised
 
     def extra_repr(self) -> str:

@@ -6,6 +6,9 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
+
 from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.rundir.status import FILE
 
@@ -22,6 +25,13 @@ def is_job(folder: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's, and not one in which a run has something else write its checkpoints."""
     return (folder / FILE).is_file() or (folder / ".hydra").is_dir()
+
+
+def as_typed(folder: Path) -> Path:
+    """A folder as a person would type it in the folder where the command was typed."""
+    moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
+    here = Path(get_original_cwd()) if moved else Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path:

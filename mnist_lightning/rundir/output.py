@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.outside import expand_home, read_file
+from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
+LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
 WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
 LOGS = "logs"  # what lies there is this project's
 
@@ -41,3 +42,9 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
         )
     write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*lines, *wanted])).encode())
     return folder
+
+
+def shorten_stem(stem: str) -> str:
+    """A file's name for that of its figure: letters that every file system takes, and not too many."""
+    text = "".join("_" if one in '<>:"/\\|?*' else one for one in as_text(stem))
+    return text.encode()[:LONGEST_NAME].decode(errors="ignore")

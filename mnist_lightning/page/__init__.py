@@ -1,0 +1,1 @@
+"""The page on which one draws and looks into a net."""

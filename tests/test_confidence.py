@@ -1,0 +1,83 @@
+"""A temperature makes probabilities as sure as they are right, and changes nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_lightning.evaluation import confidence
+from mnist_lightning.evaluation.scores import score
+from mnist_lightning.evaluation.trained import compute_outputs, load_classifier, load_split
+from mnist_lightning.rundir.checkpoint import load, serialize
+
+
+def draw_outputs(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are ``scale`` times as large as those that the labels are drawn with."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(count, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    return scale * logits, labels
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found_and_mends_the_calibration(scale: float) -> None:
+    outputs, labels = draw_outputs(scale)
+    temperature = confidence.fit_temperature(outputs[:10_000], labels[:10_000])
+    assert temperature == pytest.approx(scale, rel=0.05)
+    others = labels[10_000:].numpy(), outputs[10_000:].log_softmax(dim=1).numpy()
+    plain, tempered = score(*others), score(*others, temperature)
+    assert tempered.calibration.error < 0.02
+    assert tempered.calibration.error <= plain.calibration.error + 0.005
+    assert np.array_equal(tempered.predictions, plain.predictions)
+    assert tempered.loss == plain.loss
+    assert tempered.accuracy == plain.accuracy
+    np.testing.assert_allclose(tempered.probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_outputs_that_are_never_wrong_get_a_temperature_within_its_limits() -> None:
+    outputs = torch.eye(4)
+    assert confidence.fit_temperature(outputs, torch.arange(4)) == pytest.approx(
+        confidence.LIMITS[0], rel=0.01
+    )
+    assert confidence.fit_temperature(outputs, 3 - torch.arange(4)) == pytest.approx(
+        confidence.LIMITS[1], rel=0.01
+    )
+
+
+def test_99_of_100_right_images_are_answers() -> None:
+    outputs, labels = draw_outputs(2)
+    kept = confidence.fit(outputs, labels)
+    evaluation = score(labels.numpy(), outputs.log_softmax(dim=1).numpy(), kept["temperature"])
+    right = evaluation.predictions == evaluation.labels
+    assert (evaluation.confidences >= kept["sure"])[right].mean() == pytest.approx(0.99, abs=0.001)
+
+
+def test_risk_rises_to_the_error_of_all() -> None:
+    outputs, labels = draw_outputs(1)
+    evaluation = score(labels.numpy(), outputs.log_softmax(dim=1).numpy())
+    coverage, risk = evaluation.risk_coverage()
+    assert coverage[-1] == 1
+    assert risk[-1] == pytest.approx(1 - evaluation.accuracy)
+    assert risk[len(risk) // 4] < risk[len(risk) // 2] < risk[-1]
+
+
+def test_a_run_keeps_it_in_its_best_checkpoint_and_old_files_are_at_1(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    path = trained_run / "checkpoints" / "best.ckpt"
+    classifier, checkpoint = load_classifier(path)
+    assert checkpoint["confidence"]["temperature"] == classifier.temperature != 1
+    images = load_split(path, checkpoint, "val", data_dir=None)
+    outputs = compute_outputs(classifier, images.images)
+    assert confidence.fit(outputs, images.labels) == pytest.approx(checkpoint["confidence"], rel=1e-3)
+    probabilities = classifier.to_probabilities(outputs)
+    torch.testing.assert_close(probabilities, (outputs / classifier.temperature).softmax(dim=1))
+    old = {name: value for name, value in load(path).items() if name != "confidence"}
+    (tmp_path / "old.ckpt").write_bytes(serialize(old))
+    before, _ = load_classifier(tmp_path / "old.ckpt")
+    assert (before.temperature, before.sure) == (1, 0)
+    for wrong in ({"temperature": float("nan"), "sure": 0.5}, {"temperature": 1.0}, 7, {"temperature": "x"}):
+        (tmp_path / "old.ckpt").write_bytes(serialize(old | {"confidence": wrong}))
+        with pytest.raises(OSError, match="can be rebuilt"):
+            load_classifier(tmp_path / "old.ckpt")
