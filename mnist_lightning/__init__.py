@@ -8,10 +8,20 @@ if TYPE_CHECKING:
     from mnist_lightning.data import MNISTDataModule, load_mnist
     from mnist_lightning.network import FeedForward
     from mnist_lightning.python import compose, load
+    from mnist_lightning.rundir.index import list_runs
     from mnist_lightning.train import train_here as train
 
 __version__ = "0.1.0"
-__all__ = ["DigitClassifier", "FeedForward", "MNISTDataModule", "compose", "load", "load_mnist", "train"]
+__all__ = [
+    "DigitClassifier",
+    "FeedForward",
+    "MNISTDataModule",
+    "compose",
+    "list_runs",
+    "load",
+    "load_mnist",
+    "train",
+]
 
 HOMES = {
     "compose": "python",
@@ -19,6 +29,7 @@ HOMES = {
     "DigitClassifier": "classifier",
     "FeedForward": "network",
     "MNISTDataModule": "data",
+    "list_runs": "rundir.index",
     "load_mnist": "data",
 }
 

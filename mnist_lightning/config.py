@@ -109,12 +109,16 @@ class Data:
     size: int | None = None
     grey: bool = False
     source: Any = None  # dict
+    num_folds: int | None = None
+    fold: int | None = None
+    train_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_source()
         at_least("data.batch_size", self.batch_size, 1)
         check_seed("data.split_seed", self.split_seed)
         at_least("data.num_workers", self.num_workers, 0)
+        self._check_folds()
         for key, holds, wanted in (
             ("mean", lambda x: 0 <= x <= 1, "in [0, 1]"),
             ("std", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -126,12 +130,36 @@ class Data:
             known = KNOWN[self.name]
             self._check_shape(known.image_shape)
             if known.num_train is not None:
-                check_sizes(known.num_train, batch_size=self.batch_size, val_size=self.val_size)
+                check_sizes(
+                    known.num_train,
+                    batch_size=self.batch_size,
+                    val_size=self.val_size,
+                    num_folds=self.num_folds,
+                    train_size=self.train_size,
+                )
         at_least("data.val_size", self.val_size or 0, 0)
         require(
             not self.augment.flags or (self.source is None and self.name in DIGITS),
             f"data.augment.flags draws at the digits 1: it is for data={'/'.join(DIGITS)},"
             f" not for data={self.name}",
+        )
+
+    def _check_folds(self) -> None:
+        at_least("data.train_size", 1 if self.train_size is None else self.train_size, 1)
+        if self.num_folds is None:
+            require(self.fold is None, f"data.fold={self.fold} is one of data.num_folds, which is not given")
+            return
+        at_least("data.num_folds", self.num_folds, 2)
+        require(
+            self.fold is not None,
+            f"data.num_folds={self.num_folds} wants data.fold, in [0, {self.num_folds - 1}]; or -m"
+            f" folds={self.num_folds} for all of them",
+        )
+        assert self.fold is not None
+        require(
+            0 <= self.fold < self.num_folds,
+            f"data.fold must be in [0, {self.num_folds - 1}] with data.num_folds={self.num_folds},"
+            f" got {self.fold}",
         )
 
     def _check_source(self) -> None:
@@ -153,7 +181,7 @@ class Data:
 
     @property
     def has_validation(self) -> bool:
-        return self.val_size != 0
+        return self.num_folds is not None or self.val_size != 0
 
     def check_shape(self, image_shape: Sequence[int]) -> None:
         """
@@ -298,6 +326,8 @@ class Train:
     logger: Any
     watch: bool
     threads: int | None
+    reproduce: str | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
@@ -427,6 +457,8 @@ class Evaluate:
     run: str
     checkpoint: str | None
     runs: Any  # list of str
+    folds: str | None
+    labels: bool
     tta: int
     split: str
     data_dir: str | None
@@ -446,6 +478,16 @@ class Evaluate:
                 self.run == "latest" and self.checkpoint is None,
                 "runs names the nets to average: give no run and no checkpoint beside it",
             )
+        if self.folds is not None:
+            require(
+                self.run == "latest" and self.checkpoint is None and not self.runs,
+                "folds names a sweep, whose nets are joined: give no run, runs and checkpoint beside it",
+            )
+        require(
+            self.folds is not None or not self.labels,
+            "labels=true asks nets for images that they were not trained on: give folds=<sweep folder>, of"
+            " python -m mnist_lightning.train -m folds=5",
+        )
 
 
 @dataclass
@@ -562,6 +604,26 @@ class Report:
     run: str
 
 
+@dataclass
+class Runs:
+    """One run of ``python -m mnist_lightning.runs``."""
+
+    under: str
+    filter: str | None
+    sort: str
+    columns: Any  # list of str
+    average: str | None
+    csv: str | None
+    delete: Any  # str or list of str
+    yes: bool
+
+    def __post_init__(self) -> None:
+        if self.average is not None:
+            one_of("average", self.average, ("seed",))
+        self.columns = check_names("columns", self.columns, "columns=[run,val/acc]", at_least=1)
+        self.delete = check_names("delete", self.delete, "delete=logs/train/runs/A", at_least=0)
+
+
 Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
@@ -609,7 +671,7 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
     ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
-    for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report):
+    for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)

@@ -155,6 +155,11 @@ class MNISTDataModule(L.LightningDataModule):
         source: ``_target_`` and arguments of a function that gives arrays, see ``arrays.check_arrays``.
         batch_size: of training, over all processes together; divisible by their number.
         val_size: number of validation images; 0 trains on all; None: a tenth of the training images.
+        num_folds: parts of the training images, see ``assign_folds``, of which ``fold`` is the validation
+            split, whatever ``val_size`` is; None: no folds.
+        fold: in [0, num_folds).
+        train_size: of what is left for training, how many images are used: the first so many of
+            ``order_stratified``; None: all.
         split_seed: chooses the validation images.
         num_workers: of each loader.
         seed: of the order of the training images.
@@ -181,6 +186,9 @@ class MNISTDataModule(L.LightningDataModule):
         source: Mapping[str, Any] | None = None,
         batch_size: int = 256,
         val_size: int | None = 5000,
+        num_folds: int | None = None,
+        fold: int | None = None,
+        train_size: int | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
         seed: int = 1,
@@ -193,6 +201,7 @@ class MNISTDataModule(L.LightningDataModule):
                 **{"name": name, "data_dir": str(data_dir), "path": None if place is None else str(place)},
                 **{"size": size, "grey": grey, "source": None if source is None else dict(source)},
                 **{"batch_size": batch_size, "val_size": val_size, "split_seed": split_seed},
+                **{"num_folds": num_folds, "fold": fold, "train_size": train_size},
                 **{"num_workers": num_workers, "seed": seed},
             }
         )
@@ -206,7 +215,12 @@ class MNISTDataModule(L.LightningDataModule):
             source=source,
         )
         self.batch_size = batch_size
+        if (num_folds is None) != (fold is None):
+            raise ValueError(f"num_folds and fold go together, got {num_folds} and {fold}")
         self.val_size = val_size
+        self.num_folds = num_folds
+        self.fold = fold
+        self.train_size = train_size
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.seed = seed
@@ -274,8 +288,21 @@ class MNISTDataModule(L.LightningDataModule):
         if self.splits:
             return
         state = self.source.stamp()
-        splits, names, self.fingerprint = read_splits(self.source, self.val_size, self.split_seed, state)
-        count_images(len(splits["train"]) + len(splits["val"]), self.val_size, self.batch_size)
+        folds = {"num_folds": self.num_folds, "fold": self.fold, "train_size": self.train_size}
+        splits, names, self.fingerprint = read_splits(
+            self.source, self.val_size, self.split_seed, state, **folds
+        )
+        if self.batch_size > len(splits["train"]):
+            sizes = {
+                "train_size": self.train_size,
+                "num_folds": self.num_folds,
+                "val_size": len(splits["val"]),
+            }
+            key, value = next((key, value) for key, value in sizes.items() if value is not None)
+            raise DataError(
+                f"data.batch_size must be at most the {len(splits['train'])} training images that"
+                f" data.{key}={value} leaves, got {self.batch_size}"
+            )
         self.splits, self.class_names = splits, list(names)
         height, width, *channels = self.splits["train"].images.shape[1:]
         self.image_shape = (channels[0] if channels else 1, height, width)
@@ -423,21 +450,57 @@ def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tenso
     return is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
 
 
-def count_images(num_images: int, val_size: int | None, batch_size: int = 1) -> int:
-    """How many of the training images are for validation.
+def order_stratified(labels: Tensor, split_seed: int) -> Tensor:
+    """An order of images of which every beginning is stratified: each class has its share, within one image.
 
-    Raises:
-        DataError: too few images are left for a batch.
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        (N,) int64, indices.
     """
-    try:
-        return check_sizes(num_images, batch_size=batch_size, val_size=val_size)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    generator = torch.Generator().manual_seed(split_seed)
+    places = torch.empty(len(labels), dtype=torch.float64)
+    for members in members_of_classes(labels):
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        # the k-th image of n of its class comes after a share of (k + 1/2) / n of all
+        places[shuffled] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return torch.argsort(places, stable=True)
+
+
+def assign_folds(labels: Tensor, num_folds: int, split_seed: int) -> Tensor:
+    """Each image's fold.  Folds differ by one image at most, in all and in each class.
+
+    Args:
+        labels: (N,) int64 of the training images.
+
+    Returns:
+        (N,) int64 in [0, num_folds).
+    """
+    generator = torch.Generator().manual_seed(split_seed)
+    parts = [
+        members[torch.randperm(len(members), generator=generator)] for members in members_of_classes(labels)
+    ]
+    folds = torch.empty(len(labels), dtype=torch.int64)
+    folds[torch.cat(parts)] = torch.arange(len(labels)) % num_folds  # dealt out like cards, class by class
+    return folds
+
+
+def members_of_classes(labels: Tensor) -> list[Tensor]:
+    """The indices of each class's images, in ascending order."""
+    return [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
 
 @functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which nobody writes to
 def read_splits(
-    source: Source, val_size: int | None, split_seed: int, state: Hashable
+    source: Source,
+    val_size: int | None,
+    split_seed: int,
+    state: Hashable,
+    *,
+    num_folds: int | None = None,
+    fold: int | None = None,
+    train_size: int | None = None,
 ) -> tuple[dict[str, Images], tuple[str, ...], str]:
     """The three splits, the classes' names and the fingerprint of a data set.
 
@@ -452,14 +515,28 @@ def read_splits(
     else:
         test = Images(*parts["test"])
     whole = Images(*parts["train"])
-    num_val = count_images(len(whole), val_size)
-    val_indices, train_indices = split(whole.labels, num_val, split_seed)
+    try:
+        num_val = check_sizes(
+            len(whole), batch_size=1, val_size=val_size, num_folds=num_folds, train_size=train_size
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if num_folds is None:
+        val_indices, train_indices = split(whole.labels, num_val, split_seed)
+    else:
+        is_val = assign_folds(whole.labels, num_folds, split_seed).eq(int(fold or 0))
+        val_indices, train_indices = is_val.nonzero().squeeze(1), (~is_val).nonzero().squeeze(1)
+    if train_size is not None:
+        first = order_stratified(whole.labels[train_indices], split_seed)[:train_size]
+        train_indices = train_indices[first.sort().values]
     train = Images(*whole.__getitems__(train_indices))
     counts = torch.bincount(train.labels, minlength=len(names)).tolist()
     if 0 in counts:
         raise DataError(
             f"no image of class {names[counts.index(0)]} is left to train on: data.val_size={num_val} and the"
             " test images take all"
+            if train_size is None
+            else f"no image of class {names[counts.index(0)]} is among data.train_size={train_size}"
         )
     val = Images(*whole.__getitems__(val_indices))
     return {"train": train, "val": val, "test": test}, tuple(names), fingerprint

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from mnist_lightning.config import CONF_DIR, Evaluate, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.output import claim_output
-from mnist_lightning.rundir.outside import as_text, check_inside, expand_home
+from mnist_lightning.rundir.outside import as_cell, as_text, check_inside, expand_home
 from mnist_lightning.rundir.status import show_with_unit
+from mnist_lightning.sweeps.results import FOLD, Sweep, find_sweep, read_sweep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +34,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUM_MISTAKES = 40  # on the sheet
-FILES = ("metrics.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png")
+NUM_LABELS = 12  # in the terminal
+NUM_ASKED = 10_000  # images, by which the number of threads is chosen
+FILES = (
+    *("metrics.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png"),
+    *("labels.csv", "labels.png"),
+)
 
 
 def main() -> None:
     begin()
-    sys.argv[1:] = quote_paths(["run", "runs", "checkpoint", "data_dir", "output"], sys.argv[1:])
+    sys.argv[1:] = quote_paths(["run", "runs", "checkpoint", "folds", "data_dir", "output"], sys.argv[1:])
     run()
 
 
@@ -53,13 +60,16 @@ def evaluate(settings: Evaluate) -> None:
     Raises:
         OSError: the checkpoint or the data can't be read, or the output can't be written.
     """
-    paths = (
-        [find_checkpoint(name) for name in settings.runs]
-        if settings.runs
-        else [find_checkpoint(settings.run, settings.checkpoint)]
-    )
+    sweep = read_folds(settings.folds) if settings.folds is not None else None
+    if sweep is not None:
+        paths = [find_checkpoint(str(job.folder)) for job in sweep.settings[0].jobs]
+    elif settings.runs:
+        paths = [find_checkpoint(name) for name in settings.runs]
+    else:
+        paths = [find_checkpoint(settings.run, settings.checkpoint)]
     log.info("loading torch and Lightning …")
     from mnist_lightning import figures
+    from mnist_lightning.evaluation.folds import join_folds
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
         average,
@@ -75,7 +85,7 @@ def evaluate(settings: Evaluate) -> None:
 
     loaded = [load_classifier(path, trust=settings.trust) for path in paths]
     first = loaded[0][0]
-    averaged = len(paths) > 1 or settings.tta > 0
+    averaged = len(paths) > 1 or settings.tta > 0 or sweep is not None
     for path, (classifier, _) in zip(paths, loaded, strict=True):
         if averaged and not classifier.names_classes:
             raise OSError(f"{path}: runs and tta average probabilities, and this net gives none")
@@ -84,24 +94,33 @@ def evaluate(settings: Evaluate) -> None:
                 f"{path} was trained without deformations (data.augment), and tta averages over those of the"
                 " training: use tta=0"
             )
-    splits = [
-        load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
-        for path, (_, checkpoint) in zip(paths, loaded, strict=True)
-    ]
-    check_same_images(paths, splits, settings.split)
-    split = splits[0]
+    indices: Any = None  # of the judged images among those of the split; None: all
+    missing: list[int] = []
     start = time.perf_counter()
+    if sweep is None:
+        splits = [
+            load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
+            for path, (_, checkpoint) in zip(paths, loaded, strict=True)
+        ]
+        check_same_images(paths, splits, settings.split)
+        split = splits[0]
     log_probs = []
-    with threads.use(choose_threads([net for net, _ in loaded], len(split), settings.threads)):
-        if not averaged:
+    with threads.use(choose_threads([net for net, _ in loaded], NUM_ASKED, settings.threads)):
+        if sweep is not None:
+            judged = join_folds(
+                paths, loaded, data_dir=settings.data_dir, trust=settings.trust, tta=settings.tta
+            )
+            split, outputs, missing = judged.images, judged.log_probs, judged.missing
+            indices = judged.indices.numpy()
+        elif not averaged:
             outputs = compute_outputs(first, split.images)
-        for path, (classifier, _) in zip(paths, loaded, strict=True):
+        for path, (classifier, _) in zip(paths, loaded, strict=True) if sweep is None else ():
             if averaged:
                 log_probs.append(log_probabilities(classifier, split.images, tta=settings.tta))
             seconds = time.perf_counter() - start
             if seconds > 2:
                 log.info("%s: %d of %d nets, %.1f s", path, len(log_probs), len(paths), seconds)
-        if averaged:
+        if averaged and sweep is None:
             outputs = average(log_probs)
         own = measure(first, outputs, split.labels)  # log-probabilities are logits too
     classes = first.names_classes
@@ -119,32 +138,53 @@ def evaluate(settings: Evaluate) -> None:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
-    metrics |= {"data": name, "split": settings.split, "images": len(split)}
+    what = settings.split if sweep is None else "out-of-fold"
+    metrics |= {"data": name, "split": what, "images": len(split)}
+    if sweep is not None:
+        metrics["missing_folds"] = missing
     if evaluation:
         metrics |= to_metrics(evaluation) | {"temperature": temperature}
     metrics["own"] = own | ({"loss_is": loss_name} if "loss" in own else {})
+    more: dict[str, str] = {}
     if evaluation:
-        table = format_predictions(evaluation)
+        table = format_predictions(evaluation, indices)
         pictures = draw(
             evaluation,
             split.images.numpy(),
             names,
-            f"{name} {settings.split}",
+            f"{name} {what}",
             0.0 if averaged else first.sure,
         )
+        if settings.labels:
+            doubtful = evaluation.doubtful()
+            more["labels.csv"] = format_labels(evaluation, doubtful, indices, names)
+            pictures["labels"] = draw_labels(
+                evaluation, doubtful, split.images.numpy(), names, f"{name} {what}"
+            )
     else:
         table, pictures = format_outputs(outputs[:, 0].numpy(), split.labels.numpy()), {}
     write_atomic(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     write_atomic(folder / "predictions.csv", table.encode())
-    written = ["metrics.json", "predictions.csv", *(path.name for path in figures.save(pictures, folder))]
+    for file, content in more.items():
+        write_atomic(folder / file, content.encode())
+    written = [
+        "metrics.json",
+        "predictions.csv",
+        *more,
+        *(path.name for path in figures.save(pictures, folder)),
+    ]
 
     for path in paths:
         print(f"{'checkpoint':13} {as_text(str(path))}")
+    if sweep is not None:
+        tell_folds(sweep, missing)
     if settings.tta:
         print(f"{'averaged over':13} {settings.tta} deformations of each image")
-    print(f"{'images':13} {len(split):,} of {name} {settings.split}, evaluated in {seconds:.2f} s\n")
+    print(f"{'images':13} {len(split):,} of {name} {what}, evaluated in {seconds:.2f} s\n")
     if evaluation:
         print(tabulate(evaluation, names))
+        if settings.labels:
+            print(f"\n{tabulate_labels(evaluation, doubtful, indices, names)}")
         if temperature != 1:
             fitted = " on these images: calibration is that of others only with split=test"
             told = fitted if settings.split == "val" else " on the validation images"
@@ -159,6 +199,34 @@ def evaluate(settings: Evaluate) -> None:
     print("  " + "  ".join(written))
     if settings.show:
         figures.show(pictures.values())
+
+
+def read_folds(name: str) -> Sweep:
+    """The sweep whose best setting's nets are to be joined.
+
+    Raises:
+        OSError: there is no such sweep, or it has no job with a fold that has finished.
+    """
+    sweep = read_sweep(find_sweep(name))
+    if not sweep.settings or not any(FOLD in job.params for job in sweep.settings[0].jobs):
+        raise FileNotFoundError(
+            f"{sweep.folder} has no finished job with a fold; python -m mnist_lightning.train -m folds=5"
+            " makes such a sweep"
+        )
+    return sweep
+
+
+def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
+    if len(sweep.settings) > 1:
+        told = " ".join(f"{key}={value}" for key, value in sweep.settings[0].params.items() if value)
+        print(f"{'of':13} the best of {len(sweep.settings)} settings: {as_text(told)}")
+    failed = [job for job in sweep.in_state("failed", "interrupted") if FOLD in job.params]
+    for job in failed:
+        print(
+            f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
+        )
+    if missing:
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
@@ -181,7 +249,9 @@ def find_output(settings: Evaluate, checkpoint: Path) -> Path:
     """
     if settings.output is not None:
         return claim_output(settings.output, "evaluate", FILES)
-    if settings.runs:
+    if settings.folds is not None:
+        home, split = find_sweep(settings.folds), "evaluation/out-of-fold"
+    elif settings.runs:
         home, split = Path("logs/evaluate"), f"{time.strftime('%Y-%m-%d_%H-%M-%S')}/{settings.split}"
     elif settings.checkpoint is None and not expand_home(settings.run).is_file():
         split = f"{settings.split}-tta{settings.tta}" if settings.tta else settings.split
@@ -212,15 +282,75 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
     }
 
 
-def format_predictions(evaluation: "Evaluation") -> str:
-    """A line an image: its index in the split, label, prediction and the prediction's probability."""
+def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
+    """A line an image: its index in the split, label, prediction and the prediction's probability.
+
+    Args:
+        indices: (N,) of the images; None: 0, 1, 2, …
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "prediction", "probability"])
     columns = (evaluation.labels, evaluation.predictions, evaluation.confidences)
-    for index, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+    for position, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+        index = position if indices is None else indices[position]
         writer.writerow([index, label, prediction, f"{probability:.6f}"])
     return text.getvalue()
+
+
+def format_labels(
+    evaluation: "Evaluation", doubtful: "NDArray[np.int64]", indices: "NDArray[np.int64]", names: list[str]
+) -> str:
+    """A line for each label that is contradicted, the least probable first.
+
+    Args:
+        doubtful: (M,) places in the evaluation, see ``Evaluation.doubtful``.
+        indices: (N,) of the images among all training images.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "label", "prediction", "probability_of_label", "probability"])
+    for place in doubtful:
+        label, prediction = evaluation.labels[place], evaluation.predictions[place]
+        given, taken = evaluation.probabilities[place, label], evaluation.confidences[place]
+        cells = (as_cell(names[label]), as_cell(names[prediction]), f"{given:.3e}", f"{taken:.6f}")
+        writer.writerow([indices[place], *cells])
+    return text.getvalue()
+
+
+def draw_labels(
+    evaluation: "Evaluation",
+    doubtful: "NDArray[np.int64]",
+    images: "NDArray[np.uint8]",
+    names: list[str],
+    title: str,
+) -> "Figure":
+    from mnist_lightning import figures
+
+    worst = doubtful[:NUM_MISTAKES]
+    return figures.mistakes(
+        images[worst],
+        [names[label] for label in evaluation.labels[worst]],
+        [names[label] for label in evaluation.predictions[worst]],
+        evaluation.confidences[worst],
+        title=f"{title}: the {len(worst)} labels that are contradicted most surely, of {len(doubtful):,}",
+    )
+
+
+def tabulate_labels(
+    evaluation: "Evaluation",
+    doubtful: "NDArray[np.int64]",
+    indices: "NDArray[np.int64]",
+    names: list[str],
+) -> str:
+    """The most doubtful labels as lines of text."""
+    lines = ["labels that are contradicted most surely, all of them in labels.csv:"]
+    lines += ["  image  label  read as  probability of the label"]
+    for place in doubtful[:NUM_LABELS]:
+        label, prediction = evaluation.labels[place], evaluation.predictions[place]
+        given = evaluation.probabilities[place, label]
+        lines.append(f"{indices[place]:>7}  {names[label]:>5}  {names[prediction]:>7}  {given:.1e}")
+    return "\n".join(lines)
 
 
 def draw(

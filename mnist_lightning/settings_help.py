@@ -63,7 +63,7 @@ def read_comments(path: Path) -> dict[str, str]:
     comments = read_comments(base) if base else {}
     parents: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        match = re.match(r"( *)([\w.]+):( .*|$)", line)
+        match = re.match(r'( *)"?([\w.]+)"?:( .*|$)', line)
         if match:
             indent = len(match[1])
             parents = [(depth, key) for depth, key in parents if depth < indent] + [(indent, match[2])]

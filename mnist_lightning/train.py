@@ -29,9 +29,11 @@ from mnist_lightning.config import CONF_DIR, RUN_DIR, Train, check, register
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.find import as_typed
+from mnist_lightning.rundir.find import as_typed, find_checkpoint
+from mnist_lightning.rundir.record import write_patch, write_settings
+from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
-from mnist_lightning.rundir.status import is_main_process, show_with_unit, track
+from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.sweeps.results import split_overrides
 from mnist_lightning.sweeps.resume import rewrite_arguments
@@ -40,6 +42,7 @@ from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
+    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -74,6 +77,9 @@ def run(cfg: DictConfig) -> float | None:
         metrics = follow(settings, run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep)
     if is_main_process() and not in_sweep:
         lines = list_results(metrics, settings, run_dir) + list_next(settings, run_dir)
+        if settings.reproduce is not None:
+            earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
+            lines += ["", tell_changes(earlier, now), compare_weights(earlier, run_dir)]
         log.info("%s", "\n".join(lines))
     value = metrics.get(settings.monitor.metric)
     return value if isinstance(value, float) else None
@@ -90,8 +96,18 @@ def follow(
     """
     raised = in_sweep or not told
     log_file, resumed = run_dir / "train.log", settings.resume is not None
+    overrides = find_overrides(overrides, settings)
     with track(run_dir, overrides, in_sweep=in_sweep, resumed=resumed) as status:
         with compact_errors(log_file=log_file, in_sweep=raised), on_trial(run_dir, resumed=resumed):
+            choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+            write_settings(run_dir, settings, choices)
+            write_patch(
+                run_dir.parent if in_sweep else run_dir,
+                strange_modules(asdict(settings)),
+                package=(find_commit() or "").endswith("+"),
+            )
+            if settings.reproduce is not None:
+                log.info("%s", tell_changes(Path(settings.reproduce), find_versions()))
             metrics = train(settings, run_dir, test=settings.test and not in_sweep)
         status.monitor, status.mode = settings.monitor.metric, settings.monitor.mode
         status.metrics = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -127,6 +143,15 @@ def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
 
+def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
+    """The overrides that a run's settings come from, those of the run that it repeats among them."""
+    if settings.reproduce is None:
+        return list(typed)
+    earlier = read(Path(settings.reproduce))
+    told = earlier.overrides if earlier else []
+    return [*told, *(one for one in typed if not one.startswith(TOLD))]
+
+
 def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     """Run what the settings say, from the data to ``metrics.json``.
 
@@ -143,6 +168,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         FloatingPointError: the loss or a weight became NaN or infinite.
         MisconfigurationException: settings that Lightning can't use on this machine.
     """
+    first = None
+    if settings.init_from is not None and settings.resume is None:
+        first = find_checkpoint(settings.init_from)  # before torch is imported
     log.info("loading torch and Lightning …")
 
     import lightning as L
@@ -160,12 +188,18 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     data = settings.data
     check_parts(settings)
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
+    if data.num_folds is not None and data.val_size != 0:
+        log.info(
+            "data.num_folds=%d: fold %d is for validation, val_size is ignored", data.num_folds, data.fold
+        )
     if not datamodule.is_known or None in (data.mean, data.std):  # else net and loss are tried first
         datamodule.prepare_data()
         datamodule.setup("fit")
         data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
     classifier.logs_evaluations = False
+    if first is not None:
+        take_weights(classifier, first)
     monitor = settings.monitor
     monitor.mode = choose_mode(monitor.metric, monitor.mode, classifier.higher_is_better(monitor.metric))
     with signals.deferred():  # torch calls the counter from C++, where an exception would abort the process
@@ -219,17 +253,17 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, outputs, images.labels)
         metrics |= last
+        if trainer.limit_val_batches == 1.0:
+            metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
         metrics |= {
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "num_parameters": sum(parameter.numel() for parameter in classifier.parameters()),
             "seed": settings.seed,
             "threads": number,
-            "git_commit": find_commit(),
-            "python": platform.python_version(),
+            "device": describe_device(trainer.strategy.root_device),
         }
-        metrics |= {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
-        metrics["mnist_lightning"] = __version__
+        metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
             write_results(trainer, settings, metrics)
@@ -287,6 +321,38 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
     )
     classifier.check()
     return classifier
+
+
+def take_weights(classifier: "DigitClassifier", path: Path) -> None:
+    """Begin with the weights of another net, as far as they fit: those of the same name and shape.
+
+    Args:
+        path: a checkpoint.
+
+    Raises:
+        OSError: it can't be read, or nothing in it fits.
+    """
+    from mnist_lightning.rundir.checkpoint import load
+
+    own = classifier.net.state_dict()
+    saved = {
+        name.removeprefix("net."): value
+        for name, value in load(path)["state_dict"].items()
+        if name.startswith("net.")
+    }
+    fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    others = [
+        f"{name} {tuple(value.shape)}"
+        + (f" instead of {tuple(saved[name].shape)}" if name in saved else ", which is not there")
+        for name, value in own.items()
+        if name not in fitting
+    ]
+    if not fitting:
+        raise OSError(f"init_from={path}: no weight fits this net ({'; '.join(others)})")
+    classifier.net.load_state_dict(fitting, strict=False)
+    log.info("%d of %d weights are those of %s: %s", len(fitting), len(own), path, ", ".join(fitting))
+    if others:
+        log.info("drawn anew: %s", "; ".join(others))
 
 
 def place(settings: Train, run_dir: Path) -> Train:
@@ -424,6 +490,22 @@ def save_confidence(path: Path, outputs: "Tensor", labels: "Tensor") -> None:
     write_atomic(path, serialize(load(path) | {"confidence": confidence.fit(outputs, labels)}))
 
 
+def find_versions() -> dict[str, str | None]:
+    """The code that trains: this package's commit, and versions."""
+    names = ("torch", "lightning", "torchmetrics")
+    versions = {"git_commit": find_commit(), "python": platform.python_version()}
+    return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
+
+
+def describe_device(device: "torch.device") -> str:
+    """The kind of device, with what decides how it rounds."""
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -509,7 +591,7 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 def list_next(settings: Train, run_dir: Path) -> list[str]:
     """What to type after a run, in lines."""
     foreign = strange_modules(asdict(settings))
-    changeable = settings.resume is None and "hidden" in settings.model
+    changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
     known = None if settings.data.source else KNOWN.get(settings.data.name)
     grey = settings.data.grey if known is None else known.image_shape[0] == 1
     can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"

@@ -9,15 +9,16 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mnist_lightning"
-COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "explain", "export", "report"}
+COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "explain", "export", "report", "runs"}
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
 # Nothing heavy at the top: commands import these before they know that the settings are right.
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
-    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.outside", "rundir.output", "rundir.resume"),
-    *("rundir.signals", "rundir.status"),
-    *("sweeps.auto", "sweeps.grid", "sweeps.processes", "sweeps.report", "sweeps.results", "sweeps.resume"),
+    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.outside", "rundir.output"),
+    *("rundir.record", "rundir.reproduce", "rundir.resume", "rundir.signals", "rundir.status"),
+    *("sweeps.auto", "sweeps.grid", "sweeps.importance", "sweeps.processes", "sweeps.report"),
+    *("sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
 # Of a package, or of a module beside them, the others that it may import.
@@ -111,6 +112,9 @@ def test_only_the_edge_knows_the_config() -> None:
         "python",
         "trust",
         "rundir.claim",
+        "rundir.index",
+        "rundir.record",
+        "rundir.reproduce",
         "rundir.resume",
         "sweeps.grid",
         "sweeps.parts",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Pruning(Callback):
     """Reports each epoch's metric to the study, and ends the run when its pruner says so.
 
-    A run that belongs to no search is left alone.
+    A run that belongs to no search is left alone, as is one of a trial's folds.
 
     Args:
         run_dir: the run's folder.
@@ -37,6 +37,8 @@ class Pruning(Callback):
         import optuna
 
         saved = read_json(self.file)
+        if saved.get("folds"):
+            return
         storage = find_storage(saved["storage"], self.file.parent.parent)
         study = optuna.load_study(
             study_name=saved["study_name"], storage=open_storage(storage), pruner=self.pruner

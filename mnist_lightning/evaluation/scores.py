@@ -167,6 +167,18 @@ class Evaluation:
         chosen: NDArray[np.int64] = wrong[(-self.confidences[wrong]).argsort(kind="stable")][:most]
         return chosen
 
+    def doubtful(self) -> NDArray[np.int64]:
+        """Indices of the misread images, that with the least probable label first.  -> (M,) int64
+
+        Of labels that a net has not been trained on, those with little "self-confidence" are the likeliest
+        to be wrong: Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset
+        Labels" (arXiv 1911.00068), section 3.
+        """
+        wrong = (self.labels != self.predictions).nonzero()[0]
+        given = self.probabilities[wrong, self.labels[wrong]]
+        chosen: NDArray[np.int64] = wrong[given.argsort(kind="stable")]
+        return chosen
+
 
 def score(
     labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]", temperature: float = 1.0

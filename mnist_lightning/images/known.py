@@ -68,25 +68,50 @@ def draws_like_mnist(settings: Mapping[str, Any]) -> bool:
 OF_A_PATH = ("folder", "npz")  # data sets that lie where ``data.path`` says
 
 
-def check_sizes(num_images: int, *, batch_size: int, val_size: int | None) -> int:
+def check_sizes(
+    num_images: int,
+    *,
+    batch_size: int,
+    val_size: int | None,
+    num_folds: int | None = None,
+    train_size: int | None = None,
+) -> int:
     """Whether a training split of this size is left for batches of this size.
 
     Args:
         num_images: of training, the validation images among them.
-        val_size: None: a tenth of them.
+        val_size: None: a tenth of them; with folds it is not looked at.
+        num_folds: of which one is for validation; None: no folds.
+        train_size: of what is left; None: all.
 
     Returns:
-        The number of validation images.
+        The number of validation images; of folds that differ by one the larger number.
 
     Raises:
         ValueError: too many are asked for.
     """
-    chosen = num_images // 10 if val_size is None else val_size
-    if not 0 <= chosen < num_images:
-        raise ValueError(f"data.val_size must be in [0, {num_images - 1}], got {chosen}")
-    if batch_size > num_images - chosen:
+    if num_folds is not None:
+        if not 2 <= num_folds <= num_images:
+            raise ValueError(
+                f"data.num_folds must be in [2, {num_images}], or null for none, got {num_folds}"
+            )
+        chosen, cause = -(-num_images // num_folds), f"data.num_folds={num_folds}"
+    else:
+        chosen = num_images // 10 if val_size is None else val_size
+        cause = f"data.val_size={chosen}"
+        if not 0 <= chosen < num_images:
+            raise ValueError(f"data.val_size must be in [0, {num_images - 1}], got {chosen}")
+    left = num_images - chosen
+    if train_size is not None:
+        if not 1 <= train_size <= left:
+            raise ValueError(
+                f"data.train_size must be in [1, {left}], which {cause} leaves, or null for all of them, got"
+                f" {train_size}"
+            )
+        left, cause = train_size, f"data.train_size={train_size}"
+    if batch_size > left:
         raise ValueError(
-            f"data.batch_size must be at most the {num_images - chosen} training images that"
-            f" data.val_size={chosen} leaves, got {batch_size}"
+            f"data.batch_size must be at most the {left} training images that {cause} leaves,"
+            f" got {batch_size}"
         )
     return chosen

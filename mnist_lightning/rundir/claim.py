@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mnist_lightning.cli import CommandError, quote
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir.outside import check_run, check_sweep
-from mnist_lightning.rundir.resume import check_resumption
+from mnist_lightning.rundir.resume import check_place, check_resumption
 from mnist_lightning.rundir.status import hold, is_main_process
 
 ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
@@ -75,6 +75,8 @@ def prepare(config: DictConfig, kind: str) -> None:
             resumed = settings.resume is not None
             if resumed:
                 check_resumption(settings, list(config.hydra.overrides.task))
+            elif settings.reproduce is not None:
+                check_place(settings, Path(settings.reproduce), list(config.hydra.overrides.task))
         key = f"hydra.{kind}.dir"
         folder = Path(OmegaConf.select(config, key))
         named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)

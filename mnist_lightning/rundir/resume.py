@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -99,8 +99,17 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     ]
 
 
-def load_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> None:
+def load_settings(
+    folder: Path,
+    typed: list[str],
+    trusted: tuple[str, ...],
+    *,
+    others: Mapping[str, Any] | None = None,
+) -> None:
     """Give Hydra the settings that a run left, once they are checked.
+
+    Args:
+        others: of this project, in place of the saved ones.
 
     Raises:
         OSError, ConfigError, TrustError: see ``resume_run``.
@@ -122,6 +131,7 @@ def load_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> N
                 f" {gone} is gone; evaluate, predict, compare and export still read it"
             )
         trust.check_settings(settings, folder, trusted, typed=keys)
+    settings |= others or {}
     ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
 
 
@@ -237,23 +247,7 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
     ]
     if changed:
         raise ConfigError(f"{folder} can't be resumed with other settings ({'; '.join(changed)})")
-    data = settings.data
-    key, place = ("data_dir", data.data_dir) if data.path is None else ("path", data.path)
-    told = any(override.startswith(f"data.{key}=") for override in overrides)
-    source = find_source(
-        data.name,
-        expand_home(data.data_dir),
-        path=None if data.path is None else expand_home(data.path),
-        size=data.size,
-        grey=data.grey,
-        source=data.source,
-    )
-    if not (told or (key == "data_dir" and is_default(place)) or source.is_whole()):
-        # a folder's word that may be a stranger's: what it names is read, never written
-        raise ConfigError(
-            f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
-            " where it lies, or is to be put"
-        )
+    check_place(settings, folder, overrides)
     for name in ("epochs", "steps"):
         key = f"max_{name}"
         old, new = saved.trainer.get(key), settings.trainer.get(key)
@@ -273,6 +267,31 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
         if not may_go_on(saved, settings, done):
             print(f"{folder} has finished: {done['epochs']} epochs; nothing to do")
             sys.exit(0)
+
+
+def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None:
+    """Whether the data lies where a run's folder says, or where the command line says.
+
+    Raises:
+        ConfigError: it does not, and would be put where a file says that may be a stranger's.
+    """
+    data = settings.data
+    key, place = ("data_dir", data.data_dir) if data.path is None else ("path", data.path)
+    told = any(override.startswith(f"data.{key}=") for override in overrides)
+    source = find_source(
+        data.name,
+        expand_home(data.data_dir),
+        path=None if data.path is None else expand_home(data.path),
+        size=data.size,
+        grey=data.grey,
+        source=data.source,
+    )
+    if not (told or (key == "data_dir" and is_default(place)) or source.is_whole()):
+        # a folder's word that may be a stranger's: what it names is read, never written
+        raise ConfigError(
+            f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
+            " where it lies, or is to be put"
+        )
 
 
 def is_fixed(key: str) -> bool:

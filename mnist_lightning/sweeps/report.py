@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,17 @@ from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
 from mnist_lightning.rundir.status import show_value
-from mnist_lightning.sweeps.results import SEED, Job, Setting, Sweep, read_sweep, reproduce
+from mnist_lightning.sweeps.importance import Importance, find_importance
+from mnist_lightning.sweeps.results import (
+    FOLD,
+    SEED,
+    Job,
+    Setting,
+    Sweep,
+    join_folds,
+    read_sweep,
+    reproduce,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +137,8 @@ def format_markdown(sweep: Sweep) -> str:
     if sweep.settings:
         p_values = compare_with_winner(sweep)
         lines += format_settings(sweep, p_values)
+        lines += format_folds(sweep)
+        lines += format_importance(sweep, find_importance(sweep))
         lines += format_winner(sweep, p_values)
     elif together := evaluate_together(sweep):
         lines += [
@@ -154,7 +166,7 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
             show_value(sweep.metric, setting.last),
             str(len(setting.jobs)),
             f"{sum(job.status.seconds for job in setting.jobs) / len(setting.jobs):.1f}",
-            "" if rank == 1 else "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001",
+            "" if rank == 1 else show_p(p),
         ]
         for rank, (setting, p) in enumerate(zip(sweep.settings, p_values, strict=True), start=1)
     ]
@@ -171,6 +183,78 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         " number of settings. It knows the images' chance, not that of other seeds.)",
         "",
     ]
+
+
+def show_p(p: float | None) -> str:
+    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def format_folds(sweep: Sweep) -> list[str]:
+    """The accuracy over all folds of each setting that has some, and which folds are missing."""
+    from mnist_lightning.evaluation.scores import wilson_interval
+
+    rows = []
+    for rank, setting in enumerate(sweep.settings, start=1):
+        if (joined := join_folds(setting)) is not None:
+            low, high = wilson_interval(round(joined.correct), joined.images)
+            missing = ", ".join(map(str, joined.missing))
+            rows.append(
+                [
+                    str(rank),
+                    f"{100 * joined.accuracy:.2f}",
+                    f"{100 * low:.2f} to {100 * high:.2f}",
+                    f"{joined.images:,}",
+                    f"**fold {missing}**" if missing else "none",
+                ]
+            )
+    if not rows:
+        return []
+    return [
+        "## All folds together",
+        "",
+        *table(["", "accuracy (%)", "95 % interval", "images", "missing"], rows),
+        "",
+        "Each image is judged by the nets that were not trained on it; accuracies of several seeds are"
+        " averaged. The interval is Wilson's: it knows the images' chance, not that of other training"
+        " images.",
+        "",
+        *code(f"python -m mnist_lightning.evaluate folds={shlex.quote(str(sweep.folder))} labels=true"),
+    ]
+
+
+def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
+    if importance is None:
+        return []
+    rows = [
+        [as_code(key), f"{100 * share:.0f} %", tell_luck(share, importance)]
+        for key, share in importance.shares.items()
+    ]
+    words = (
+        f"How much of {sweep.metric} each parameter decides, over all values that the search tried: Optuna's"
+        " PED-ANOVA (Watanabe and others 2023). It does not know how much of it is luck: a grid with several"
+        " seeds does."
+    )
+    if importance.method == "variance":
+        if importance.luck is not None:
+            repeated = [key for key in (SEED, FOLD) if key in sweep.varied]
+            rows.append(
+                [f"{' and '.join(map(as_code, repeated))}: luck", f"{100 * importance.luck:.0f} %", ""]
+            )
+        name = "together, not alone" if importance.luck is not None else "together, and luck"
+        rows.append([name, f"{100 * importance.rest:.0f} %", ""])
+        words = (
+            f"The share of each parameter in the variance of {sweep.metric} over all jobs, less what chance"
+            " would give it (epsilon squared). "
+        ) + (
+            "Luck is what differs between jobs of one setting."
+            if importance.luck is not None
+            else "With one seed nobody knows how much of it is luck: try `seed=1,2,3`."
+        )
+    return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
+
+
+def tell_luck(share: float, importance: Importance) -> str:
+    return "smaller than luck" if importance.luck is not None and share < importance.luck else ""
 
 
 def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]:
@@ -258,11 +342,11 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     p_values: list[float | None] = [None]
     for setting in sweep.settings[1:]:
         other = read_correct(setting)
-        seeds = winner.keys() & other.keys()
-        if not seeds or any(winner[seed].shape != other[seed].shape for seed in seeds):
+        pairs = sorted(winner.keys() & other.keys())
+        if not pairs or any(winner[pair].shape != other[pair].shape for pair in pairs):
             p_values.append(None)
             continue
-        p_values.append(sign_flip(sum(winner[seed] - other[seed] for seed in seeds)))
+        p_values.append(sign_flip(join_differences({pair: winner[pair] - other[pair] for pair in pairs})))
     known = [position for position, p in enumerate(p_values) if p is not None]
     adjusted = holm([p for p in p_values if p is not None])
     for position, p in zip(known, adjusted, strict=True):
@@ -270,18 +354,29 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     return p_values
 
 
-def read_correct(setting: Setting) -> "dict[str, np.ndarray]":
-    """By seed: (N,) int8 of the validation images, 1 where the net was right."""
+def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
+    """Of each image of each fold, the sum over seeds.  By fold and seed: (N,) -> (all images,)"""
+    import numpy as np
+
+    sums: dict[str, np.ndarray] = {}
+    for (fold, _), of_seed in differences.items():
+        sums[fold] = sums[fold] + of_seed if fold in sums else of_seed.astype(np.int64)
+    return np.concatenate(list(sums.values()))
+
+
+def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
+    """By fold and seed: (N,) int8 of the validation images, 1 where the net was right."""
     correct = {}
     for job in setting.jobs:
         images = load_correct(job.folder / "val_correct.npy", job.status.started)
         if images is not None:
-            correct[job.params.get(SEED, "")] = images
+            correct[job.params.get(FOLD, ""), job.params.get(SEED, "")] = images
     return correct
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
+    """None where there is no such file, or none of a net's: it may be a stranger's."""
     import numpy as np
 
     try:
@@ -342,6 +437,8 @@ def to_file_name(title: str) -> str:
 def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
     """Epochs, from 1, and the metric's value after each; empty where none were logged."""
     epochs, values = [], []
+    if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
+        return [], []
     try:
         text = read_file(job.folder / "csv" / "metrics.csv").decode()
         for row in csv.DictReader(io.StringIO(text, newline="")):
@@ -360,21 +457,28 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     lines = [""]
     if sweep.settings:
         keys = list(sweep.settings[0].params)
-        header = ["", *keys, sweep.metric, "n"]
+        p_values = compare_with_winner(sweep)
+        header = ["", *keys, sweep.metric, "n", "against the first" if len(sweep.settings) > 1 else ""]
         rows = [
             [
                 str(rank),
                 *setting.params.values(),
                 show_value(sweep.metric, setting.mean, setting.std),
                 str(len(setting.jobs)),
+                "" if rank == 1 else judge(p),
             ]
-            for rank, setting in enumerate(sweep.settings[:top], start=1)
+            for rank, (setting, p) in enumerate(zip(sweep.settings[:top], p_values, strict=False), start=1)
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in (header, *rows):
             lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
         if len(sweep.settings) > top:
-            lines.append(f"   … {len(sweep.settings) - top} more settings")
+            alike = sum(p is not None and p >= TOLD_APART for p in p_values[top:])
+            told = f", {alike} of them can't be told apart from the first" if alike else ""
+            lines.append(f"   … {len(sweep.settings) - top} more settings{told}")
+        lines += summarize_folds(sweep)
+        if (importance := find_importance(sweep)) is not None:
+            lines += ["", summarize_importance(importance)]
     unfinished = sweep.in_state("failed", "interrupted")
     for job in unfinished[:top]:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
@@ -390,6 +494,38 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     elif together := evaluate_together(sweep):
         lines.append(f"  {together}")
     return "\n".join(lines)
+
+
+def judge(p: float | None) -> str:
+    """What the paired test says, in words."""
+    if p is None:
+        return "–"
+    shown = f"p {show_p(p)}" if p < 0.001 else f"p = {p:.3f}"
+    return f"can't be told apart, {shown}" if p >= TOLD_APART else f"worse, {shown}"
+
+
+def summarize_folds(sweep: Sweep) -> list[str]:
+    from mnist_lightning.evaluation.scores import wilson_interval
+
+    lines = []
+    joined = join_folds(sweep.settings[0])
+    if joined is not None:
+        low, high = wilson_interval(round(joined.correct), joined.images)
+        lines += [
+            "",
+            f"all folds together: accuracy {100 * joined.accuracy:.2f} % (95 % interval {100 * low:.2f} to"
+            f" {100 * high:.2f} %) on {joined.images:,} images that the nets were not trained on",
+        ]
+        if joined.missing:
+            lines.append(f"without fold {', '.join(map(str, joined.missing))}, which no completed job has")
+    return lines
+
+
+def summarize_importance(importance: Importance) -> str:
+    shares = [f"{key} {100 * share:.0f} %" for key, share in importance.shares.items()]
+    if importance.luck is not None:
+        shares.append(f"luck (seeds, folds) {100 * importance.luck:.0f} %")
+    return f"what mattered ({importance.method}): {', '.join(shares)}"
 
 
 def describe(setting: Setting) -> str:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,7 +17,11 @@ from mnist_lightning.rundir.find import MULTIRUN, newest_first
 from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
 from mnist_lightning.rundir.status import FILE, Status, read
 
-SEED = "seed"
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+SEED, FOLD = "seed", "data.fold"
+NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # of a metric that can be ranked
 
@@ -35,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """Completed jobs that differ in nothing but the seed.
+    """Completed jobs that differ in nothing but the seed and the fold.
 
     Attributes:
         params: what varied between the settings of the sweep.
@@ -48,6 +52,47 @@ class Setting:
     mean: float
     std: float
     last: float
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """What the nets of a setting say of images that they were not trained on, all folds together.
+
+    Attributes:
+        images: that were judged, each by one net of each seed.
+        correct: of these, the mean over seeds.
+        missing: folds that no completed job has for validation.
+    """
+
+    images: int
+    correct: float
+    missing: list[int]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
+
+
+def join_folds(setting: Setting) -> OutOfFold | None:
+    """None of a setting without folds, and where its jobs do not tell accuracies and numbers of images."""
+    jobs = [job for job in setting.jobs if FOLD in job.params]
+    if not jobs:
+        return None
+    wanted = max([int(job.params.get(NUM_FOLDS, 0)) for job in jobs])
+    sizes: dict[int, int] = {}
+    correct: dict[int, list[float]] = {}
+    for job in jobs:
+        metrics = job.status.metrics
+        if "val_images" not in metrics or "val/acc" not in metrics:
+            return None
+        fold = int(job.params[FOLD])
+        sizes[fold] = int(metrics["val_images"])
+        correct.setdefault(fold, []).append(metrics["val/acc"] * metrics["val_images"])
+    return OutOfFold(
+        images=sum(sizes.values()),
+        correct=sum(statistics.fmean(counts) for counts in correct.values()),
+        missing=sorted(set(range(wanted)) - correct.keys()),
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +110,7 @@ class Sweep:
     jobs: list[Job]
     varied: list[str]
     settings: list[Setting]
+    is_search: bool
 
     def best_job(self, setting: Setting) -> Job:
         choose = max if self.maximize else min
@@ -102,6 +148,7 @@ def read_sweep(folder: Path) -> Sweep:
         jobs=jobs,
         varied=varied,
         settings=_group(jobs, varied, metric, maximize),
+        is_search="n_trials" in ((saved["hydra"] or {}).get("sweeper") or {}),
     )
 
 
@@ -147,6 +194,38 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
+def read_space(folder: Path) -> dict[str, "Override"]:
+    """The swept values of a sweep's command, by key.
+
+    Raises:
+        OSError, ValueError: its folder does not tell.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        told = read_multirun(folder)["hydra"]
+        params = [f"{key}={value}" for key, value in (told["sweeper"].get("params") or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*params, *told["overrides"]["task"]])
+    except (KeyError, TypeError, AttributeError, AssertionError, HydraException, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / MULTIRUN} does not tell what was swept: {error}") from error
+    last = {one.key_or_group: one for one in parsed}  # the command line comes after the YAML's
+    return {key: one for key, one in last.items() if one.is_sweep_override()}
+
+
+def count_jobs(folder: Path) -> int | None:
+    """How many jobs a sweep is to have; None where its folder does not tell."""
+    try:
+        space = read_space(folder)
+        trials = read_multirun(folder)["hydra"]["sweeper"].get("n_trials")
+        folds = len(list(space[FOLD].sweep_string_iterator())) if FOLD in space else 1
+        if trials is not None:
+            return int(trials) * folds
+        return math.prod(len(list(one.sweep_string_iterator())) for one in space.values())
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def reproduce(job: Job) -> str:
     """The command that trains the job's net again, outside of a sweep."""
     return shlex.join(["python", "-m", "mnist_lightning.train", *job.status.overrides])
@@ -176,7 +255,7 @@ def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
 
 def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> list[Setting]:
     groups: dict[tuple[str, ...], list[Job]] = {}
-    keys = [key for key in varied if key != SEED]
+    keys = [key for key in varied if key not in (SEED, FOLD)]
     for job in jobs:
         value = job.status.metrics.get(metric, math.nan)
         if job.status.state == "completed" and abs(value) < LARGEST:

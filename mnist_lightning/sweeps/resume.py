@@ -17,12 +17,13 @@ from mnist_lightning.cli import quote, quote_paths, retype
 from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
+from mnist_lightning.rundir import reproduce
 from mnist_lightning.rundir.outside import expand_home
 from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
 
-PATHS = ("data.data_dir", "data.path", "hydra.run.dir")  # typed as they are
+PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "init_from")  # typed as they are
 MOVED = {"label_smoothing": "loss.label_smoothing"}  # names of the first edition
 SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FLAGS = ("-cd", "--config-dir")  # where the user's own files lie: typed again, never saved
@@ -50,8 +51,20 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
         key, sign, value = argument.lstrip("+").partition("=")
         if sign and key in MOVED:
             raise ConfigError(f"{key} is {MOVED[key]} now: type {MOVED[key]}={value}")
+    arguments = expand_folds(arguments)
+    reproduced = [
+        unquote(one.removeprefix(reproduce.KEY)) for one in arguments if one.startswith(reproduce.KEY)
+    ]
     names = [unquote(argument.removeprefix(KEY)) for argument in arguments if argument.startswith(KEY)]
-    if names and not {"-m", "--multirun"}.isdisjoint(arguments):
+    if reproduced:
+        if names or not {"-m", "--multirun"}.isdisjoint(arguments):
+            raise ConfigError("reproduce= names one run to train again: give no resume= and no -m beside it")
+        arguments = reproduce.reproduce_run(reproduced[-1], arguments)
+    elif BASE in arguments and (told := [one for one in arguments if one.startswith(reproduce.TOLD)]):
+        # a child process of a DDP run has its parent's arguments
+        folder = OverridesParser.create().parse_override(told[-1]).value()
+        reproduce.give_settings(Path(str(folder)), arguments, trust.typed_trust([]))
+    elif names and not {"-m", "--multirun"}.isdisjoint(arguments):
         arguments = resume_sweep(names[-1], arguments)
     elif names and BASE in arguments:  # a child process of a DDP run has its parent's arguments
         folder = OverridesParser.create().parse_override(KEY + names[-1]).value()
@@ -59,6 +72,30 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
     elif names:
         arguments = resume_run(names[-1], arguments)
     return quote_paths(PATHS, arguments)
+
+
+def expand_folds(arguments: Sequence[str]) -> list[str]:
+    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
+
+    Raises:
+        ConfigError: it is no whole number, or there is no -m.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key != "folds":
+            expanded.append(argument)
+            continue
+        if not re.fullmatch(r"0*([2-9]|[1-9]\d{1,3})", value):
+            raise ConfigError(f"folds must be a whole number in [2, 9999], got {value}")
+        if {"-m", "--multirun"}.isdisjoint(arguments):
+            raise ConfigError(
+                f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
+                " data.fold=0 for one of them"
+            )
+        folds = ",".join(map(str, range(int(value))))
+        expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
+    return expanded
 
 
 def unquote(name: str) -> str:

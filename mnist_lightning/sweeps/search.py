@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
 from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
 from mnist_lightning.sweeps.processes import ProcessesLauncher
+from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
-from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage
+from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage, to_distribution
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
@@ -32,8 +34,9 @@ log = logging.getLogger(__name__)
 class OptunaSweeper(GridSweeper):
     """Asks a study for each trial's settings and tells it what came out.
 
-    A trial's number is the name of its folder.  The study lies in a file beside them, or wherever
-    ``storage`` says: sweeps with one storage and one study name work on one study together.
+    A trial's number is the name of its folder; with ``data.fold=0,1,2`` a trial is as many jobs, whose
+    numbers follow each other, and its value is the mean over them.  The study lies in a file beside them,
+    or wherever ``storage`` says: sweeps with one storage and one study name work on one study together.
 
     Args:
         n_trials: of the study in all, failed and pruned ones included.
@@ -66,6 +69,7 @@ class OptunaSweeper(GridSweeper):
         self.sampler = sampler
         self.fixed: dict[str, str] = {}
         self.space: dict[str, Override] = {}
+        self.folds: list[str] = []  # of each trial; none: a trial is one job
         self.trials: dict[int, Trial] = {}
 
     def prepare(self, arguments: list[str]) -> None:
@@ -87,13 +91,25 @@ class OptunaSweeper(GridSweeper):
             key = override.get_key_element()
             self.space.pop(key, None)  # the command line comes after the YAML's
             self.fixed.pop(key, None)
-            if override.is_sweep_override():
+            self.folds = [] if key == FOLD else self.folds
+            if key == FOLD and override.is_discrete_sweep():
+                self.folds = list(override.sweep_string_iterator())
+            elif override.is_sweep_override():
                 self.space[key] = override
             else:
                 self.fixed[key] = override.get_value_element_as_str()
         if not self.space:
             raise ConfigError("nothing to search: give a key choice(), range() or interval() for its value")
-        self.check_jobs(list(self.examples()))
+        self.check_jobs([job for example in self.examples() for job in self.divide(example)])
+
+    def divide(self, job: Job) -> list[Job]:
+        """A trial's jobs: one for each fold."""
+        return [[*job, f"{FOLD}={fold}"] for fold in self.folds] or [job]
+
+    def number_jobs(self, number: int, job: Job) -> list[tuple[int, Job]]:
+        """A trial's jobs and their numbers."""
+        divided = self.divide(job)
+        return list(enumerate(divided, start=number * len(divided)))
 
     def examples(self) -> Iterator[Job]:
         """Jobs with each value of each choice and both ends of each interval."""
@@ -117,7 +133,14 @@ class OptunaSweeper(GridSweeper):
         batch = self.find_unfinished(study)
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
-            returns += self.launch(batch)
+            returns += self.launch(
+                [
+                    (place, one)
+                    for number, job in batch
+                    for place, one in self.number_jobs(number, job)
+                    if not self.is_finished(place, one)
+                ]
+            )
             for number, job in batch:
                 self.tell(study, number, job)
             batch = []
@@ -177,13 +200,14 @@ class OptunaSweeper(GridSweeper):
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Leave in a trial's folder what its process and a resumption need to know."""
-        job_dir = self.job_dir(trial.number, job)
+        job_dir = self.job_dir(*self.number_jobs(trial.number, job)[0])
         job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
             "storage": self.storage,  # None: the search's own, wherever its folder lies
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
+            "folds": len(self.folds),  # a trial of several jobs is not pruned by one of them
         }
         write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
@@ -203,10 +227,10 @@ class OptunaSweeper(GridSweeper):
                 continue
             job = saved["overrides"]
             check_overrides(self.sweep_dir, job)
-            self.check_jobs([job])
+            self.check_jobs(self.divide(job))
             trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
             self.note_trial(trial, job)  # with this sweep's own storage
-            if self.is_finished(frozen.number, job):
+            if all(self.is_finished(*one) for one in self.number_jobs(frozen.number, job)):
                 self.tell(study, frozen.number, job)
             else:
                 unfinished.append((frozen.number, job))
@@ -231,19 +255,31 @@ class OptunaSweeper(GridSweeper):
         return None
 
     def tell(self, study: "Study", number: int, job: Job) -> None:
-        """A trial's outcome, as its ``status.json`` has it; an interrupted one stays open."""
+        """A trial's outcome, as its jobs' ``status.json`` have it; an interrupted one stays open."""
         from optuna.trial import TrialState
 
         assert self.config is not None
-        status = read(self.job_dir(number, job))
-        value = None if status is None else status.metrics.get(self.config.monitor.metric)
-        if status is not None and status.state == "completed" and value is not None:
-            study.tell(self.trials[number], value)
-        elif status is not None and status.state == "pruned":
-            study.tell(self.trials[number], state=TrialState.PRUNED)
-        elif status is None or status.state in ("failed", "completed"):
-            self.trials[number].set_user_attr("error", status.error if status else "left no status")
+        metric = self.config.monitor.metric
+        statuses = [read(self.job_dir(*one)) for one in self.number_jobs(number, job)]
+        ended = [status for status in statuses if status is not None]
+        values = [
+            status.metrics[metric]
+            for status in ended
+            if status.state == "completed" and metric in status.metrics
+        ]
+        failed = [
+            status
+            for status in ended
+            if status.state == "failed" or (status.state == "completed" and metric not in status.metrics)
+        ]
+        if failed or len(ended) < len(statuses):
+            error = failed[0].error if failed else "left no status"
+            self.trials[number].set_user_attr("error", error)
             study.tell(self.trials[number], state=TrialState.FAIL)
+        elif len(values) == len(statuses):
+            study.tell(self.trials[number], statistics.fmean(values))
+        elif any(status.state == "pruned" for status in ended):
+            study.tell(self.trials[number], state=TrialState.PRUNED)
 
 
 def ends(override: Override) -> list[str]:
@@ -252,27 +288,6 @@ def ends(override: Override) -> list[str]:
     if isinstance(sweep, IntervalSweep):
         return [str(sweep.start), str(sweep.end)]
     return list(override.sweep_string_iterator())
-
-
-def to_distribution(override: Override) -> "BaseDistribution":
-    """Optuna's distribution for a swept value of Hydra's grammar.
-
-    ``choice(a, b)`` and ``a,b`` are categories; ``range`` and ``interval`` numbers, whole ones for
-    ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    sweep: Any = override.value()
-    if override.is_interval_sweep():
-        kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
-        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
-    texts = list(override.sweep_string_iterator())
-    if override.is_range_sweep():
-        if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
-            return IntDistribution(int(min(texts, key=int)), int(max(texts, key=int)), step=abs(sweep.step))
-        numbers = [float(text) for text in texts]
-        return FloatDistribution(min(numbers), max(numbers), step=abs(sweep.step))
-    return CategoricalDistribution(texts)
 
 
 def suggest(trial: "Trial", key: str, distribution: "BaseDistribution") -> str:

@@ -2,9 +2,14 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import Override
 
 from mnist_lightning.rundir.atomic import write_atomic
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 JOURNAL = "optuna.journal"  # a search's own study, in its folder
 TRIAL = "trial.json"  # what a search leaves in a trial's folder: its storage, study and id
@@ -49,3 +54,24 @@ def open_storage(name: str) -> Any:
     if "://" in name:
         return optuna.storages.RDBStorage(name)
     return optuna.storages.JournalStorage(JournalFileBackend(name))
+
+
+def to_distribution(override: Override) -> "BaseDistribution":
+    """Optuna's distribution for a swept value of Hydra's grammar.
+
+    ``choice(a, b)`` and ``a,b`` are categories; ``range`` and ``interval`` numbers, whole ones for
+    ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep: Any = override.value()
+    if override.is_interval_sweep():
+        kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
+        return kind(sweep.start, sweep.end, log="log" in sweep.tags)
+    texts = list(override.sweep_string_iterator())
+    if override.is_range_sweep():
+        if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
+            return IntDistribution(int(min(texts, key=int)), int(max(texts, key=int)), step=abs(sweep.step))
+        numbers = [float(text) for text in texts]
+        return FloatDistribution(min(numbers), max(numbers), step=abs(sweep.step))
+    return CategoricalDistribution(texts)

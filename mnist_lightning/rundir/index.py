@@ -1,0 +1,332 @@
+"""All runs under a folder as plain records, with an index beside them that makes looking again quick."""
+
+import contextlib
+import datetime
+import functools
+import json
+import logging
+import math
+import os
+import re
+import stat
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_lightning.config import CONF_DIR, Train, check, register
+from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
+from mnist_lightning.rundir.outside import read_file
+from mnist_lightning.rundir.record import SETTINGS
+from mnist_lightning.rundir.status import FILE, is_locked
+from mnist_lightning.settings_help import flatten
+
+log = logging.getLogger(__name__)
+
+INDEX = ".runs.json"
+VERSION = 1  # of the index; another one is built anew
+MULTIRUN = "multirun.yaml"
+LARGEST = 4_000_000  # bytes of a status or settings file that is read
+MANY = 300  # runs to read, from which on a bar is drawn
+STATES = ("running", "completed", "failed", "interrupted", "pruned")
+# Settings that say where and how, not what is trained: they are told apart nowhere
+WHERE = ("seed", "resume", "reproduce", "trust", "test", "threads", "data.data_dir", "data.num_workers")
+
+Record = dict[str, Any]
+Stamp = list[int]  # when a file was written, its size and its number on the disk
+
+
+def list_runs(under: str | Path = "logs") -> list[Record]:
+    """Every run and every job of a sweep under a folder, the newest first.
+
+    The records are plain dictionaries with the same keys, as ``pandas.DataFrame`` and ``polars.DataFrame``
+    take them: "run" (its folder), "when" (local time, ISO 8601), "changed" (what was typed and is not the
+    default), "state", "seconds", "error", "sweep" (its folder, or None), each metric of ``metrics.json`` that
+    is a number ("val/acc" in [0, 1]) and each setting ("model.hidden").  What a run lacks is None.
+
+    Args:
+        under: the folder to look in; links in it are not followed.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    under = Path(under).expanduser()
+    if not under.is_dir():
+        raise FileNotFoundError(f"{under} holds no runs: there is no such folder")
+    base, entries = update_index(under)
+    defaults, choices = find_defaults()
+    records = [make_record(under, place, one, base, defaults, choices) for place, one in entries.items()]
+    names: set[str] = set()
+    for record in records:
+        names |= record.keys()
+    ordered = list(dict.fromkeys([*(records[0] if records else ()), *sorted(names)]))
+    blank = dict.fromkeys(ordered)
+    full = [record if len(record) == len(blank) else {**blank, **record} for record in records]
+    return sorted(full, key=lambda record: record["when"] or "", reverse=True)
+
+
+def make_record(
+    under: Path,
+    place: str,
+    entry: Mapping[str, Any],
+    base: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    choices: Mapping[str, Any],
+) -> Record:
+    state, error = entry["state"], entry["error"]
+    folder = os.path.join(under, place)
+    if state == "running" and not is_locked(Path(folder)):
+        state, error = "interrupted", "its process is gone"
+    try:
+        moment = datetime.datetime.fromtimestamp(entry["started"])
+        when = moment.isoformat(" ", "seconds") if entry["started"] else None
+    except (ValueError, OverflowError, OSError):  # a damaged number is no time
+        when = None
+    return {
+        "run": folder,
+        "when": when,
+        "changed": tell_changes(entry["overrides"], defaults, choices),
+        "state": state,
+        "seconds": entry["seconds"],
+        "error": error,
+        "sweep": os.path.dirname(folder) if entry["in_sweep"] else None,
+        **unpack(entry["settings"], base),
+        **entry["metrics"],
+    }
+
+
+def tell_changes(overrides: Sequence[str], defaults: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+    """Of a run's command line what differs from the defaults, as it is typed."""
+    told = []
+    for override in overrides:
+        key, sign, text = override.lstrip("+").partition("=")
+        if key in WHERE or key.startswith("hydra"):
+            continue
+        default = choices[key] if key in choices else defaults.get(key)
+        known = key in choices or key in defaults
+        if not (sign and known and equals(read_value(text), default)):
+            told.append(key + sign + (text.lower() if text in ("True", "False") else text))
+    return " ".join(told)
+
+
+@functools.lru_cache(maxsize=65_536)
+def read_value(text: str) -> Any:
+    """A value as YAML reads it, numbers like 1e-3 among them; what is no YAML is the text itself."""
+    if re.fullmatch(r"[A-Za-z_/][\w/-]*", text) and text.lower() not in (
+        *("null", "true", "false", "yes", "no", "on", "off", "y", "n"),
+    ):
+        return text
+    if re.fullmatch(r"[-+]?([1-9]\d*|0)", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, TypeError, RecursionError):
+        return text
+
+
+def equals(value: Any, other: Any) -> bool:
+    """Whether two settings are the same; 256 means [256], and true is no 1."""
+    if isinstance(value, list) != isinstance(other, list):
+        value, other = ([one] if not isinstance(one, list) else one for one in (value, other))
+    if isinstance(value, list):
+        return len(value) == len(other) and all(map(equals, value, other))
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+@functools.cache
+def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``train`` takes when nothing is said: each setting, and each group's choice."""
+    register()
+    started = contextlib.nullcontext() if GlobalHydra.instance().is_initialized() else None
+    with started or initialize_config_dir(CONF_DIR, version_base="1.3"):
+        cfg = compose("train", return_hydra_config=True)
+    choices = {
+        str(group): choice
+        for group, choice in cfg.hydra.runtime.choices.items()
+        if not str(group).startswith("hydra/")
+    }
+    return flatten(asdict(check(cfg, Train))), choices
+
+
+def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What is known of each run, by its place under the folder.
+
+    The index is written anew where it was not up to date, and done without where it can't be written.
+
+    Returns:
+        Settings that most runs share, and the entries, whose settings are packed: see ``pack``.
+    """
+    base, known = load_index(under / INDEX)
+    entries: dict[str, dict[str, Any]] = {}
+    missing: list[tuple[str, list[Stamp | None], bool]] = []
+    for place, stamps, in_sweep in find_folders(under):
+        entry = known.get(place)
+        if entry is not None and entry["stamps"] == stamps and entry["in_sweep"] == in_sweep:
+            entries[place] = entry
+        else:
+            missing.append((place, stamps, in_sweep))
+    stale = bool(missing) or len(entries) != len(known)
+    for place, stamps, in_sweep in watch(missing):
+        content = read_entry(under / place)
+        if content is None:
+            log.warning("%s can't be read: that run is left out", under / place / FILE)
+            continue
+        base = base or content["settings"]
+        content["settings"] = pack(content["settings"], base)
+        entries[place] = {"stamps": stamps, "in_sweep": in_sweep, **content}
+    if stale:
+        save_index(under / INDEX, base, entries)
+    return base, entries
+
+
+def watch(missing: Sequence[Any]) -> Iterator[Any]:
+    """Draw a bar on a terminal while many runs are read."""
+    if len(missing) < MANY or not sys.stderr.isatty():
+        yield from missing
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(missing, desc="reading runs", unit="run", leave=False, dynamic_ncols=True)
+
+
+def find_folders(under: Path) -> Iterator[tuple[str, list[Stamp | None], bool]]:
+    """Each run's place under the folder, the stamps of its files, and whether it is a sweep's job.
+
+    Nothing is opened, no link is followed, and a run's own folder is not looked into.
+    """
+    open_folders = [("", False)]
+    while open_folders:
+        place, in_sweep = open_folders.pop()
+        folder = os.path.join(under, place)
+        stamp = read_stamp(os.path.join(folder, FILE)) if place else None
+        if stamp is not None:
+            yield place, [stamp, read_stamp(os.path.join(folder, SETTINGS))], in_sweep
+            continue
+        with contextlib.suppress(OSError), os.scandir(folder) as scan:
+            found = list(scan)
+            is_sweep = any(one.name == MULTIRUN for one in found)
+            for one in found:
+                if not one.name.startswith(".") and one.is_dir(follow_symlinks=False):
+                    open_folders.append((os.path.join(place, one.name), is_sweep))
+
+
+def read_stamp(path: str) -> Stamp | None:
+    """None where there is no plain file."""
+    try:
+        found = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return [found.st_mtime_ns, found.st_size, found.st_ino]
+
+
+def read_entry(folder: Path) -> dict[str, Any] | None:
+    """What a run's files tell; None where its status can't be read."""
+    status = read_object(folder / FILE)
+    if status is None or status.get("state") not in STATES:
+        return None
+    saved = read_object(folder / SETTINGS) or {}
+    settings = saved.get("settings") if isinstance(saved.get("settings"), dict) else None
+    choices = saved.get("choices") if isinstance(saved.get("choices"), dict) else None
+    overrides = status.get("overrides")
+    metrics = status.get("metrics")
+    entry = {
+        "state": status["state"],
+        "error": status["error"] if isinstance(status.get("error"), str) else None,
+        "overrides": [one for one in overrides if isinstance(one, str)]
+        if isinstance(overrides, list)
+        else [],
+        "started": read_number(status.get("started")),
+        "seconds": read_number(status.get("seconds")),
+        "metrics": {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        if isinstance(metrics, dict)
+        else {},
+    }
+    if settings is None:  # an earlier version has trained it: what was typed is known
+        pairs = (one.lstrip("+").partition("=") for one in entry["overrides"])
+        settings = {key: read_value(text) for key, sign, text in pairs if sign}
+        choices = {}
+    entry["settings"] = {**settings, **(choices or {})}  # scheduler=none leaves {} as its settings
+    return entry
+
+
+def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
+    """A file's content, None where it is no plain file of a sensible size that holds a JSON object."""
+    try:
+        content = json.loads(read_file(path, most=most)) if not path.is_symlink() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_number(value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_number else 0.0
+
+
+def load_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings that most runs share, and the entries; none where it is missing, damaged, or another
+    version's."""
+    content = read_object(path, most=2**30)
+    try:
+        if content is not None and content["version"] == VERSION and isinstance(content["base"], dict):
+            entries = content["runs"]
+            if all(map(is_entry, entries.values())):
+                return content["base"], entries
+    except (KeyError, TypeError, AttributeError):
+        pass
+    return {}, {}
+
+
+def is_entry(entry: Mapping[str, Any]) -> bool:
+    return (
+        entry["state"] in STATES
+        and isinstance(entry["in_sweep"], bool)
+        and isinstance(entry["stamps"], list)
+        and (entry["error"] is None or isinstance(entry["error"], str))
+        and isinstance(entry["started"], float)
+        and isinstance(entry["seconds"], float)
+        and isinstance(entry["metrics"], dict)
+        and all(isinstance(value, (int, float)) for value in entry["metrics"].values())
+        and isinstance(entry["overrides"], list)
+        and all(isinstance(one, str) for one in entry["overrides"])
+        and list(map(type, entry["settings"])) == [dict, list]
+        and all(isinstance(key, str) for key in entry["settings"][1])
+    )
+
+
+def save_index(path: Path, base: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+    content = {"version": VERSION, "base": base, "runs": entries}
+    try:
+        for left in path.parent.glob(f"{TEMPORARY}{path.name}-*"):  # by a process that was killed
+            if time.time() - left.lstat().st_mtime >= LONG_LEFT:
+                left.unlink()
+        write_atomic(path, json.dumps(content, separators=(",", ":")).encode())
+    except OSError as error:
+        log.info("no index is kept: %s", error)
+
+
+def pack(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
+    """What differs from the settings that most runs share, and which of those are missing."""
+    others = {key: value for key, value in settings.items() if key not in base or base[key] != value}
+    return [others, [key for key in base if key not in settings]]
+
+
+def unpack(packed: Sequence[Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that ``pack`` was given."""
+    others, gone = packed
+    settings = {**base, **others}
+    for key in gone:
+        settings.pop(key, None)
+    return settings

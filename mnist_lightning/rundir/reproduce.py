@@ -1,0 +1,129 @@
+"""``reproduce=<run folder>``: train a run's settings again with today's code, and compare the weights.
+
+It is resolved before Hydra composes, as ``resume=`` is.  No checkout is touched: what has changed since is
+told.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mnist_lightning import trust
+from mnist_lightning.cli import quote
+from mnist_lightning.config import ConfigError
+from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.record import PATCH
+from mnist_lightning.rundir.resume import BASE, load_settings
+
+KEY = "reproduce="
+TOLD = "++reproduce="  # how Hydra is told it
+MULTIRUN = "multirun.yaml"
+# What may be said beside it: where and on what to compute, and whose modules to follow
+FREE = (
+    *("trust", "threads", "data.data_dir", "data.path", "data.num_workers", "trainer.accelerator"),
+    *("trainer.devices", "hydra.run.dir"),
+)
+HYDRA = {"run": {"dir": "logs/train/runs/${now:%Y-%m-%d_%H-%M-%S}"}}
+
+
+def reproduce_run(name: str, arguments: list[str]) -> list[str]:
+    """The arguments that make Hydra compose a new run from the settings that a run left.
+
+    Raises:
+        OSError: there is no such run.
+        ConfigError: other settings are given beside it, or the run's can't be read.
+        TrustError: its settings ask for more than they are trusted with.
+    """
+    folder = Path(name).expanduser()
+    if name == "latest" or not (folder / ".hydra" / "config.yaml").is_file():
+        folder = find_run(name)
+    folder = folder.absolute()
+    typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
+    for argument in typed:
+        key = argument.lstrip("+~").partition("=")[0]
+        if not key.startswith("-") and key not in FREE and "=" in argument:
+            raise ConfigError(
+                f"reproduce repeats the settings of {folder}: {key} can't be given beside it, only"
+                f" {', '.join(FREE)}"
+            )
+    trusted = trust.typed_trust(arguments)
+    give_settings(folder, typed, trusted)
+    return [
+        *("--config-name", BASE),
+        *typed,
+        f"{TOLD}{quote(str(folder))}",
+        "hydra/job_logging=train",
+        "+hydra.callbacks.prepare._target_=mnist_lightning.rundir.claim.Prepare",
+    ]
+
+
+def give_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> None:
+    """Give Hydra the settings of the run, for a folder of its own.
+
+    Raises:
+        OSError, ConfigError, TrustError: see ``reproduce_run``.
+    """
+    in_sweep = (folder.parent / MULTIRUN).is_file()
+    others = {"resume": None, "hydra": HYDRA} | ({"test": False} if in_sweep else {})  # as it was for jobs
+    load_settings(folder, typed, trusted, others=others)
+
+
+def tell_changes(folder: Path, now: Mapping[str, Any]) -> str:
+    """What differs from a run, in a line.
+
+    Args:
+        folder: of the run.
+        now: facts as in ``metrics.json``: the commit, versions, device, threads.
+    """
+    then = read_metrics(folder)
+    if then is None:
+        return f"{folder} has no metrics.json that can be read: what has changed since is not known"
+    changed = [
+        f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value
+    ]
+    for place in (folder, folder.parent):
+        if "git_commit" in now and str(then.get("git_commit")).endswith("+") and (place / PATCH).is_file():
+            changed.append(f"code that no commit held is in {place / PATCH}")
+            break
+    told = "; ".join(changed)
+    return f"changed since {folder}: {told}" if changed else f"nothing of {', '.join(now)} has changed"
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    try:
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return metrics if isinstance(metrics, dict) else None
+
+
+def compare_weights(folder: Path, again: Path) -> str:
+    """Whether two runs have the same weights after their last step, in a line."""
+    from mnist_lightning.rundir.checkpoint import LAST, load
+
+    try:
+        one, other = (load(place / "checkpoints" / LAST) for place in (folder, again))
+        weights = [
+            {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("net.")}
+            for checkpoint in (one, other)
+        ]  # not what metrics have counted
+        steps = [int(checkpoint["global_step"]) for checkpoint in (one, other)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        return f"the weights can't be compared: {error}"
+    if steps[0] != steps[1]:
+        return f"the weights can't be compared: the run stopped at step {steps[0]}, this one at {steps[1]}"
+    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in weights]
+    if shapes[0] != shapes[1]:
+        return "the weights came out different: the nets have other shapes"
+    far = {
+        name: float((tensor.double() - weights[1][name].double()).abs().max())
+        for name, tensor in weights[0].items()
+        if not tensor.equal(weights[1][name])
+    }
+    if not far:
+        return f"the weights came out equal, to the bit, as in {folder}"
+    return (
+        f"the weights came out different: {len(far)} of {len(shapes[0])} tensors, by up to"
+        f" {max(far.values()):.2g}"
+    )

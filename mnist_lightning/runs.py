@@ -1,0 +1,414 @@
+"""All runs at a glance:  python -m mnist_lightning.runs [key=value …]"""
+
+import collections
+import csv
+import difflib
+import gc
+import io
+import logging
+import math
+import operator
+import os
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
+from mnist_lightning.config import CONF_DIR, Runs, check
+from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.index import (
+    STATES,
+    WHERE,
+    Record,
+    equals,
+    find_defaults,
+    list_runs,
+    read_value,
+)
+from mnist_lightning.rundir.outside import as_cell, as_text
+from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
+from mnist_lightning.sweeps.results import count_jobs
+
+log = logging.getLogger(__name__)
+
+NARROWEST = 24  # letters of what was changed, however narrow the terminal is
+OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "!=": lambda value, wanted: not equals(value, wanted),
+    "=": equals,
+}
+CONDITION = re.compile(
+    r"""\s*(?P<key>[^\s=!<>]+)\s*(?P<sign><=|>=|!=|=|<|>)\s*
+        (?P<value>'(?:[^'])*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[^\s]+)(?=\s|$)""",
+    re.VERBOSE,
+)
+# Settings that decide nothing of the weights: runs that differ in them alone are averaged
+IDLE = re.compile(
+    rf"({'|'.join(map(re.escape, WHERE))})$"
+    r"|(logger|checkpoint|experiment|search|debug)(\.|$)"
+    r"|callbacks(\.(checkpoint|progress|summary|pictures|histograms|film)\b.*)?$"
+    r"|trainer(\.(accelerator|default_root_dir|log_every_n_steps|enable_\w+|profiler\b.*|num_sanity_val_steps"
+    r"|use_distributed_sampler))?$"
+)
+FOLD = "data.fold"
+# What a run's folder holds that a run, or a command that reads it, has written
+OURS = re.compile(
+    r"\.hydra|\.lock|\.writing-.*|checkpoints|csv|tensorboard|wandb|evaluation|film.*|metrics\.json|status\.json"
+    r"|settings\.json|code\.patch|train\.log|output\.log|trial\.json|\w+_correct\.npy|fit-profile.*|lr_range\..*"
+    r"|model\.onnx(\.data)?"
+)
+
+
+def main() -> None:
+    begin()
+    gc.disable()  # a short life among many small records: looking for cycles would take a third of it
+    paths = ["under", "filter", "sort", "columns", "csv", "delete"]
+    sys.argv[1:] = quote_paths(paths, sys.argv[1:])
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="runs")
+def run(cfg: DictConfig) -> None:
+    with compact_errors():
+        settings = check(cfg, Runs)
+        if settings.delete:
+            delete(settings.delete, Path(settings.under).expanduser(), yes=settings.yes)
+        else:
+            show(settings)
+
+
+def show(settings: Runs) -> None:
+    """Print the table, or write it as CSV.
+
+    Raises:
+        OSError: there is no such folder, or the CSV file can't be written.
+        CommandError: a key is unknown, or the filter can't be read.
+    """
+    nothing_yet = settings.under == "logs" and not Path(settings.under).exists()
+    records = [] if nothing_yet else list_runs(settings.under)
+    keys = find_keys(records)
+    if settings.filter is not None:
+        conditions = read_filter(settings.filter, keys)
+        records = [record for record in records if all(holds(record) for holds in conditions)]
+    columns = list(settings.columns)
+    if settings.average is not None:
+        records = average(records)
+        columns = [column for column in columns if column not in ("state", "run", "seed", "error", "sweep")]
+        columns = list(dict.fromkeys(["n", *columns]))
+        keys = keys | {"n"}
+    for column in columns:
+        check_key("columns", column, keys)
+    records = sort(records, settings.sort, keys)
+    if settings.csv is not None:
+        write_csv(settings.csv, records, columns)
+    else:
+        print_lines(tabulate(records, columns, settings))
+
+
+def find_keys(records: Sequence[Record]) -> set[str]:
+    """All that can be asked of a run: what a record has, and every setting."""
+    defaults, choices = find_defaults()
+    own = {"run", "when", "changed", "state", "seconds", "error", "sweep", "epochs", "train_seconds"}
+    scores = {f"{place}{split}/{name}" for place in ("", "last/") for split in ("train", "val", "test")
+              for name in ("acc", "loss")}  # fmt: skip
+    return own | scores | set(defaults) | set(choices) | {key for record in records for key in record}
+
+
+def check_key(argument: str, key: str, keys: Collection[str]) -> None:
+    """
+    Raises:
+        CommandError: no run has such a key.
+    """
+    if key not in keys:
+        ends = {re.split(r"[./]", known)[-1]: known for known in sorted(keys)}
+        near = difflib.get_close_matches(key, [*keys, *ends], n=1) or [""]
+        hint = f"; did you mean {ends.get(near[0], near[0])}?" if near[0] else ""
+        raise CommandError(f"{argument}: no run has a {key}{hint}")
+
+
+def read_filter(text: str, keys: Collection[str]) -> list[Callable[[Record], bool]]:
+    """The conditions of a filter, all of which are to hold.
+
+    ``key op value``, joined by spaces or ``and``; the value is read as YAML, and one with a space in it
+    stands in quotes or brackets.  Numbers are compared with numbers, words with words; all else does not
+    hold.
+
+    Raises:
+        CommandError: it is none, or names an unknown key.
+    """
+    conditions: list[Callable[[Record], bool]] = []
+    position = 0
+    while text[position:].strip():
+        if conditions and (joined := re.match(r"\s+and(?=\s)", text[position:])):
+            position += joined.end()
+        match = CONDITION.match(text, position)
+        if match is None:
+            raise CommandError(
+                f"filter can't be read at {text[position:].strip()!r}: it is key op value, as in"
+                " filter='val/acc > 0.98 and model.hidden = [256]', with = != < <= > >="
+            )
+        check_key("filter", match["key"], keys)
+        conditions.append(make_condition(match["key"], match["sign"], read_quoted(match["value"])))
+        position = match.end()
+    return conditions
+
+
+def read_quoted(text: str) -> Any:
+    """A value, and what is in quotes as a word, whatever it looks like."""
+    if text[0] == "'":
+        return text[1:-1]
+    return read_value(text)
+
+
+def make_condition(key: str, sign: str, wanted: Any) -> Callable[[Record], bool]:
+    compare = OPERATORS[sign]
+
+    def holds(record: Record) -> bool:
+        value = record.get(key)
+        if sign in ("=", "!="):
+            return compare(value, wanted)
+        for kind in (str, (int, float)):
+            if all(isinstance(one, kind) and not isinstance(one, bool) for one in (value, wanted)):
+                return compare(value, wanted)
+        return False
+
+    return holds
+
+
+def average(records: Sequence[Record]) -> list[Record]:
+    """Runs that differ in nothing but the seed, or the fold, as one: the mean of each number, and "n".
+
+    Of several runs with one seed and one fold the newest counts.  "<key> sd" is the standard deviation
+    (n - 1).
+
+    Args:
+        records: the newest first.
+    """
+    groups: dict[str, dict[Any, Record]] = {}
+    for record in records:
+        if record["state"] == "completed":
+            alike = repr(sorted((key, value) for key, value in record.items() if is_decisive(key, value)))
+            groups.setdefault(alike, {}).setdefault((record.get("seed"), record.get(FOLD)), record)
+    averaged = []
+    for members in groups.values():
+        runs = list(members.values())
+        mean = dict(runs[0])
+        mean["n"] = len(runs)
+        for key in mean:
+            values = [run[key] for run in runs if is_measured(key) and is_number(run.get(key))]
+            if len(values) == len(runs):
+                mean[key] = statistics.fmean(values)
+        for key in [key for key in mean if is_measured(key)]:
+            values = [run[key] for run in runs if is_number(run.get(key))]
+            mean[f"{key} sd"] = statistics.stdev(values) if 1 < len(values) == len(runs) else None
+        averaged.append(mean)
+    return averaged
+
+
+def is_measured(key: str) -> bool:
+    """Whether a key of a record is a number that was measured, and no setting."""
+    return "/" in key or key in ("seconds", "epochs", "train_seconds", "best_epoch")
+
+
+def is_decisive(key: str, value: Any) -> bool:
+    """Whether a key of a record is a setting that decides the weights."""
+    told = ("run", "when", "changed", "state", "error", "sweep", "num_parameters", FOLD)
+    return not (
+        value is None or is_measured(key) or key in told or IDLE.match(key) or key.startswith("data/")
+    )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Record]:
+    """By a key, upwards, and downwards with a minus before it; what has no such value comes last.
+
+    Raises:
+        CommandError: no run has such a key.
+    """
+    name = key.removeprefix("-")
+    check_key("sort", name, keys)
+
+    def rank(record: Record) -> tuple[bool, Any]:
+        value = record[name]
+        return (
+            (True, value) if is_number(value) else (False, value if isinstance(value, str) else repr(value))
+        )
+
+    known = [record for record in records if record.get(name) is not None and record[name] == record[name]]
+    others = [record for record in records if record.get(name) is None or record[name] != record[name]]
+    return [*sorted(known, key=rank, reverse=key.startswith("-")), *others]
+
+
+def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) -> list[str]:
+    if not records:
+        if settings.filter is not None:
+            return [f"no run under {settings.under} fits {settings.filter}"]
+        return [f"no run under {settings.under} yet; python -m mnist_lightning.train makes one"]
+    rows = [[show_cell(record, column) for column in columns] for record in records]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    if "changed" in columns and sys.stdout.isatty():
+        position = columns.index("changed")
+        room = shutil.get_terminal_size().columns - sum(widths) - 2 * (len(widths) - 1)
+        widths[position] = max(NARROWEST, min(widths[position], widths[position] + room))
+        for row, changed in zip(rows, put_rare_first([row[position] for row in rows]), strict=True):
+            row[position] = shorten(row[position], changed, widths[position])
+    lines = []
+    for row in (list(columns), *rows):
+        cells = (
+            cell.rjust(width) if column not in ("changed", "when", "state", "run", "error", "sweep")
+            else cell.ljust(width)
+            for column, cell, width in zip(columns, row, widths, strict=True)
+        )  # fmt: skip
+        lines.append("  ".join(cells).rstrip())
+    if settings.average is None:
+        counts = {state: sum(record["state"] == state for record in records) for state in STATES}
+        told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+        lines += ["", f"{len(records):,} runs: {told}" if len(records) > 1 else f"1 run: {told}"]
+    return lines
+
+
+def put_rare_first(changes: Sequence[str]) -> list[str]:
+    """What was changed in each run, that first which the fewest others share."""
+    parts = [re.split(r" (?=~?[\w./@]+=)", changed) for changed in changes]
+    counts = collections.Counter(part for of_run in parts for part in of_run)
+    return [" ".join(sorted(of_run, key=counts.__getitem__)) for of_run in parts]
+
+
+def shorten(text: str, rare_first: str, width: int) -> str:
+    """A text that has room, or else the beginning of the other one."""
+    return text if len(text) <= width else rare_first[: width - 1] + "…"
+
+
+def show_cell(record: Record, column: str) -> str:
+    """A value for people: accuracies in percent, times in seconds, control characters as they are written."""
+    value = record.get(column)
+    if value is None or value == "":
+        return "default" if column == "changed" else "–"
+    if "/" in column and is_number(value):
+        deviation = record.get(f"{column} sd")
+        if deviation is not None:
+            return show_value(column, value, deviation) + (" %" if column.endswith("acc") else "")
+        return show_with_unit(column, float(value))
+    if column == "when":
+        return str(value)[:16]
+    if isinstance(value, float):
+        return f"{value:.1f}" if is_measured(column) else f"{value:g}"
+    return as_text(str(value))
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> None:
+    """Write a row for each run, numbers as they are; "-" is the terminal.
+
+    Raises:
+        CommandError: a file lies there that is no such table.
+        OSError: it can't be written.
+    """
+    names = ["run", *(column for column in columns if column != "run")]
+    names = [
+        one for column in names for one in (column, f"{column} sd") if one in column or has(records, one)
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for record in records:
+        writer.writerow(["" if record.get(key) is None else as_cell(record[key]) for key in names])
+    if name == "-":
+        print_lines(text.getvalue().splitlines())
+        return
+    path = Path(name).expanduser()
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(4) not in (b"run,", b"run\n", b""):
+                raise CommandError(f"csv={path} is there already and is no table of runs: give another name")
+    write_atomic(path, text.getvalue().encode())
+    print(f"{len(records):,} rows written to {path}")
+
+
+def has(records: Sequence[Record], key: str) -> bool:
+    return any(record.get(key) is not None for record in records)
+
+
+def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
+    """Delete runs, once all are found fit for it and the user has agreed.
+
+    Raises:
+        CommandError: one is none that may be deleted; nothing is.
+        OSError: a folder can't be deleted.
+    """
+    runs = {os.path.abspath(record["run"]): record for record in list_runs(under)}
+    chosen: dict[Path, Record] = {}
+    for name in names:
+        path = Path(os.path.abspath(Path(name).expanduser()))
+        if any(part.is_symlink() for part in (path, *path.parents) if part != Path(part.anchor)
+               and part.is_relative_to(os.path.abspath(under))):  # fmt: skip
+            raise CommandError(f"delete: {name} is a link, or lies behind one: delete where it leads to")
+        if str(path) not in runs:
+            raise CommandError(
+                f"delete: {name} is no run under {under}; python -m mnist_lightning.runs lists them"
+            )
+        check_deletable(name, path, runs[str(path)], runs.values())
+        chosen[path] = runs[str(path)]
+    for path, record in chosen.items():
+        told = record["changed"] or "default"
+        print(f"{path}  {record['when']}  {record['state']}  {as_text(told)}")
+    if not yes:
+        if not sys.stdin.isatty():
+            count = "1 run" if len(chosen) == 1 else f"{len(chosen)} runs"
+            raise CommandError(f"delete: {count} would be deleted: say yes=true")
+        if input("delete for good? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing is deleted")
+            return
+    for path in chosen:
+        shutil.rmtree(path)
+    print(f"{len(chosen)} deleted")
+
+
+def check_deletable(name: str, path: Path, record: Record, records: Collection[Record]) -> None:
+    """
+    Args:
+        records: of all runs, the other jobs of its sweep among them.
+
+    Raises:
+        CommandError: a run is under way, its sweep is not finished, or something else lies in its folder.
+    """
+    if record["state"] == "running":
+        raise CommandError(f"delete: {name} is running")
+    if record["sweep"] is not None:
+        sweep = path.parent
+        wanted = count_jobs(sweep)
+        states = [other["state"] for other in records if other["sweep"] == record["sweep"]]
+        finished = sum(state in ("completed", "failed", "pruned") for state in states)
+        if is_locked(sweep) or finished < len(states) or (wanted is not None and len(states) < wanted):
+            raise CommandError(
+                f"delete: {name} is a job of a sweep that is not finished: {finished} of {wanted or '?'} jobs"
+                " have ended"
+            )
+    strange = sorted(one.name for one in path.iterdir() if not OURS.fullmatch(one.name))
+    if strange:
+        raise CommandError(
+            f"delete: {name} holds what no run writes ({', '.join(strange)}): move it away first"
+        )
+
+
+if __name__ == "__main__":
+    main()
