@@ -62,7 +62,9 @@ def tell_settings_in_a_line() -> None:
         try:
             return load(self, config_name, overrides, *args, **kwargs)
         except (ConfigCompositionException, ValueError) as error:
-            line = " ".join(str(error).partition("\n\nConfig search path")[0].split())
+            line = " ".join(str(error).partition("Config search path")[0].split())
+            if line.startswith("Error merging override") and error.__cause__ is not None:
+                line += f": {str(error.__cause__).splitlines()[0]}"
         pairs = [one.lstrip("+~").partition("=")[::2] for one in overrides]
         for key, value in pairs:
             choices = self.get_group_options(key)

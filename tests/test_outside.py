@@ -614,8 +614,8 @@ def test_a_resumption_writes_through_no_link(trained_run: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932"])
-def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, command: Run) -> None:
-    done = command("report", f"run={folder}", cwd=folder.parent, PYTHONIOENCODING=encoding)
+def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_command: Run) -> None:
+    done = fresh_command("report", f"run={folder}", cwd=folder.parent, PYTHONIOENCODING=encoding)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     if encoding == "ascii":
@@ -662,12 +662,13 @@ def test_what_lightning_can_not_do_is_a_line(tmp_path: Path, command: Run) -> No
         ): "val_check_interval` (500) must be",
         (f"+callbacks.x._target_={callbacks}.LearningRateFinder",): "When using the learning rate finder",
     }
-    for settings, line in wrong.items():
-        done = command("train", *settings, "model.hidden=8", "hydra.run.dir=run", cwd=tmp_path)
+    for number, (settings, line) in enumerate(wrong.items()):
+        run = f"run {number}"
+        done = command("train", *settings, "model.hidden=8", f"hydra.run.dir={run}", cwd=tmp_path)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert line in done.stderr
-        assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+        assert "Traceback" in (tmp_path / run / "train.log").read_text()
 
 
 def test_a_copied_search_is_a_search_of_its_own(tmp_path: Path, command: Run) -> None:

@@ -290,7 +290,7 @@ def test_arrays_of_torch_of_any_whole_numbers(tmp_path: Path) -> None:
 # What is wrong with a file -> what writes it, and what the line says
 WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file"),
-    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+    "a folder": (lambda path: path.mkdir(), "is no file"),
     "empty": (lambda path: path.touch(), "can't be read as an npz file"),
     "text": (lambda path: path.write_text("images"), "can't be read as an npz file"),
     "one array": (lambda path: np.save(path.open("wb"), np.zeros(3)), "is a single array"),

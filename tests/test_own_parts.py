@@ -109,7 +109,9 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     done = command("predict", "images=seven.png", "run=run", f"trust=[{module}]", "output=out", cwd=work)
     assert done.returncode == 0, done.stderr
     header = (work / "out" / "predictions.csv").read_text().splitlines()[0]
-    assert header.startswith("file,output" if name == "regression" else "file,prediction,probability,p(0)")
+    assert header.startswith(
+        "file,output" if name == "regression" else "file,prediction,probability,answer,p(0)"
+    )
 
     if name == "resnet":
         return

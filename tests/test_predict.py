@@ -237,7 +237,7 @@ def test_mutated_pictures_are_read_or_named(
     told = [line.split(": ", 1)[0] for line in errors.splitlines()]
     with (tmp_path / "out" / "predictions.csv").open() as file:
         read = [row["file"] for row in csv.DictReader(file)]
-    assert sorted(read + told) == [f"pictures/{name}" for name in names]
+    assert sorted([*set(read), *told]) == [f"pictures/{name}" for name in names]
     assert read
     assert told
     assert process.returncode == 1

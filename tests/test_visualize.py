@@ -15,7 +15,7 @@ def test_visualize_draws_mnist(tmp_path: Path, command: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     folder = tmp_path / "my (1) pictures, é"
-    assert sorted(path.name for path in folder.iterdir()) == FIGURES
+    assert sorted(path.name for path in folder.iterdir()) == [".written", *FIGURES]
     for name in FIGURES:
         with Image.open(folder / name) as picture:
             assert picture.size[0] == 960

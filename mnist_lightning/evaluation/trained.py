@@ -166,11 +166,14 @@ def load_data(
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         cause = as_text(str(error))
         raise OSError(f"{path} does not tell which data its net was trained on: {cause}") from error
-    datamodule.setup("fit")
     try:
+        datamodule.setup("fit")
         datamodule.check_fingerprint(checkpoint.get(type(datamodule).__qualname__) or {})
     except DataError as error:
         raise OSError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:  # from settings of other types
+        cause = as_text(str(error))
+        raise OSError(f"{path} does not tell which data its net was trained on: {cause}") from error
     return datamodule
 
 

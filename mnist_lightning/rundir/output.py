@@ -26,16 +26,17 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
     """
     folder = expand_home(output)
     folder.mkdir(parents=True, exist_ok=True)
+    if Path(os.path.realpath(LOGS)) in Path(os.path.realpath(folder)).parents:
+        return folder  # all there is ours
     mark = folder / WRITTEN
     lines = read_file(mark).decode(errors="replace").splitlines() if os.path.lexists(mark) else []
     wanted = [f"{command} {name}" for name in names]
-    logs = Path(os.path.realpath(LOGS))
     strange = [
         name
         for name, line in zip(names, wanted, strict=True)
         if line not in lines and os.path.lexists(folder / name)
     ]
-    if strange and logs not in Path(os.path.realpath(folder)).parents:
+    if strange:
         raise CommandError(
             f"output={output} holds {strange[0]} already, which {command} has not written: nothing is"
             " overwritten, name another folder"
