@@ -654,13 +654,11 @@ def test_a_choice_beside_resume_is_told(trained_run: Path, tmp_path: Path, comma
 
 
 def test_what_lightning_can_not_do_is_a_line(tmp_path: Path, command: Run) -> None:
-    callbacks = "lightning.pytorch.callbacks"
     wrong = {
         (
             "+trainer.val_check_interval=500",
             "+trainer.limit_train_batches=20",
         ): "val_check_interval` (500) must be",
-        (f"+callbacks.x._target_={callbacks}.LearningRateFinder",): "When using the learning rate finder",
     }
     for number, (settings, line) in enumerate(wrong.items()):
         run = f"run {number}"
