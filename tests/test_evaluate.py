@@ -131,7 +131,15 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
 
 def test_settings_are_checked_without_a_process() -> None:
     values = {"run": "latest", "checkpoint": None, "runs": [], "tta": 0}
-    values |= {"data_dir": None, "trust": None, "output": None, "show": False, "threads": None}
+    values |= {
+        "folds": None,
+        "labels": False,
+        "data_dir": None,
+        "trust": None,
+        "output": None,
+        "show": False,
+        "threads": None,
+    }
     assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]
@@ -199,6 +207,7 @@ def test_latest_is_the_newest_folder_with_a_valid_checkpoint(trained_run: Path, 
     for age, name in ((30, "runs/old"), (20, "multiruns/sweep/3"), (10, "runs/broken")):
         folder = tmp_path / "train" / name / "checkpoints"
         folder.mkdir(parents=True)
+        (folder.parent / ".hydra").mkdir()
         shutil.copy(trained_run / "checkpoints" / "best.ckpt", folder / "best.ckpt")
         if name.endswith("broken"):
             (folder / "best.ckpt").write_bytes(b"PK half a file")

@@ -141,6 +141,7 @@ def risk_coverage(coverage: Array, risk: Array, *, sure: float | None, title: st
     return figure
 
 
+@styled
 def reliability_diagram(
     counts: Array, confidences: Array, accuracies: Array, *, error: float, title: str
 ) -> Figure:
