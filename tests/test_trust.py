@@ -157,7 +157,8 @@ def test_saved_settings_run_nothing_write_nowhere_and_learn_nothing(
 def test_what_an_earlier_resumption_saved_is_checked_as_well(strange: Path, command: Run) -> None:
     hydra = strange / "run" / ".hydra"
     (hydra / "resume-1").mkdir()
-    shutil.copy(hydra / "config.yaml", hydra / "resume-1")
+    for name in ("config.yaml", "overrides.yaml"):
+        shutil.copy(hydra / name, hydra / "resume-1")
     for hostile, clean in ((hydra / "resume-1", hydra), (hydra, hydra / "resume-1")):
         kept = (clean / "config.yaml").read_text()
         edit(hostile / "config.yaml", {"callbacks.x": MKDIR})
