@@ -155,7 +155,7 @@ def read_sweep(folder: Path) -> Sweep:
 def find_jobs(folder: Path) -> Iterator[Path]:
     """The folders of a sweep's jobs, as deep as ``hydra.sweep.subdir`` has put them."""
     for place, below, files in os.walk(folder):
-        if FILE in files and Path(place) != folder:
+        if FILE in [*files, *below] and Path(place) != folder:  # a damaged one may be a folder
             below.clear()  # what lies in a job is its own
             yield Path(place)
 
