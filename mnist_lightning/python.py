@@ -6,7 +6,6 @@ are there.  The process is somebody else's: what a run changes in it is put back
 
 import contextlib
 import functools
-import json
 import logging
 import sys
 import threading
@@ -25,6 +24,7 @@ from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.claim import prepare
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.notebook import in_notebook, to_table
+from mnist_lightning.rundir.outside import expand_home, read_json
 from mnist_lightning.rundir.status import let_go, read, show_with_unit
 from mnist_lightning.sweeps.resume import rewrite_arguments
 
@@ -84,7 +84,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
     with workarounds.hydra_as_it_was():
         search_path = create_config_search_path(CONF_DIR)
         if "--config-dir" in flags:
-            folder = Path(flags["--config-dir"]).expanduser().absolute()
+            folder = expand_home(flags["--config-dir"]).absolute()
             if not folder.is_dir():
                 raise ConfigError(f"--config-dir={flags['--config-dir']}: there is no such folder")
             search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
@@ -147,13 +147,7 @@ class Run:
             OSError: the file can't be read.
         """
         path = self.folder / "metrics.json"
-        if not path.is_file():
-            return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OSError(f"{path} can't be read: {error}") from error
-        return dict(content)
+        return read_json(path) if path.is_file() else {}
 
     def load(self) -> "TrainedNet":
         """The net of the best epoch; see ``load``."""
@@ -476,7 +470,7 @@ class TrainedNet:
         from mnist_lightning.images.known import draws_like_mnist
         from mnist_lightning.images.normalize import NoDigit
 
-        path = Path(file).expanduser()
+        path = expand_home(file)
         data = self._checkpoint["datamodule_hyper_parameters"]
         try:
             _, pixels = read_pixels(path, self.classifier.image_shape, as_mnist=draws_like_mnist(data))

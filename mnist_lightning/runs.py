@@ -32,7 +32,7 @@ from mnist_lightning.rundir.index import (
     list_runs,
     read_value,
 )
-from mnist_lightning.rundir.outside import as_cell, as_text
+from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
 from mnist_lightning.sweeps.results import count_jobs
 
@@ -82,7 +82,7 @@ def run(cfg: DictConfig) -> None:
     with compact_errors():
         settings = check(cfg, Runs)
         if settings.delete:
-            delete(settings.delete, Path(settings.under).expanduser(), yes=settings.yes)
+            delete(settings.delete, expand_home(settings.under), yes=settings.yes)
         else:
             show(settings)
 
@@ -335,7 +335,7 @@ def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> N
     if name == "-":
         print_lines(text.getvalue().splitlines())
         return
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.exists():
         with path.open("rb") as file:
             if file.read(4) not in (b"run,", b"run\n", b""):
@@ -358,7 +358,7 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
     runs = {os.path.abspath(record["run"]): record for record in list_runs(under)}
     chosen: dict[Path, Record] = {}
     for name in names:
-        path = Path(os.path.abspath(Path(name).expanduser()))
+        path = Path(os.path.abspath(expand_home(name)))
         if any(part.is_symlink() for part in (path, *path.parents) if part != Path(part.anchor)
                and part.is_relative_to(os.path.abspath(under))):  # fmt: skip
             raise CommandError(f"delete: {name} is a link, or lies behind one: delete where it leads to")

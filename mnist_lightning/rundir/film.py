@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import expand_home
 
 NAME = "film.npz"
 MOST_BYTES = 50_000_000  # unpacked; ours have less than 2 MB
@@ -83,7 +84,7 @@ def find_film(name: str, *, logs: Path = Path("logs")) -> Path:
         FileNotFoundError: there is none.
     """
     if name != "latest":
-        return Path(name).expanduser()
+        return expand_home(name)
     films = sorted(logs.glob(f"**/{NAME}"), key=lambda path: path.stat().st_mtime)
     if not films:
         raise FileNotFoundError(f"latest: no run under {logs.absolute()} has a {NAME} yet")

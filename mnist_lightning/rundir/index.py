@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
-from mnist_lightning.rundir.outside import read_file
+from mnist_lightning.rundir.outside import expand_home, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
 from mnist_lightning.settings_help import flatten
@@ -58,7 +58,7 @@ def list_runs(under: str | Path = "logs") -> list[Record]:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    under = Path(under).expanduser()
+    under = expand_home(under)
     if not under.is_dir():
         raise FileNotFoundError(f"{under} holds no runs: there is no such folder")
     base, entries = update_index(under)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mnist_lightning.config import Train
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.outside import read_json
 from mnist_lightning.rundir.status import is_main_process
 from mnist_lightning.settings_help import flatten
 
@@ -42,14 +43,10 @@ def write_settings(run_dir: Path, settings: Train, choices: Mapping[str, Any]) -
 def read_settings(run_dir: Path) -> dict[str, Any]:
     """What ``write_settings`` has left: "choices" and "settings"; empty where nothing can be read."""
     try:
-        saved = json.loads((run_dir / SETTINGS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        saved = read_json(run_dir / SETTINGS)
+    except OSError:
         return {}
-    if not isinstance(saved, dict) or not all(
-        isinstance(saved.get(key), dict) for key in ("choices", "settings")
-    ):
-        return {}
-    return saved
+    return saved if all(isinstance(saved.get(key), dict) for key in ("choices", "settings")) else {}
 
 
 def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> None:

@@ -4,7 +4,6 @@ It is resolved before Hydra composes, as ``resume=`` is.  No checkout is touched
 told.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mnist_lightning import trust
 from mnist_lightning.cli import quote
 from mnist_lightning.config import ConfigError
 from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.outside import expand_home, read_json
 from mnist_lightning.rundir.record import PATCH
 from mnist_lightning.rundir.resume import BASE, load_settings
 
@@ -35,7 +35,7 @@ def reproduce_run(name: str, arguments: list[str]) -> list[str]:
         ConfigError: other settings are given beside it, or the run's can't be read.
         TrustError: its settings ask for more than they are trusted with.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if name == "latest" or not (folder / ".hydra" / "config.yaml").is_file():
         folder = find_run(name)
     folder = folder.absolute()
@@ -92,10 +92,9 @@ def tell_changes(folder: Path, now: Mapping[str, Any]) -> str:
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     try:
-        metrics = json.loads((folder / "metrics.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "metrics.json")
+    except OSError:
         return None
-    return metrics if isinstance(metrics, dict) else None
 
 
 def compare_weights(folder: Path, again: Path) -> str:
