@@ -31,13 +31,13 @@ TINY = ("model.hidden=[16]", "trainer.max_epochs=2", "+trainer.limit_train_batch
 
 
 @pytest.fixture(scope="module")
-def work(once: Once, data_dir: Path) -> Iterator[Path]:
-    """A folder in which a run was made from Python."""
+def work(once: Once) -> Iterator[Path]:
+    """A folder in which a run was made from Python, with its data: each worker has a data folder of its own."""
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            mnist_lightning.train(*TINY, f"data.data_dir={data_dir}", "hydra.run.dir=a run")
+            mnist_lightning.train(*TINY, f"data.data_dir={folder / 'data'}", "hydra.run.dir=a run")
 
     folder = once("from_python", make)
     with pytest.MonkeyPatch.context() as patch:
@@ -45,9 +45,9 @@ def work(once: Once, data_dir: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_it_is_the_commands_run(work: Path, tmp_path: Path, data_dir: Path, command: Run) -> None:
+def test_it_is_the_commands_run(work: Path, tmp_path: Path, command: Run) -> None:
     """The same files, messages and weights."""
-    done = command("train", *TINY, f"data.data_dir={data_dir}", "hydra.run.dir=a run", cwd=tmp_path)
+    done = command("train", *TINY, f"data.data_dir={work / 'data'}", "hydra.run.dir=a run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mine, its = work / "a run", tmp_path / "a run"
 
