@@ -120,7 +120,9 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     bind(target, arguments, key, partial=partial)
     recipe = {TARGET: config[TARGET], **arguments}
     try:
-        made = instantiate({**recipe, "_partial_": partial}, _convert_="all")
+        made = instantiate(
+            {**as_literal(as_literal(recipe)), "_partial_": partial}, _convert_="all"
+        )  # it resolves twice
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise TargetError(
@@ -131,6 +133,17 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     if key.split(".")[0] in PARTS:
         made.recipe = recipe
     return made
+
+
+def as_literal(value: Any) -> Any:
+    """Settings in which nothing is left to look up, such that OmegaConf takes a ``${`` in them for a text."""
+    if isinstance(value, Mapping):
+        return {key: as_literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_literal(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+    return value
 
 
 def check_arguments(config: Mapping[str, Any], key: str) -> None:

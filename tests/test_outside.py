@@ -227,14 +227,24 @@ def test_what_a_stranger_wrote_is_shown_as_text(folder: Path, capsys: pytest.Cap
     assert not any(cell.startswith(("=", "@")) or "\x1b" in cell for cell in cells)
 
 
-def test_figures_and_files_of_the_users_stay(folder: Path, tmp_path: Path) -> None:
-    mine = {folder / "figures" / "mine.png": b"a picture", tmp_path / "target": b"kept"}
-    (folder / "figures").mkdir()
+def test_figures_and_files_of_the_users_stay(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_report(folder)
+    (drawn, *others) = sorted((folder / "figures").iterdir())
+    before = others[0].read_bytes()
+    mine = {folder / "figures" / "mine.png": b"a picture", tmp_path / "target": b"kept", drawn: b"my own"}
     for path, content in mine.items():
         path.write_bytes(content)
+    others[0].write_bytes(before[:300])  # ours, and replaced whole
     write_report(folder)
     assert {path: path.read_bytes() for path in mine} == mine
-    assert "mine.png" not in (folder / "report.md").read_text()
+    assert others[0].read_bytes() == before
+    report = (folder / "report.md").read_text()
+    assert others[0].name in report
+    assert "mine.png" not in report
+    assert drawn.name not in report
+    assert f"{drawn.name} is not drawn by this project and stays" in caplog.text
     (folder / ".report.lock").unlink()
     (folder / ".report.lock").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match=r"\.report\.lock is a link out of its folder"):
