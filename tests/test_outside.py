@@ -1,5 +1,6 @@
 """Files that are damaged or a stranger's cost a line and themselves; what is a user's stays as it is."""
 
+import copy
 import csv
 import json
 import os
@@ -19,7 +20,7 @@ from test_trust import FORWARD
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.evaluation.trained import load_classifier, load_split
-from mnist_lightning.rundir.checkpoint import find_newest, load, serialize
+from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, load, serialize
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.loggers import CSVLogger
 from mnist_lightning.rundir.output import claim_output
@@ -398,6 +399,77 @@ def test_a_hostile_checkpoint_is_refused_soon(what: str, honest: dict[str, Any],
     with pytest.raises(OSError, match=r"x\.ckpt"):
         load_classifier(path)
     assert time.monotonic() - begun < SOON
+
+
+def state(checkpoint: dict[str, Any], *keys: Any, value: Any) -> dict[str, Any]:
+    """With another value somewhere; None takes it out."""
+    key, *rest = keys
+    changed = copy.copy(checkpoint)
+    if rest:
+        changed[key] = state(changed[key], *rest, value=value)
+    elif value is None:
+        del changed[key]
+    else:
+        changed[key] = value
+    return changed
+
+
+KEEPER = "Checkpoints"
+OTHER_STATE: dict[str, tuple[Any, ...]] = {  # where in a checkpoint, and what is there instead
+    **{f"no {name}": (name, None) for name in ("loops", "callbacks", "optimizer_states", "lr_schedulers")},
+    **{f"no {name} ": (name, None) for name in ("environment", "processes", "epoch", "MNISTDataModule")},
+    "loops that are none": ("loops", {"fit_loop": 3}),
+    "an optimizer of other weights": ("optimizer_states", 0, "param_groups", []),
+    "a state of another size": ("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1)),
+    "a state that is none": ("optimizer_states", 0, "state", 1, "exp_avg_sq", "x"),
+    "steps of another size": ("optimizer_states", 0, "state", 0, "step", torch.zeros(3)),
+    "a random state that is none": ("processes", 0, "random_state", "cpu", torch.zeros(3)),
+    "a score that is a text": ("callbacks", KEEPER, "best_score", "x"),
+    "callbacks that are none": ("callbacks", 3),
+    "an order of no data": ("MNISTDataModule", "epoch", None),
+}
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_no_other_state(
+    every: int, fit: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    """A stranger's, of a whole file: in a line, and before anything is trained or written."""
+    settings = ("model.hidden=8", "+trainer.limit_train_batches=3", "logger=csv", "callbacks.summary=null")
+    run = tmp_path / "run"
+    fit(*settings, "trainer.max_epochs=1", "scheduler=none")
+    path = run / "checkpoints" / "last.ckpt"
+    whole = load(path)
+    for name in ("best.ckpt", "previous.ckpt"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
+    again = (*settings, "trainer.max_epochs=2", "scheduler=none", f"resume='{run}'")
+    for *keys, value in list(OTHER_STATE.values())[::every]:
+        changed = state(whole, *keys, value=value)
+        path.write_bytes(serialize(changed))
+        before = path.read_bytes()
+        with pytest.raises(OSError, match=r"last\.ckpt can't be gone on with: it (does not hold|has no)"):
+            fit(*again)
+        assert path.read_bytes() == before
+    elsewhere = state(whole, "callbacks", KEEPER, "folder", value=str(tmp_path / "elsewhere"))
+    path.write_bytes(serialize(elsewhere))
+    assert fit(*again)["epochs"] == 2
+    assert not (tmp_path / "elsewhere").exists(), "no attribute but what it keeps is taken"
+
+
+def test_only_what_a_run_has_written_is_removed(honest: dict[str, Any], tmp_path: Path) -> None:
+    """ModelCheckpoint removes files by names in its state, which may be a stranger's."""
+    mine, run = tmp_path / "mine.txt", tmp_path / "run"
+    mine.touch()
+    (run / "kept").mkdir(parents=True)
+    (run / "link").symlink_to(tmp_path)
+    files = LocalCheckpointIO(run)
+    for name in ("kept/../../mine.txt", "link/mine.txt"):
+        files.remove_checkpoint(run / name)
+    assert mine.exists()
+    for path in (run / "kept" / "a.ckpt", tmp_path / "elsewhere.ckpt"):
+        files.save_checkpoint(honest, path)
+        files.remove_checkpoint(path)
+        assert not path.exists()
 
 
 @pytest.mark.parametrize("make", [torch.Tensor.double, torch.Tensor.half], ids=["double", "half"])
