@@ -61,7 +61,7 @@ def keep_names_literal() -> None:
                     cfg.hydra.runtime[key] = as_literal(name)
         plain(config, cfg)
 
-    HydraConfig.set_config = set_config  # type: ignore[method-assign]
+    HydraConfig.set_config = set_config  # type: ignore[assignment, method-assign]
 
 
 def read_yaml_by_libyaml() -> None:

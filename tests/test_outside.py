@@ -346,6 +346,20 @@ def weights(checkpoint: dict[str, Any], make: Callable[[torch.Tensor], Any]) -> 
     return {**checkpoint, "state_dict": {name: make(one) for name, one in checkpoint["state_dict"].items()}}
 
 
+def inflate(checkpoint: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A net of 20 weights that begins with these layers."""
+    pool = [
+        {"_target_": "torch.nn.AdaptiveAvgPool2d", "output_size": 1},
+        {"_target_": "torch.nn.Flatten"},
+        {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 10},
+    ]
+    place = len(layers) + 2
+    own = {f"net.{place}.weight": torch.zeros(10, 1), f"net.{place}.bias": torch.zeros(10)}
+    others = {name: one for name, one in checkpoint["state_dict"].items() if not name.startswith("net.")}
+    net = {"_target_": "torch.nn.Sequential", "_args_": [*layers, *pool]}
+    return change(checkpoint, model=net) | {"state_dict": others | own}
+
+
 HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "shared lists": lambda c: {**c, "x": shared_lists(400)},
     "shared lists in the recipe": lambda c: change(c, x=shared_lists(30)),
@@ -363,6 +377,13 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "many layers": lambda c: change(c, model={"_target_": FORWARD, "hidden": [1] * 10**5}),
     "many recurrent layers": lambda c: change(
         c, model={"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 10**9}
+    ),
+    "a huge activation": lambda c: inflate(c, [{"_target_": "torch.nn.ConstantPad2d", "padding": 10**6, "value": 0}]),
+    "an activation by steps": lambda c: inflate(
+        c, [{"_target_": "torch.nn.Upsample", "scale_factor": 50}] * 3
+    ),
+    "an activation that is huge for many images": lambda c: inflate(
+        c, [{"_target_": "torch.nn.Upsample", "size": [8000, 8000]}]
     ),
     "layers that are not numbers": lambda c: change(c, model={"_target_": FORWARD, "hidden": ["x"]}),
     "a model that is a text": lambda c: change(c, model="x"),
@@ -470,6 +491,12 @@ def test_only_what_a_run_has_written_is_removed(honest: dict[str, Any], tmp_path
         files.save_checkpoint(honest, path)
         files.remove_checkpoint(path)
         assert not path.exists()
+
+
+def test_a_net_that_makes_its_images_larger_is_taken(honest: dict[str, Any], tmp_path: Path) -> None:
+    layers = [{"_target_": "torch.nn.Upsample", "scale_factor": 2}]
+    (tmp_path / "x.ckpt").write_bytes(serialize(inflate(honest, layers)))
+    assert load_classifier(tmp_path / "x.ckpt")[0](torch.zeros(2, 28, 28)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("make", [torch.Tensor.double, torch.Tensor.half], ids=["double", "half"])
