@@ -498,7 +498,8 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
     if len(unfinished) > top:
         lines.append(f"… {len(unfinished) - top} more jobs did not finish")
-    lines += ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
+    report = sweep.folder / "report.md"
+    lines += ["", f"the report is in {as_text(str(report))}"] * report.is_file() + ["", "next:"]
     if unfinished:
         lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
     lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
