@@ -265,8 +265,10 @@ class DigitClassifier(L.LightningModule):
             self._count("train")
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the net's outputs, for callbacks.  -> (B, num_outputs)"""
         self._step(batch)
+        return self._outputs[-1][1]
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch)

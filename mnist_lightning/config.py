@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH, check_sizes
-from mnist_lightning.settings_help import describe_settings, without_hydra
+from mnist_lightning.settings_help import describe_settings, name_changes, without_hydra
 from mnist_lightning.targets import TargetError, choose_mode
 
 log = logging.getLogger(__name__)
@@ -670,13 +670,14 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
-    ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
+    ``${run_dir:}``, ``${single_run:}``, ``${changes:}`` and ``${settings:}`` to OmegaConf."""
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)
     OmegaConf.register_new_resolver("settings", lambda _root_: describe_settings(_root_), replace=True)
     OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
+    OmegaConf.register_new_resolver("changes", name_changes, replace=True)
 
 
 def _is_single_run() -> bool:

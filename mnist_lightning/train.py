@@ -34,8 +34,7 @@ from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
-from mnist_lightning.settings_help import flatten
-from mnist_lightning.sweeps.results import split_overrides
+from mnist_lightning.settings_help import WHERE, drop_places, flatten, show
 from mnist_lightning.sweeps.resume import rewrite_arguments
 from mnist_lightning.targets import check_arguments, choose_mode, make, strange_modules
 from mnist_lightning.trust import write_trust
@@ -180,7 +179,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.data import MNISTDataModule
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
-    settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
+    unplaced, settings = (
+        settings,
+        place(settings, run_dir),
+    )  # a copy, but monitor is the caller's: status.json tells its mode
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
@@ -198,6 +200,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
     classifier.logs_evaluations = False
+    for part in (classifier, datamodule):  # loggers get all settings instead
+        part.save_hyperparameters(dict(part.hparams), logger=False)
     if first is not None:
         take_weights(classifier, first)
     monitor = settings.monitor
@@ -225,6 +229,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         },
         "trainer",
     )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(list_parameters(unplaced))
     number = choose_threads(settings, flops, trainer)
     with threads.use(number):
         with signals.deferred(), compiler_errors():
@@ -266,7 +272,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-            write_results(trainer, settings, metrics)
+            write_results(trainer, unplaced, run_dir, metrics)
     return metrics
 
 
@@ -525,46 +531,53 @@ def find_commit() -> str | None:
         return None  # no git here
 
 
-def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
+def list_parameters(settings: Train) -> dict[str, Any]:
+    """Every setting by its dotted key, as loggers take parameters, but what names the run's own folder."""
+    flat = flatten(asdict(settings))
+    mine = [key for key, value in flat.items() if str(value).partition("/")[0] == RUN_DIR]
+    return {key: value for key, value in flat.items() if key not in (*mine, "resume", "reproduce")}
+
+
+def list_hparams(settings: Train, typed: str) -> dict[str, bool | float | str]:
+    """The columns of TensorBoard's HParams tab, which has the first five of those that are alike by name.
+
+    Args:
+        typed: what was changed.
+    """
+    augment = settings.data.augment
+    deforms = [f"{key}={value:g}" for key, value in vars(augment).items() if value and augment.deforms]
+    columns: dict[str, Any] = {"changed": typed or "nothing", "data.augment": " ".join(deforms) or "none"}
+    groups = ("data", "model", "loss", "metrics", "optimizer", "scheduler", "trainer")
+    for key, value in list_parameters(settings).items():
+        if key in ("seed", "ema_decay", "decay_biases") or (
+            key.split(".")[0] in groups
+            and not key.startswith(("data.augment.", "trainer.profiler", "trainer._target_"))
+            and key not in WHERE
+        ):
+            columns[key] = value
+    return {key: one if isinstance(one, (bool, int, float)) else show(one) for key, one in columns.items()}
+
+
+def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics: Metrics) -> None:
     """Give what the test has measured to all loggers, and to TensorBoard's HParams tab the run's settings
-    beside its final metrics.
+    beside the final metrics of the net that was kept.
 
     A run that is killed before or in this has not finished, and a resumption does it again.
     """
-    from torch.utils.tensorboard.summary import hparams
-
     from mnist_lightning.rundir.loggers import TensorBoardLogger
 
-    settings_by_key: dict[str, Any] = {"seed": settings.seed}
-    settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights
-    everything = asdict(settings)
-    for group in ("data", "model", "loss", "optimizer", "scheduler", "trainer"):
-        settings_by_key |= flatten(everything[group], f"{group}.")
-    values = {
-        key: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for key, value in settings_by_key.items()
-    }
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        # TensorBoard's table opens with the first five by name: show what the sweep is about
-        told = split_overrides(HydraConfig.get().overrides.task)
-        values = {key: value for key, value in values.items() if key in told} or values
     finals = {
-        f"final/{key}": value
+        key: value
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
-    tests = {
-        key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
-    }
+    tests = {key: value for key, value in finals.items() if key.startswith("test/")}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and not logger.failed:
-            with logger.ending() as writer:
-                if writer is None:
-                    continue
-                for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
-                    workarounds.add_summary(writer, summary)
-                for key, value in (finals | tests).items():
-                    writer.add_scalar(key, value, trainer.global_step)
+        if isinstance(logger, TensorBoardLogger):
+            status = read(run_dir)
+            typed = " ".join(drop_places(status.overrides)) if status else ""
+            name = f"{typed or 'defaults'} ({as_typed(run_dir)})"
+            logger.log_end(name, list_hparams(settings, typed), finals, trainer.global_step)
         elif tests:
             logger.log_metrics({"epoch": trainer.current_epoch, **tests}, step=trainer.global_step)
             logger.save()

@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito, which people with any kind of colour blindne
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -130,6 +130,30 @@ def to_array(figure: Figure) -> NDArray[np.uint8]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
+
+
+def redraw(
+    figure: Figure, axes: Axes, changes: Iterable[Callable[[], object]]
+) -> Iterator[NDArray[np.uint8]]:
+    """The figure's pixels after each change of what lies in one of its axes: images, texts and the title.
+
+    All else is drawn once, which takes ten times as long.  -> (H, W, 3) uint8 each
+    """
+    canvas = FigureCanvasAgg(figure)
+    title = axes.set_title(axes.get_title(loc="left"), loc="left")
+    for artist in (*axes.images, *axes.texts, title):
+        artist.set_visible(False)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    rest = canvas.copy_from_bbox(figure.bbox)  # type: ignore[no-untyped-call]
+    for change in changes:
+        change()
+        canvas.restore_region(rest)  # type: ignore[no-untyped-call]
+        edges = axes.spines.values() if axes.axison else ()
+        for artist in (*axes.images, *axes.texts, title):
+            artist.set_visible(True)
+        for artist in (*axes.images, *edges, *axes.texts, title):
+            axes.draw_artist(artist)
+        yield np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
 
 
 def show(figures: Iterable[Figure]) -> None:

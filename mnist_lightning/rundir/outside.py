@@ -20,7 +20,8 @@ FORMULA = ("=", "+", "-", "@")  # what a spreadsheet calculates, at the beginnin
 # What a run opens in its folder and does not replace whole
 OF_A_RUN = (
     *("train.log", "output.log", "fit-profile.txt", ".lock", ".hydra", "checkpoints", "tensorboard"),
-    *("csv", "csv/metrics.csv", "csv/hparams.yaml"),
+    *("tensorboard/train", "tensorboard/val", "tensorboard/test"),
+    *("csv", "csv/metrics.csv", "csv/hparams.yaml", "wandb"),
 )
 OF_A_SWEEP = (".lock", ".report.lock", "figures", "optuna.journal")
 
