@@ -78,6 +78,7 @@ class DigitClassifier(L.LightningModule):
         sure: the least probability with which a class is an answer, in [0, 1].
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
+        may_diverge: whether training goes on where a loss is NaN or infinite, whose step is then not counted.
         measured: what the training epoch under way, or the last one, has measured so far, by name with a
             stage.  Lightning's ``callback_metrics`` keep the values of earlier epochs as well.
     """
@@ -123,6 +124,7 @@ class DigitClassifier(L.LightningModule):
         self.image_shape = tuple(image_shape)
         self.num_outputs = num_classes
         self.logs_evaluations = True
+        self.may_diverge = False
         self.measured: dict[str, float] = {}
         self.temperature = 1.0
         self.sure = 0.0
@@ -410,6 +412,10 @@ class DigitClassifier(L.LightningModule):
         """
         if not self._outputs:
             return
+        if self.may_diverge:
+            self._outputs = [step for step in self._outputs if step[0].isfinite()]
+            if not self._outputs:
+                return
         losses = self._check_losses(stage)
         _, outputs, labels = zip(*self._outputs, strict=True)
         self._outputs.clear()
@@ -418,6 +424,18 @@ class DigitClassifier(L.LightningModule):
         if stage == "train":
             mean = losses.mean().item()  # of the steps since the last such value
             self._write({"train/loss_step": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def glance(self) -> dict[str, float]:
+        """Mean loss of the training steps that are not counted yet, and the share of their images that is
+        named rightly, as "acc", where the net names classes; empty where all are counted.  Of this process
+        alone."""
+        if not self._outputs:
+            return {}
+        losses, outputs, labels = zip(*self._outputs, strict=True)
+        values = {LOSS: torch.stack(losses).mean().item()}
+        if self.names_classes:
+            values["acc"] = (torch.cat(outputs).argmax(1) == torch.cat(labels)).float().mean().item()
+        return values
 
     def measure(self, stage: str, outputs: Tensor, labels: Tensor) -> None:
         """Move outputs that the net has given into a stage's metrics.  (B, num_outputs) float, (B,) int64"""

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from hydra.errors import CompactHydraException
 
@@ -36,11 +37,50 @@ typed: list[str] = []
 """The command as its user typed it."""
 
 
+# What is coloured in a line on a terminal: a pattern -> a code of ECMA-48 (1991), 8.3.117
+BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
+COLOURED = (
+    (re.compile(r"^epoch +\d+(/\d+)?(?=  )", re.M), BOLD),
+    (re.compile(r"(?<=   )train (?=\w+ \S).*?(?=   |$)", re.M), CYAN),
+    (re.compile(r"(?<=   )val (?=\w+ \S).*?(?=   |$)", re.M), YELLOW),
+    (re.compile(r"(?<=^test accuracy        )\S+ %$", re.M), f"{BOLD};{GREEN}"),
+    (re.compile(r"(?<=^validation accuracy  )\S+ %$", re.M), YELLOW),
+    (re.compile(r"(?<=^train accuracy       )\S+ %$", re.M), CYAN),
+    (re.compile(r"^next:$", re.M), BOLD),
+    (re.compile(r"(?<=   )# .*$", re.M), DIM),
+)
+
+
 class PlainFormatter(logging.Formatter):
     """Lines in which no text of a file or a name moves the terminal's cursor or takes its colours."""
 
     def format(self, record: logging.LogRecord) -> str:
         return as_text(super().format(record), lines=True)
+
+
+class ConsoleFormatter(PlainFormatter):
+    """The same in colours, where the lines go to a terminal whose user does not forbid it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not has_colours(sys.stdout):
+            return text
+        if record.levelno >= logging.WARNING:
+            return paint(text, RED if record.levelno >= logging.ERROR else YELLOW)
+        for pattern, code in COLOURED:
+            text = pattern.sub(lambda match: paint(match[0], code), text)  # noqa: B023
+        return text
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
+    knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return knows and wanted and stream.isatty()
+
+
+def paint(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m"
 
 
 def begin() -> None:
@@ -71,11 +111,11 @@ def spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(spelled), error.end
 
 
-def retype(argument: str, *, without: str = "") -> str:
+def retype(argument: str, *, without: Collection[str] = ()) -> str:
     """The command that was typed with another argument, to be typed again.
 
     Args:
-        without: a key that is left out.
+        without: keys that are left out.
     """
     if not typed:
         return argument
@@ -83,7 +123,8 @@ def retype(argument: str, *, without: str = "") -> str:
     by_module = script.suffix == ".py"
     command = ["python", "-m", f"mnist_lightning.{script.stem}"] if by_module else [script.name]
     key = argument.partition("=")[0]
-    kept = [one for one in typed[1:] if one.lstrip("+").partition("=")[0] not in (key, without)]
+    left_out = (key.lstrip("+"), *without)
+    kept = [one for one in typed[1:] if one.lstrip("+~").partition("=")[0] not in left_out]
     return shlex.join([*command, *kept, argument])
 
 

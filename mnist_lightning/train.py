@@ -36,7 +36,7 @@ from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
 from mnist_lightning.settings_help import WHERE, drop_places, flatten, show
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import check_arguments, choose_mode, make, strange_modules
+from mnist_lightning.targets import PARTS, check_arguments, choose_mode, make, strange_modules
 from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> float | None:
     with compact_errors(in_sweep=in_sweep):
         metrics = follow(settings, run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep)
     if is_main_process() and not in_sweep:
-        lines = list_results(metrics, settings, run_dir) + list_next(settings, run_dir)
+        lines = list_results(metrics, settings, run_dir) + list_next(metrics, settings, run_dir)
         if settings.reproduce is not None:
             earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
             lines += ["", tell_changes(earlier, now), compare_weights(earlier, run_dir)]
@@ -176,6 +176,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
+    from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
@@ -253,6 +254,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             values = sorted(trainer.callback_metrics.items())
             metrics |= {name: value.item() for name, value in values if name.startswith(stage)}
         evaluated = ["val"] * data.has_validation + ["test"] * test
+        evaluated = [] if classifier.may_diverge else evaluated
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
@@ -269,6 +271,9 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             "threads": number,
             "device": describe_device(trainer.strategy.root_device),
         }
+        for callback in callbacks:
+            if isinstance(callback, LearningRateRange) and callback.suggestion is not None:
+                metrics["suggested_lr"] = callback.suggestion
         metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
@@ -601,27 +606,55 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
     return [*lines, f"{'everything is in':20} {as_typed(run_dir)}"]
 
 
-def list_next(settings: Train, run_dir: Path) -> list[str]:
-    """What to type after a run, in lines."""
+def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """What to type after a run, in lines: what its net, its loggers and its end allow."""
+    if "lr_range" in settings.callbacks:
+        return list_suggestion(metrics, settings)
+    lines = []
+    shown = as_typed(run_dir)
+    usual = shown.parts[0] == "logs"  # where the commands look
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"tensorboard --logdir {'logs' if usual else shlex.quote(str(shown))}")
+    if settings.resume is None and settings.reproduce is None and "hidden" in settings.model:
+        lines.append(retype("model.hidden=512", without=("hydra.run.dir", "debug")))
+    if any((run_dir / "checkpoints").glob("*.ckpt")):
+        parts = {key: getattr(settings, key) for key in PARTS}
+        named = "" if usual else f" run={shlex.quote(str(shown))}"
+        foreign = strange_modules(parts)
+        trust = named + (f" {shlex.quote(write_trust(foreign))}" if foreign else "")
+        known = None if settings.data.source else KNOWN.get(settings.data.name)
+        grey = settings.data.grey if known is None else known.image_shape[0] == 1
+        split = "" if settings.test else " split=val" * settings.data.has_validation
+        lines += [
+            f"python -m mnist_lightning.evaluate{split}{trust}   # each class, and the mistakes",
+            f"python -m mnist_lightning.predict images=my_picture.png{trust}",
+        ]
+        if grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward":
+            lines.append(f"python -m mnist_lightning.export format=html{trust}   # a page to draw on")
+        lines += list_left(metrics, settings, shown)
+    return ["", "next:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def list_suggestion(metrics: Metrics, settings: Train) -> list[str]:
+    """The command that trains with the learning rate that a range test has suggested."""
+    if "suggested_lr" not in metrics:
+        return []
+    rate = f"{'' if 'lr' in settings.optimizer else '+'}optimizer.lr={metrics['suggested_lr']:g}"
+    own = ("debug", "trainer.max_steps", "callbacks.lr_range.min_lr", "callbacks.lr_range.max_lr")
+    return ["", "next:", f"  {retype(rate, without=('hydra.run.dir', *own))}"]
+
+
+def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """How to go on with a run whose time was over before its epochs or steps were done."""
+    limits = {"epochs": settings.trainer.get("max_epochs"), "steps": settings.trainer.get("max_steps")}
+    done = [limit is not None and 0 < limit <= int(str(metrics[name])) for name, limit in limits.items()]
+    if settings.trainer.get("max_time") is None or any(done):
+        return []
     foreign = strange_modules(asdict(settings))
-    changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
-    known = None if settings.data.source else KNOWN.get(settings.data.name)
-    grey = settings.data.grey if known is None else known.image_shape[0] == 1
-    can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
     trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    resume = shlex.quote(str(as_typed(run_dir)))
-    resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
+    folder = shlex.quote(str(run_dir))
     return [
-        "",
-        "next:",
-        "  tensorboard --logdir logs",
-        *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
-        *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-        *(
-            ["  python -m mnist_lightning.export format=html   # a page to draw on"]
-            * (can_draw and resumable)
-        ),
-        *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
+        f"python -m mnist_lightning.train resume={folder} trainer.max_time=null{trust}   # its time was over"
     ]
 
 

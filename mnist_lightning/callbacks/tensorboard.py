@@ -77,7 +77,7 @@ class TensorBoardPictures(Callback):
         if not self._wanted(trainer) or not _is_moment(trainer):
             return
         if matrix is not None:  # all processes together
-            matrix = trainer.strategy.reduce(matrix.to(pl_module.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+            matrix = trainer.strategy.reduce(matrix.to(pl_module.device), reduce_op="sum").cpu()
         weights = _first_layer(pl_module)
         moment = {"step": trainer.global_step, "weights": None if weights is None else weights.half()}
         self.moments.append({**moment, "matrix": matrix})
@@ -95,7 +95,7 @@ class TensorBoardPictures(Callback):
                 [names[label] for label in labels[:NUM_IMAGES].tolist()],
                 title=f"the first {min(NUM_IMAGES, len(images))} training images",
             )
-            _show(trainer, "data/images", [figures.to_array(drawing)], steps=[0])
+            _show(trainer, "images/training", [figures.to_array(drawing)], steps=[0])
         with _left_out_if_it_does_not_fit("graph of the net"), writing(trainer) as writer:
             if writer is not None:
                 seen = pl_module.preprocess(images[:1].to(pl_module.device))  # type: ignore[operator]

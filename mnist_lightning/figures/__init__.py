@@ -3,7 +3,14 @@
 They open no window, touch no global state of pyplot and know nothing of trainers or runs.
 """
 
-from mnist_lightning.figures.charts import Curve, curves, heat_map, learning_curves, parameter
+from mnist_lightning.figures.charts import (
+    Curve,
+    curves,
+    heat_map,
+    learning_curves,
+    learning_rates,
+    parameter,
+)
 from mnist_lightning.figures.counts import (
     class_counts,
     confusion_matrices,
@@ -38,6 +45,7 @@ __all__ = [
     "heat_map",
     "images",
     "learning_curves",
+    "learning_rates",
     "mean_images",
     "mistakes",
     "parameter",

@@ -487,7 +487,8 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
     lines += ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
     if unfinished:
         lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
-    lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
+    if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
+        lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
     if sweep.settings:
         best = sweep.best_job(sweep.settings[0])
         lines.append(f"  python -m mnist_lightning.evaluate run={shlex.quote(str(best.folder))}")
