@@ -6,6 +6,7 @@ Hydra and OmegaConf is imported here, so that a mistake is told at once.
 
 import ast
 import functools
+import importlib.util
 import logging
 import math
 import re
@@ -347,6 +348,7 @@ class Train:
                 require(not required or bool(value.get("_target_")), f"{group} names no _target_")
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
+        self._check_packages()
         self._check_limits()
         self._check_trainer()
         self._check_combinations()
@@ -373,6 +375,15 @@ class Train:
             higher_is_better = True
         if self.monitor.mode or higher_is_better is not None:
             self.monitor.mode = choose_mode(metric, self.monitor.mode, higher_is_better)
+
+    def _check_packages(self) -> None:
+        for name, logger in self.logger.items():
+            if str((logger or {}).get("_target_")).endswith(".WandbLogger"):
+                spec = importlib.util.find_spec("wandb")
+                require(
+                    spec is not None and spec.origin is not None,  # W&B names a folder so, too
+                    f"logger.{name} needs the package wandb: pip install 'mnist_lightning[wandb]'",
+                )
 
     def _check_limits(self) -> None:
         for key, (holds, wanted) in OPTIMIZER_LIMITS.items():

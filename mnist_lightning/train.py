@@ -570,6 +570,7 @@ def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics:
     A run that is killed before or in this has not finished, and a resumption does it again.
     """
     from mnist_lightning.rundir.loggers import TensorBoardLogger
+    from mnist_lightning.rundir.tracker import WandbLogger
 
     finals = {
         key: value
@@ -586,6 +587,8 @@ def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics:
         elif tests:
             logger.log_metrics({"epoch": trainer.current_epoch, **tests}, step=trainer.global_step)
             logger.save()
+        if isinstance(logger, WandbLogger):
+            logger.log_end()
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
