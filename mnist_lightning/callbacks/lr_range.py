@@ -65,7 +65,7 @@ class LearningRateRange(Callback):
                 f"debug=lr_range wants trainer.max_steps >= {FEWEST}, the steps in which the rate rises, got"
                 f" {trainer.max_steps}"
             )
-        pl_module.may_diverge = True
+        pl_module.may_diverge = True  # type: ignore[assignment]
         first = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
         self._ratios = [
             [group["lr"] / rate for group in optimizer.param_groups]

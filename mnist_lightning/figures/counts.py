@@ -19,9 +19,11 @@ from mnist_lightning.figures.style import (
     WIDTH,
     Array,
     Picture,
+    escape,
     font_size,
     name_classes,
     redraw,
+    retitle,
     shorten,
     styled,
 )
@@ -134,7 +136,7 @@ def confusion_matrices(
         for text in list(axes.texts):
             text.remove()
         _write_numbers(axes, matrix, size=size, most=float(picture.get_clim()[1] or 1.0))
-        axes.set_title(title, loc="left")
+        retitle(axes, escape(title))
 
     changes = [partial(change, *moment) for moment in zip(matrices, titles, strict=True)]
     yield from redraw(figure, axes, changes)

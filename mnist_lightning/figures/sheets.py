@@ -19,8 +19,10 @@ from mnist_lightning.figures.style import (
     WIDTH,
     Array,
     Picture,
+    escape,
     percent,
     redraw,
+    retitle,
     shorten,
     styled,
 )
@@ -117,7 +119,7 @@ def first_layers(weights: Sequence[Array], *, titles: Sequence[str], columns: in
 
     def change(moment: Array, title: str) -> None:
         picture.set_data(tile(moment, columns, limits=(-limit, limit)))
-        axes.set_title(title, loc="left")
+        retitle(axes, escape(title))
 
     changes = [partial(change, *moment) for moment in zip(weights, titles, strict=True)]
     yield from redraw(figure, axes, changes)

@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -140,7 +141,7 @@ def redraw(
     All else is drawn once, which takes ten times as long.  -> (H, W, 3) uint8 each
     """
     canvas = FigureCanvasAgg(figure)
-    title = axes.set_title(axes.get_title(loc="left"), loc="left")
+    title = retitle(axes, axes.get_title(loc="left"))
     for artist in (*axes.images, *axes.texts, title):
         artist.set_visible(False)
     canvas.draw()  # type: ignore[no-untyped-call]
@@ -154,6 +155,12 @@ def redraw(
         for artist in (*axes.images, *edges, *axes.texts, title):
             axes.draw_artist(artist)
         yield np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
+
+
+def retitle(axes: Axes, title: str) -> Text:
+    """Give axes of a figure in this style another title."""
+    with rc_context(STYLE):
+        return axes.set_title(title)
 
 
 def show(figures: Iterable[Figure]) -> None:
