@@ -327,6 +327,8 @@ class DigitClassifier(L.LightningModule):
             if rank:  # else dropout and noise would be the same in all processes
                 torch.manual_seed((rank << 32) + self.seed)
             return
+        for optimizer in self.trainer.optimizers:
+            check_state(optimizer)
         # nothing between here and the next step draws a random number
         saved, self._resumed = self._resumed, None
         if "accumulate_grad_batches" in saved:  # a schedule of it acts only where an epoch begins
@@ -593,6 +595,20 @@ def rebuild(
     )
     classifier.check()
     return classifier
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        ValueError: a state that was read from a file does not have its weights' sizes: torch's fused
+            optimizers don't look, and would write beyond its end.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("fused") else ():
+            for name, value in optimizer.state[weight].items():
+                wanted = torch.Size() if name == "step" else weight.shape
+                if not isinstance(value, Tensor) or value.shape != wanted or not value.is_contiguous():
+                    raise ValueError(f"{name} of an optimizer is not of the size {tuple(wanted)}")
 
 
 def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def begin() -> None:
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
+    workarounds.keep_names_literal()
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
     codecs.register_error("spelled", spell)
@@ -150,7 +151,8 @@ def _quote_value(value: str) -> str:
         return value
     if PLAIN.fullmatch(value) and value.lower() not in WORDS:
         return value
-    return quote(value, literal=os.path.lexists(value))
+    named = (str(path) for path in (Path(value), *Path(value).parents))
+    return quote(value, literal=any("${" in name and os.path.lexists(name) for name in named))
 
 
 def _split_list(text: str) -> list[str]:

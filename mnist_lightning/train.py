@@ -178,7 +178,13 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
+    from mnist_lightning.rundir.checkpoint import (
+        BEST,
+        LocalCheckpointIO,
+        check_resumable,
+        find_newest,
+        taking_up,
+    )
 
     unplaced, settings = (
         settings,
@@ -214,6 +220,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
+        check_resumable(newest, checkpoint)
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
@@ -226,7 +233,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
                 "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
             ),
             "logger": make_loggers(settings, resumed_at),
-            "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
+            "plugins": [LocalCheckpointIO(run_dir), *settings.trainer.get("plugins", [])],
         },
         "trainer",
     )
@@ -234,7 +241,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         logger.log_hyperparams(list_parameters(unplaced))
     number = choose_threads(settings, flops, trainer)
     with threads.use(number):
-        with signals.deferred(), compiler_errors():
+        with signals.deferred(), compiler_errors(), taking_up(newest):
             trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
         kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
@@ -249,7 +256,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics: Metrics = {}
         evaluations = [trainer.validate] * settings.validates + [trainer.test] * test
         for evaluate in evaluations:
-            evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            with taking_up(ckpt_path):
+                evaluate(
+                    classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True
+                )
             stage = "test/" if evaluate == trainer.test else "val/"
             values = sorted(trainer.callback_metrics.items())
             metrics |= {name: value.item() for name, value in values if name.startswith(stage)}

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from mnist_lightning.targets import as_literal
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -39,6 +42,26 @@ def share_config_store() -> None:
     The store is a singleton that hands out copies of what it holds, so that it can stand for its copy.
     """
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
+
+def keep_names_literal() -> None:
+    """Hydra 1.3 notes where a job writes, and where it was started, as settings, in which a folder that is
+    named ``${seed}`` would be looked up.
+    """
+    plain = HydraConfig.set_config
+    if plain.__module__ == __name__:
+        return
+
+    def set_config(config: HydraConfig, cfg: DictConfig) -> None:
+        runtime: Any = OmegaConf.to_container(cfg.hydra.runtime, resolve=False)
+        for key in ("output_dir", "cwd"):
+            name = str(runtime.get(key))
+            if "${" in name and "\\${" not in name:
+                with read_write(cfg.hydra.runtime):
+                    cfg.hydra.runtime[key] = as_literal(name)
+        plain(config, cfg)
+
+    HydraConfig.set_config = set_config  # type: ignore[assignment, method-assign]
 
 
 def read_yaml_by_libyaml() -> None:
@@ -228,7 +251,6 @@ def hydra_as_it_was() -> Iterator[None]:
     """A stretch in which Hydra 1.3 is used beside an application that uses it too: its version base, name of
     the job and config come back."""
     from hydra import version
-    from hydra.core.hydra_config import HydraConfig
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime, setup_globals
 

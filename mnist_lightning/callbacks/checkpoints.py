@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,14 @@ from mnist_lightning.rundir.checkpoint import BEST, LAST, PREVIOUS
 from mnist_lightning.rundir.find import as_typed
 
 log = logging.getLogger(__name__)
+
+KEPT: dict[str, type | UnionType] = {  # in a checkpoint
+    "best_score": float,
+    "best_epoch": int | None,
+    "metrics": dict,
+    "train_seconds": float,
+    "stopped": list | None,
+}
 
 
 class Checkpoints(Checkpoint):
@@ -82,11 +91,17 @@ class Checkpoints(Checkpoint):
         self._saved_at = self._clock
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best_score", "best_epoch", "metrics", "train_seconds", "stopped")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
+        """
+        Raises:
+            TypeError: a value is not of the type that ``state_dict`` gives.
+        """
+        for name, kind in KEPT.items():  # the file may be a stranger's: no other attribute is taken
+            value = state_dict.get(name, getattr(self, name))
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}")
             setattr(self, name, value)
 
     def on_load_checkpoint(

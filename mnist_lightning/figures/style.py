@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import SOFTWARE, as_text
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
@@ -100,7 +100,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
+        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"], metadata={"Software": SOFTWARE})
         write_atomic(path, content.getvalue())
     return paths
 

@@ -16,6 +16,7 @@ import yaml
 SMALL = 2**24  # bytes: far more than any file of settings, numbers or curves that a run writes
 MOST_YAML = 2**20  # bytes of settings, which take longer to parse
 DEEPEST = 100  # levels of lists in lists
+SOFTWARE = "mnist_lightning"  # what draws a figure, in the PNG file's own words (PNG specification, 11.3.4)
 FORMULA = ("=", "+", "-", "@")  # what a spreadsheet calculates, at the beginning of a cell
 # What a run opens in its folder and does not replace whole
 OF_A_RUN = (
@@ -151,6 +152,15 @@ def check_sweep(folder: Path) -> None:
         if path.name.isdecimal():
             check_inside(folder, [path.name])
             check_run(path)
+
+
+def is_our_figure(path: Path) -> bool:
+    """Whether a file is a figure that this project has drawn, as it says itself near its beginning."""
+    try:
+        with open_file(path) as file:
+            return f"Software\0{SOFTWARE}".encode() in file.read(200)
+    except OSError:
+        return False
 
 
 def as_text(text: str, *, lines: bool = False) -> str:

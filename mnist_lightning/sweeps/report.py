@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import math
+import os
 import re
 import shlex
 import time
@@ -18,7 +19,15 @@ from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
-from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
+from mnist_lightning.rundir.outside import (
+    OF_A_SWEEP,
+    as_cell,
+    as_code,
+    as_text,
+    check_inside,
+    is_our_figure,
+    read_file,
+)
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.importance import Importance, find_importance
 from mnist_lightning.sweeps.results import (
@@ -147,7 +156,7 @@ def format_markdown(sweep: Sweep) -> str:
         lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
-    drawn = [name for name in name_figures(sweep) if (sweep.folder / "figures" / f"{name}.png").is_file()]
+    drawn = [name for name in name_figures(sweep) if is_our_figure(sweep.folder / "figures" / f"{name}.png")]
     if drawn:
         lines += ["## Figures", ""]
         lines += [line for name in drawn for line in (f"![{name}](figures/{name}.png)", "")]
@@ -412,7 +421,12 @@ def draw(sweep: Sweep, folder: Path) -> None:
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
-    figures.save({to_file_name(title): one for title, one in pictures.items()}, folder)
+    named = {to_file_name(title): one for title, one in pictures.items()}
+    for path in (folder / f"{name}.png" for name in list(named)):
+        if os.path.lexists(path) and not is_our_figure(path):
+            log.warning("%s is not drawn by this project and stays: rename it to have ours", path)
+            del named[path.stem]
+    figures.save(named, folder)
 
 
 def find_drawn(sweep: Sweep) -> list[str]:
