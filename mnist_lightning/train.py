@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import as_typed, find_checkpoint
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -42,7 +42,6 @@ from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
-    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -57,6 +56,7 @@ Metrics = dict[str, float | int | str | None]
 def main() -> None:
     begin()
     signals.install()
+    workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
@@ -174,10 +174,12 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     log.info("loading torch and Lightning …")
 
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.evaluation.trained import describe_device
     from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
 
     settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
@@ -212,10 +214,16 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
+    accelerator = settings.trainer.get("accelerator", "auto")
+    if accelerator == "auto":  # Lightning's would also take Apple's GPU, which nobody has measured
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer: L.Trainer = make(
         settings.trainer
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
+            "accelerator": accelerator,
+            # GPUs add in another order each time, unless they are asked not to; CPUs do not
+            "deterministic": settings.trainer.get("deterministic", None if accelerator == "cpu" else "warn"),
             "callbacks": callbacks,
             "enable_checkpointing": settings.trainer.get(
                 "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
@@ -249,6 +257,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = ["val"] * data.has_validation + ["test"] * test
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
+            classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, outputs, images.labels)
@@ -497,15 +506,6 @@ def find_versions() -> dict[str, str | None]:
     return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
 
 
-def describe_device(device: "torch.device") -> str:
-    """The kind of device, with what decides how it rounds."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -513,7 +513,11 @@ def find_commit() -> str | None:
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
 
     try:
@@ -595,8 +599,8 @@ def list_next(settings: Train, run_dir: Path) -> list[str]:
     known = None if settings.data.source else KNOWN.get(settings.data.name)
     grey = settings.data.grey if known is None else known.image_shape[0] == 1
     can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
-    trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    resume = shlex.quote(str(as_typed(run_dir)))
+    trust = f" {as_word(write_trust(foreign))}" if foreign else ""
+    resume = as_word(str(as_typed(run_dir)))
     resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
     return [
         "",
