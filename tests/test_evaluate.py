@@ -145,7 +145,9 @@ def test_settings_are_checked_without_a_process() -> None:
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]
     for name in ("gpu", "CUDA", "cuda:", "cuda:x", "cpu:0", ""):
-        with pytest.raises((ValueError, ConfigError), match="device must be auto, cpu, cuda, cuda:<number> or mps"):
+        with pytest.raises(
+            (ValueError, ConfigError), match="device must be auto, cpu, cuda, cuda:<number> or mps"
+        ):
             Evaluate(split="val", **(values | {"device": name}))  # type: ignore[arg-type]
 
 
