@@ -54,6 +54,7 @@ def begin() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
     workarounds.compose_once()
+    workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed

@@ -170,6 +170,11 @@ def quiet_tensorboard() -> None:
         threading.excepthook = hook
 
 
+def quiet_matplotlib() -> None:
+    """matplotlib 3.11 tells where it keeps a list of fonts, and that it makes one, in a home without one."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 def quiet_lightning() -> None:
     """Silence what Lightning says of things that are meant to be as they are."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's console handler prints them already
