@@ -390,13 +390,13 @@ class DigitClassifier(L.LightningModule):
                 if parameter.grad is not None
             }
         checkpoint["measured"] = dict(self.measured)
-        checkpoint["environment"] = environment()
+        checkpoint["environment"] = environment(self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = checkpoint
-        here = environment()
+        here = environment(self.trainer.strategy.root_device)
         for name, saved in checkpoint["environment"].items():
             if here[name] != saved:
                 log.warning(
@@ -641,9 +641,13 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         log.warning("the checkpoint has no random state of a %s: dropout and noise differ", device.type)
 
 
-def environment() -> dict[str, str | int]:
-    """What else decides the last bits of a result."""
-    return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What else decides the last bits of a result, by its name in a sentence."""
+    return {
+        "torch": str(torch.__version__),
+        "num_threads": torch.get_num_threads(),
+        "device": device.type,
+    }
 
 
 def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:

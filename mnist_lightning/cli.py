@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +19,7 @@ from hydra.errors import CompactHydraException
 from mnist_lightning import threads, workarounds
 from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_command, as_text
 
 
 class CommandError(CompactHydraException):
@@ -96,6 +95,7 @@ def begin() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
     workarounds.compose_once()
+    workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
@@ -126,7 +126,7 @@ def retype(argument: str, *, without: Collection[str] = ()) -> str:
     key = argument.partition("=")[0]
     left_out = (key.lstrip("+"), *without)
     kept = [one for one in typed[1:] if one.lstrip("+~").partition("=")[0] not in left_out]
-    return shlex.join([*command, *kept, argument])
+    return as_command([*command, *kept, argument])
 
 
 def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
@@ -148,7 +148,9 @@ def _quote_value(value: str) -> str:
     if value[0] == "[" and value[-1] == "]" and not os.path.exists(value):
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
-        return value
+        inside = value[1:-1]  # Windows' cmd.exe leaves quotes around a folder's name, which may end in "\\"
+        is_cut = (len(inside) - len(inside.rstrip("\\"))) % 2
+        return quote(inside, literal=False) if is_cut else value
     if PLAIN.fullmatch(value) and value.lower() not in WORDS:
         return value
     named = (str(path) for path in (Path(value), *Path(value).parents))

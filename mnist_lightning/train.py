@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import as_typed, find_checkpoint
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -41,7 +41,6 @@ from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
-    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -56,6 +55,7 @@ Metrics = dict[str, float | int | str | None]
 def main() -> None:
     begin()
     signals.install()
+    workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
@@ -173,11 +173,13 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     log.info("loading torch and Lightning …")
 
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.evaluation.trained import describe_device
     from mnist_lightning.rundir.checkpoint import (
         BEST,
         LocalCheckpointIO,
@@ -186,10 +188,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         taking_up,
     )
 
-    unplaced, settings = (
-        settings,
-        place(settings, run_dir),
-    )  # a copy, but monitor is the caller's: status.json tells its mode
+    unplaced = settings
+    settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
@@ -224,10 +224,16 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
+    accelerator = settings.trainer.get("accelerator", "auto")
+    if accelerator == "auto":  # Lightning's would also take Apple's GPU, which nobody has measured
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer: L.Trainer = make(
         settings.trainer
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
+            "accelerator": accelerator,
+            # GPUs add in another order each time, unless they are asked not to; CPUs do not
+            "deterministic": settings.trainer.get("deterministic", None if accelerator == "cpu" else "warn"),
             "callbacks": callbacks,
             "enable_checkpointing": settings.trainer.get(
                 "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
@@ -267,6 +273,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = [] if classifier.may_diverge else evaluated
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
+            classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, outputs, images.labels)
@@ -518,15 +525,6 @@ def find_versions() -> dict[str, str | None]:
     return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
 
 
-def describe_device(device: "torch.device") -> str:
-    """The kind of device, with what decides how it rounds."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -534,7 +532,11 @@ def find_commit() -> str | None:
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
 
     try:
@@ -627,14 +629,14 @@ def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
     shown = as_typed(run_dir)
     usual = shown.parts[0] == "logs"  # where the commands look
     if (run_dir / "tensorboard").is_dir():
-        lines.append(f"tensorboard --logdir {'logs' if usual else shlex.quote(str(shown))}")
+        lines.append(f"tensorboard --logdir {'logs' if usual else as_word(str(shown))}")
     if settings.resume is None and settings.reproduce is None and "hidden" in settings.model:
         lines.append(retype("model.hidden=512", without=("hydra.run.dir", "debug")))
     if any((run_dir / "checkpoints").glob("*.ckpt")):
         parts = {key: getattr(settings, key) for key in PARTS}
-        named = "" if usual else f" run={shlex.quote(str(shown))}"
+        named = "" if usual else f" run={as_word(str(shown))}"
         foreign = strange_modules(parts)
-        trust = named + (f" {shlex.quote(write_trust(foreign))}" if foreign else "")
+        trust = named + (f" {as_word(write_trust(foreign))}" if foreign else "")
         known = None if settings.data.source else KNOWN.get(settings.data.name)
         grey = settings.data.grey if known is None else known.image_shape[0] == 1
         split = "" if settings.test else " split=val" * settings.data.has_validation
@@ -664,8 +666,8 @@ def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
     if settings.trainer.get("max_time") is None or any(done):
         return []
     foreign = strange_modules(asdict(settings))
-    trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    folder = shlex.quote(str(run_dir))
+    trust = f" {as_word(write_trust(foreign))}" if foreign else ""
+    folder = as_word(str(run_dir))
     return [
         f"python -m mnist_lightning.train resume={folder} trainer.max_time=null{trust}   # its time was over"
     ]

@@ -3,7 +3,6 @@
 import errno
 import logging
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lightning import workarounds
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers
+from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers, replace
 from mnist_lightning.rundir.checkpoint import BEST, LAST, PREVIOUS
 from mnist_lightning.rundir.find import as_typed
+from mnist_lightning.rundir.outside import as_word
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Checkpoints(Checkpoint):
                 bar.disable()  # what comes next has a line of its own
             told = f"interrupted, saved at step {trainer.global_step}"
             if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
-                folder = shlex.quote(str(as_typed(self.folder.parent)))
+                folder = as_word(str(as_typed(self.folder.parent)))
                 told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
             log.warning("%s", told)  # a sweep says itself how it goes on
         signals.stop_if_asked()
@@ -221,5 +221,5 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             last = self.folder / LAST
             if last.exists():
-                last.replace(self.folder / PREVIOUS)
-            next_last.replace(last)
+                replace(last, self.folder / PREVIOUS)
+            replace(next_last, last)

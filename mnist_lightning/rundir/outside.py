@@ -6,6 +6,7 @@ Reading is bounded before it begins, writing follows no link out of a folder, an
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -194,3 +195,26 @@ def as_code(text: str) -> str:
     fence = "`" * (longest + 1)
     padding = " " if longest and (text[0] == "`" or text[-1] == "`") else ""
     return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def as_word(text: str, *, windows: bool = os.name == "nt") -> str:
+    """A text as one word of a command that is typed in the user's shell.
+
+    On Windows as cmd.exe and PowerShell both read it.  Where they have no form in common (a "$", a backtick,
+    a double quote) it is PowerShell's.
+
+    Args:
+        windows: whether the shell is one of these two, else one of POSIX.
+    """
+    if not windows:
+        return shlex.quote(text)
+    if re.fullmatch(r"[\w+./\\:=][\w+./\\:=-]*|-[\w-]*", text):
+        return text
+    if re.search('[$`"“”„]', text):  # which PowerShell reads within double quotes
+        return "'" + re.sub("(['‘’‚‛])", r"\1\1", text) + "'"
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'  # a program takes \" for a quote of the text
+
+
+def as_command(words: Iterable[str], *, windows: bool = os.name == "nt") -> str:
+    """A command as it is typed in the user's shell, see ``as_word``."""
+    return " ".join(as_word(word, windows=windows) for word in words)
