@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.sweeps.results import FOLD, NUM_FOLDS, SEED, Setting, Sweep, read_space
+from mnist_lightning.sweeps.results import FOLD, NUM_FOLDS, SEED, Results, Setting, Sweep, read_space
 from mnist_lightning.sweeps.study import to_distribution
 
 if TYPE_CHECKING:
@@ -34,26 +34,27 @@ class Importance:
     method: str
 
 
-def find_importance(sweep: Sweep) -> Importance | None:
+def find_importance(results: Results) -> Importance | None:
     """Of a grid the shares of variance, of a search Optuna's PED-ANOVA; None where too little is done."""
-    keys = find_keys(sweep)
+    keys = find_keys(results)
     if not keys:
         return None
-    if sweep.is_search:
-        return search_importance(sweep)
-    groups = [[job.status.metrics[sweep.metric] for job in setting.jobs] for setting in sweep.settings]
-    levels = {key: [setting.params[key] for setting in sweep.settings] for key in keys}
+    if isinstance(results, Sweep) and results.is_search:
+        return search_importance(results)
+    groups = [[job.status.metrics[results.metric] for job in setting.jobs] for setting in results.settings]
+    levels = {key: [setting.params[key] for setting in results.settings] for key in keys}
     return share_variance(levels, groups)
 
 
-def find_keys(sweep: Sweep) -> list[str]:
+def find_keys(results: Results) -> list[str]:
     """The parameters that differ between settings that have finished."""
-    if len(sweep.settings) < 2:
+    if len(results.settings) < 2:
         return []
     return [
         key
-        for key in sweep.settings[0].params
-        if key not in (SEED, FOLD, NUM_FOLDS) and len({setting.params[key] for setting in sweep.settings}) > 1
+        for key in results.settings[0].params
+        if key not in (SEED, FOLD, NUM_FOLDS)
+        and len({setting.params[key] for setting in results.settings}) > 1
     ]
 
 

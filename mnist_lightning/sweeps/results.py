@@ -1,6 +1,8 @@
 """What the jobs of a sweep have left in its folder, read without torch."""
 
+import collections
 import functools
+import json
 import math
 import os
 import re
@@ -14,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mnist_lightning.rundir.find import MULTIRUN, newest_first
+from mnist_lightning.rundir.index import Record
 from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
+from mnist_lightning.rundir.records import is_decisive, is_measured
 from mnist_lightning.rundir.status import FILE, Status, read
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 SEED, FOLD = "seed", "data.fold"
+EXPERIMENT = "experiment"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # of a metric that can be ranked
@@ -39,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """Completed jobs that differ in nothing but the seed and the fold.
+    """Completed jobs that differ in nothing but the seed and the fold, one for each pair of these.
 
     Attributes:
         params: what varied between the settings of the sweep.
@@ -96,21 +101,19 @@ def join_folds(setting: Setting) -> OutOfFold | None:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """
+class Results:
+    """Jobs, and the settings that they are grouped into.
+
     Attributes:
         varied: the keys whose values differ between jobs, in the order of the command line.
         settings: the best first.
     """
 
-    folder: Path
-    command: list[str]
     metric: str
     maximize: bool
     jobs: list[Job]
     varied: list[str]
     settings: list[Setting]
-    is_search: bool
 
     def best_job(self, setting: Setting) -> Job:
         choose = max if self.maximize else min
@@ -118,6 +121,60 @@ class Sweep:
 
     def in_state(self, *states: str) -> list[Job]:
         return [job for job in self.jobs if job.status.state in states]
+
+
+@dataclass(frozen=True)
+class Sweep(Results):
+    """What the jobs of one sweep have left."""
+
+    folder: Path
+    command: list[str]
+    is_search: bool
+
+
+def collect(records: Sequence[Record]) -> Results:
+    """Runs from anywhere, single ones and jobs of sweeps, grouped by the settings that decide their weights.
+
+    ``varied`` has the keys that were typed for one of them, and of all others those without which runs of
+    different settings would look alike.
+
+    Args:
+        records: see ``list_runs``, the newest first: of two runs of one setting, seed and fold the first
+            counts.
+    """
+    jobs, typed = [], {EXPERIMENT: None}
+    for record in records:
+        status = read(Path(record["run"]))
+        if status is not None:
+            params = {key: show_setting(value) for key, value in record.items() if not is_measured(key)}
+            jobs.append(Job(Path(record["run"]), status, params, as_text(record["run"])))
+            typed |= dict.fromkeys(key.lstrip("~") for key in split_overrides(status.overrides))
+    chosen = [record for record in records if record["state"] == "completed"]
+    decisive = {key for record in chosen for key, value in record.items() if is_decisive(key, value)}
+    different = {key for key in decisive | {EXPERIMENT} if len({job.params.get(key) for job in jobs}) > 1}
+    varied = [key for key in typed if key in different]
+    alike: dict[tuple[str | None, ...], list[Job]] = {}
+    for key in sorted(different - set(varied)):
+        alike.clear()
+        for job in jobs:
+            alike.setdefault(tuple(map(job.params.get, varied)), []).append(job)
+        if any(len({job.params.get(key) for job in group}) > 1 for group in alike.values()):
+            varied.append(key)
+    varied += [key for key in (SEED, FOLD) if len({job.params.get(key) for job in jobs}) > 1]
+    monitors = collections.Counter(
+        (job.status.monitor, job.status.mode) for job in jobs if job.status.monitor and job.status.mode
+    )
+    metric, mode = monitors.most_common(1)[0][0] if monitors else ("val/acc", "max")
+    assert metric is not None
+    maximize = mode == "max"
+    return Results(metric, maximize, jobs, varied, _group(jobs, varied, metric, maximize))
+
+
+def show_setting(value: Any) -> str:
+    """As it is typed."""
+    if isinstance(value, str):
+        return as_text(value)
+    return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -254,14 +311,16 @@ def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
 
 
 def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> list[Setting]:
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    groups: dict[tuple[str, ...], dict[tuple[str | None, str | None], Job]] = {}
     keys = [key for key in varied if key not in (SEED, FOLD)]
     for job in jobs:
         value = job.status.metrics.get(metric, math.nan)
         if job.status.state == "completed" and abs(value) < LARGEST:
-            groups.setdefault(tuple(job.params.get(key, "") for key in keys), []).append(job)
+            group = groups.setdefault(tuple(job.params.get(key, "") for key in keys), {})
+            group.setdefault((job.params.get(SEED), job.params.get(FOLD)), job)  # a net twice is one net
     settings = []
-    for values, members in groups.items():
+    for values, group in groups.items():
+        members = list(group.values())
         results = [job.status.metrics[metric] for job in members]
         lasts = [job.status.metrics.get(f"last/{metric}", math.nan) for job in members]
         settings.append(
