@@ -1,4 +1,4 @@
-"""Tell what came out of a sweep or of any runs:  python -m mnist_lightning.report [html=true] [key=value …]"""
+"""Tell what came out of a sweep or any runs:  python -m mnist_lightning.report [html=true] [key=value …]"""
 
 import logging
 import os

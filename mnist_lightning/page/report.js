@@ -20,6 +20,14 @@ function show(value, metric = data.metric) {
   return metric.endsWith("acc") ? `${(100 * value).toFixed(2)} %` : value.toFixed(4);
 }
 
+// Numbers in their order, also where they are written as texts, and before words
+function compare(a, b) {
+  const [x, y] = [a, b].map(one => String(one).trim() === "" ? NaN : Number(one));
+  if (Number.isNaN(x) || Number.isNaN(y))
+    return Number.isNaN(x) - Number.isNaN(y) || String(a).localeCompare(String(b), undefined, {numeric: true});
+  return x - y;
+}
+
 function median(values) {
   const sorted = [...values].sort((a, b) => a - b), half = sorted.length >> 1;
   return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
@@ -31,9 +39,6 @@ function median(values) {
 function makeTable({columns, rows}, pickable) {
   const body = make("tbody"), heads = [];
   const keyOf = cell => Array.isArray(cell) ? cell[0] : cell === null || cell === "" ? null : cell;
-  const compare = (a, b) => a === null || b === null ? (a === null) - (b === null)
-    : typeof a === "number" && typeof b === "number" ? a - b
-    : String(a).localeCompare(String(b), undefined, {numeric: true});
   const elements = rows.map(({cells, runs}) => {
     const row = make("tr", {}, ...cells.map((cell, column) => make("td", {
       text: Array.isArray(cell) ? cell[1] : cell ?? "–",
@@ -54,7 +59,7 @@ function makeTable({columns, rows}, pickable) {
     sorted = column;
     const places = rows.map((_, i) => i).sort((i, j) => {
       const a = keyOf(rows[i].cells[column]), b = keyOf(rows[j].cells[column]);
-      return a === null || b === null ? compare(a, b) : (up ? 1 : -1) * compare(a, b);
+      return a === null || b === null ? (a === null) - (b === null) : (up ? 1 : -1) * compare(a, b);
     });
     body.append(...places.map(place => elements[place]));
     heads.forEach((head, i) =>
@@ -306,7 +311,7 @@ function drawParameter(host, name, ranked) {
     place = i => [chart.X(numbers[i]), chart.Y(inside(values[i]))];
     mark = (i, y) => ({x1: place(i)[0] - 7, x2: place(i)[0] + 7, y1: chart.Y(y), y2: chart.Y(y)});
   } else {  // words: a row each
-    const rows = [...new Set(texts)].sort((a, b) => a.localeCompare(b, undefined, {numeric: true}));
+    const rows = [...new Set(texts)].sort(compare);
     const longest = Math.min(22, Math.max(...rows.map(row => row.length)));
     chart = makeChart(host, {
       height: 80 + 28 * rows.length, left: 16 + 6.6 * longest, xTitle: title, yTitle: name,
@@ -322,8 +327,9 @@ function drawParameter(host, name, ranked) {
   for (const members of groups.values())
     if (members.length > 1)
       chart.svg.append(draw("line", {class: "median", ...mark(members[0], inside(median(members.map(i => values[i]))))}));
+  const aside = i => (groups.get(texts[i]).indexOf(i) % 5 - 2) * 3;  // so that dots don't hide each other
   ranked.forEach((run, i) => {
-    const [cx, cy] = place(i), beyond = inside(values[i]) !== values[i];
+    const [x, y] = place(i), [cx, cy] = numbers ? [x + aside(i), y] : [x, y + aside(i)], beyond = inside(values[i]) !== values[i];
     const dot = draw("circle", {class: beyond ? "dot beyond" : "dot", cx, cy, r: 4.5, "data-run": run.i});
     for (const kind of ["pointerenter", "pointerdown"])
       dot.addEventListener(kind, event => {
@@ -342,7 +348,7 @@ function drawParameter(host, name, ranked) {
 function binsOf(texts) {
   const numbers = asNumbers(texts), distinct = [...new Set(texts)];
   if (!numbers || distinct.length <= MOST_VALUES) {
-    const names = distinct.sort((a, b) => a.localeCompare(b, undefined, {numeric: true}));
+    const names = distinct.sort(compare);
     return {names, of: texts.map(text => names.indexOf(text))};
   }
   const place = isLog(numbers) ? Math.log10 : value => value, back = isLog(numbers) ? value => 10 ** value : value => value;
@@ -421,7 +427,7 @@ function makeNet(net) {
   const pictures = net.mistakes.map(one => {
     const told = `${one.label} read as ${one.answer}`;
     return make("figure", {}, make("img", {src: `data:image/png;base64,${one.image}`, alt: told}),
-      make("figcaption", {text: `${one.label} → ${one.answer}, ${Math.round(100 * one.probability)} %`}));
+      make("figcaption", {}, `${one.label} → ${one.answer}`, make("br"), `${Math.floor(100 * one.probability)}\u00a0%`));
   });
   return make("div", {}, make("h3", {text: net.name}), make("p", {className: "note", text: net.told}),
     make("div", {className: "net"}, net.classes.length ? make("div", {className: "scroll"}, table) : "",

@@ -1,6 +1,7 @@
 """Which parameters of a sweep mattered, and which mattered less than luck."""
 
 import logging
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +23,18 @@ class Importance:
     """Shares by parameter, the largest first.
 
     Attributes:
-        shares: of each parameter, in [0, 1]; together with ``luck`` and ``rest`` 1.
+        shares: of each parameter, in [0, 1]; together with ``luck`` and ``rest`` 1 where they are whole.
         luck: what differs between runs of one setting, with other seeds or folds; None: not known.
         rest: what parameters do together and not alone; of a search 0.
         method: "variance" or "PED-ANOVA".
+        is_whole: whether all values were combined with each other as often; else shares overlap.
     """
 
     shares: dict[str, float]
     luck: float | None
     rest: float
     method: str
+    is_whole: bool = True
 
 
 def find_importance(results: Results) -> Importance | None:
@@ -94,7 +97,9 @@ def share_variance(levels: dict[str, list[str]], groups: Sequence[Sequence[float
         shares[key] = max(0.0, (between(parts) - (len(names) - 1) * within) / total)
     luck = min(1.0, within * (len(values) - 1) / total) if repeated else None
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
-    return Importance(ordered, luck, max(0.0, 1 - sum(shares.values()) - (luck or 0.0)), "variance")
+    rest = max(0.0, 1 - sum(shares.values()) - (luck or 0.0))
+    full = math.prod(len(set(column)) for column in levels.values()) == len(groups)
+    return Importance(ordered, luck, rest, "variance", is_whole=full and len({*map(len, groups)}) == 1)
 
 
 def search_importance(sweep: Sweep) -> Importance | None:

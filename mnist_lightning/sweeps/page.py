@@ -26,8 +26,9 @@ from mnist_lightning.sweeps.report import (
     tabulate_folds,
     tell_luck,
     tell_repeated,
+    tell_settings,
 )
-from mnist_lightning.sweeps.results import Job, Results, Setting, Sweep, reproduce
+from mnist_lightning.sweeps.results import FOLD, SEED, Job, Results, Setting, Sweep, reproduce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +72,7 @@ def make_page(
         "explained": ABOUT_P if len(results.settings) > 1 else "",
         "metric": results.metric,
         "maximize": results.maximize,
-        "parameters": find_drawn(results)[:MAX_FIGURES] if results.settings else [],
+        "parameters": order_parameters(results, importance),
         "runs": [describe_run(job, results, ranks=job.folder in folders) for job in results.jobs],
         "tables": {
             "settings": tabulate_settings(results, places),
@@ -87,13 +88,22 @@ def make_page(
     return assemble("report", ["report.js"], title=title, data=data)
 
 
+def order_parameters(results: Results, importance: Importance | None) -> list[str]:
+    """The parameters that vary between settings, those first that decide most."""
+    keys = find_drawn(results) if results.settings else []
+    shares = importance.shares if importance else {}
+    return sorted(keys, key=lambda key: -shares.get(key, 0.0))[:MAX_FIGURES]
+
+
 def count(number: int, name: str) -> str:
     return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def name_run(job: Job, results: Results) -> str:
-    told = " ".join(f"{key}={job.params[key]}" for key in results.varied if job.params.get(key))
-    return f"{job.name}: {told}" if told else job.name
+    """What sets a run apart from the others, and where it lies."""
+    keys = [key for key in results.varied if isinstance(results, Sweep) or key in (SEED, FOLD)]
+    told = [job.changed, *(f"{key}={job.params[key]}" for key in keys if job.params.get(key))]
+    return f"{' '.join(filter(None, told)) or 'default'} ({job.name})"
 
 
 def describe_run(job: Job, results: Results, *, ranks: bool) -> dict[str, Any]:
@@ -133,39 +143,42 @@ def tabulate_settings(results: Results, places: dict[Path, int]) -> dict[str, An
     if not results.settings:
         return None
     metrics = find_metrics(results)
-    keys = list(results.settings[0].params)
+    keys, told = tell_settings(results)
     rows: list[Row] = []
     p_values = compare_with_winner(results)
     for rank, (setting, p) in enumerate(zip(results.settings, p_values, strict=True), start=1):
-        cells: list[Cell] = [(rank, str(rank)), *(setting.params[key] or "default" for key in keys)]
+        cells: list[Cell] = [(rank, str(rank)), *(text or "default" for text in told[rank - 1])]
         cells.append((setting.mean, show_value(results.metric, setting.mean, setting.std)))
+        cells.append("the best" if rank == 1 else judge(p))
         for name in metrics[1:]:
             values = [job.status.metrics[name] for job in setting.jobs if name in job.status.metrics]
             cells.append(show_number(name, statistics.fmean(values)) if values else None)
         seconds = statistics.fmean(job.status.seconds for job in setting.jobs)
         cells += [(len(setting.jobs), str(len(setting.jobs))), (seconds, f"{seconds:.1f}")]
-        cells.append("the best" if rank == 1 else judge(p))
         rows.append((cells, [places[job.folder] for job in setting.jobs]))
     unit = f"{results.metric} (%)" if results.metric.endswith("acc") else results.metric
-    return to_table(["", *keys, unit, *metrics[1:], "n", "seconds", "against the best"], rows)
+    return to_table(["", *keys, unit, "against the best", *metrics[1:], "n", "seconds"], rows)
 
 
 def tabulate_runs(results: Results) -> dict[str, Any]:
     metrics = find_metrics(results)
+    keys = results.varied
     rows: list[Row] = []
     for place, job in enumerate(results.jobs):
         status = job.status
-        epochs = status.metrics.get("epochs")
+        epochs = status.metrics.get("epochs", math.nan)
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.started)) if status.started else None
         cells: list[Cell] = [
-            *(job.name, started, status.state, *(show_parameter(job, key) for key in results.varied)),
-            *(show_number(name, status.metrics.get(name)) for name in metrics),
-            None if epochs is None else (epochs, f"{epochs:g}"),
-            (status.seconds, f"{status.seconds:.1f}"),
-            status.error,
+            *(started, status.state, show_number(metrics[0], status.metrics.get(metrics[0]))),
+            *(show_parameter(job, key) for key in keys),
+            *(show_number(name, status.metrics.get(name)) for name in metrics[1:]),
+            (epochs, f"{epochs:g}") if math.isfinite(epochs) else None,
+            *((status.seconds, f"{status.seconds:.1f}"), job.name, status.error),
         ]
         rows.append((cells, [place]))
-    return to_table(["run", "when", "state", *results.varied, *metrics, "epochs", "seconds", "error"], rows)
+    return to_table(
+        ["when", "state", metrics[0], *keys, *metrics[1:], "epochs", "seconds", "run", "error"], rows
+    )
 
 
 def show_importance(importance: Importance, results: Results) -> dict[str, Any]:
@@ -214,7 +227,7 @@ def ask_net(
         return net | judge_net(find_checkpoint(str(job.folder)), data_dir, trust)
     except (OSError, CompactHydraException) as error:
         told = as_text(" ".join(str(error).split()))
-        log.warning("%s: the page is without its mistakes: %s", job.folder, told)
+        log.warning("the page is without the mistakes of %s: %s", job.name, told)
         return net | {"told": f"Not asked: {told}"}
 
 

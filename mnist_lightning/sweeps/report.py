@@ -264,12 +264,16 @@ def explain_importance(importance: Importance, results: Results) -> str:
             " with several seeds does."
         )
     return (
-        f"The share of each parameter in the variance of {results.metric} over all jobs, less what chance"
-        " would give it (epsilon squared). "
-    ) + (
-        "Luck is what differs between jobs of one setting."
-        if importance.luck is not None
-        else "With one seed nobody knows how much of it is luck: try seed=1,2,3."
+        (
+            f"The share of each parameter in the variance of {results.metric} over all jobs, less what chance"
+            " would give it (epsilon squared). "
+        )
+        + (
+            "Luck is what differs between jobs of one setting."
+            if importance.luck is not None
+            else "With one seed nobody knows how much of it is luck: try seed=1,2,3."
+        )
+        + ("" if importance.is_whole else " Not all values were combined with each other: shares overlap.")
     )
 
 
@@ -490,13 +494,13 @@ def summarize(sweep: Results, top: int = 5) -> str:
     """The top of the table, for a terminal."""
     lines = [""]
     if sweep.settings:
-        keys = list(sweep.settings[0].params)
         p_values = compare_with_winner(sweep)
+        keys, names = tell_settings(sweep)
         header = ["", *keys, sweep.metric, "n", "against the first" if len(sweep.settings) > 1 else ""]
         rows = [
             [
                 str(rank),
-                *setting.params.values(),
+                *names[rank - 1],
                 show_value(sweep.metric, setting.mean, setting.std),
                 str(len(setting.jobs)),
                 "" if rank == 1 else judge(p),
@@ -519,6 +523,18 @@ def summarize(sweep: Results, top: int = 5) -> str:
     if len(unfinished) > top:
         lines.append(f"… {len(unfinished) - top} more jobs did not finish")
     return "\n".join(lines)
+
+
+def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Of a sweep a column for each of its parameters; of runs from anywhere what was changed in each.
+
+    Returns:
+        The headings, and the texts of each setting.
+    """
+    if isinstance(results, Sweep):
+        keys = list(results.settings[0].params) if results.settings else []
+        return keys, [list(setting.params.values()) for setting in results.settings]
+    return ["changed"], [[setting.jobs[0].changed or "default"] for setting in results.settings]
 
 
 def tell_next(sweep: Sweep) -> str:
@@ -564,7 +580,8 @@ def summarize_importance(importance: Importance) -> str:
     shares = [f"{key} {100 * share:.0f} %" for key, share in importance.shares.items()]
     if importance.luck is not None:
         shares.append(f"luck (seeds, folds) {100 * importance.luck:.0f} %")
-    return f"what mattered ({importance.method}): {', '.join(shares)}"
+    overlap = "" if importance.is_whole else ", shares overlap"
+    return f"what mattered ({importance.method}{overlap}): {', '.join(shares)}"
 
 
 def describe(setting: Setting) -> str:

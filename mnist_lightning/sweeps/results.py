@@ -1,6 +1,7 @@
 """What the jobs of a sweep have left in its folder, read without torch."""
 
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -29,17 +30,24 @@ EXPERIMENT = "experiment"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # of a metric that can be ranked
+LONGEST_NUMBER = 6  # digits of a fold
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job's folder, its status, the settings of its command line by key, and its folder's place in the
-    sweep's."""
+    """One job of a sweep, or a single run.
+
+    Attributes:
+        params: the settings of its command line by key; of a run from anywhere all its settings.
+        name: its folder's place in the sweep's, or in the folder that all runs are in.
+        changed: of a run from anywhere, what is told of its settings.
+    """
 
     folder: Path
     status: Status
     params: dict[str, str]
     name: str
+    changed: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,10 @@ def join_folds(setting: Setting) -> OutOfFold | None:
     jobs = [job for job in setting.jobs if FOLD in job.params]
     if not jobs:
         return None
-    wanted = max([int(job.params.get(NUM_FOLDS, 0)) for job in jobs])
+    told = [job.params.get(key, "0") for job in jobs for key in (FOLD, NUM_FOLDS)]
+    if not all(text.isdecimal() and len(text) < LONGEST_NUMBER for text in told):  # a damaged file's
+        return None
+    wanted = max(int(job.params.get(NUM_FOLDS, 0)) for job in jobs)
     sizes: dict[int, int] = {}
     correct: dict[int, list[float]] = {}
     for job in jobs:
@@ -143,11 +154,17 @@ def collect(records: Sequence[Record]) -> Results:
             counts.
     """
     jobs, typed = [], {EXPERIMENT: None}
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(record["run"])) for record in records])
     for record in records:
         status = read(Path(record["run"]))
         if status is not None:
-            params = {key: show_setting(value) for key, value in record.items() if not is_measured(key)}
-            jobs.append(Job(Path(record["run"]), status, params, as_text(record["run"])))
+            params = {
+                key: show_setting(value)
+                for key, value in record.items()
+                if not is_measured(key) and not (value is None and key in (FOLD, NUM_FOLDS))
+            }
+            name = os.path.relpath(record["run"], parent)
+            jobs.append(Job(Path(record["run"]), status, params, as_text(name), as_text(record["changed"])))
             typed |= dict.fromkeys(key.lstrip("~") for key in split_overrides(status.overrides))
     chosen = [record for record in records if record["state"] == "completed"]
     decisive = {key for record in chosen for key, value in record.items() if is_decisive(key, value)}
@@ -160,6 +177,10 @@ def collect(records: Sequence[Record]) -> Results:
             alike.setdefault(tuple(map(job.params.get, varied)), []).append(job)
         if any(len({job.params.get(key) for job in group}) > 1 for group in alike.values()):
             varied.append(key)
+            jobs = [
+                dataclasses.replace(job, changed=f"{job.changed} {key}={job.params.get(key)}".strip())
+                for job in jobs
+            ]
     varied += [key for key in (SEED, FOLD) if len({job.params.get(key) for job in jobs}) > 1]
     monitors = collections.Counter(
         (job.status.monitor, job.status.mode) for job in jobs if job.status.monitor and job.status.mode
