@@ -39,7 +39,7 @@ NARROWEST = 24  # letters of what was changed, however narrow the terminal is
 OURS = re.compile(
     r"\.hydra|\.lock|\.writing-.*|checkpoints|csv|tensorboard|wandb|evaluation|film.*|metrics\.json|status\.json"
     r"|settings\.json|code\.patch|train\.log|output\.log|trial\.json|\w+_correct\.npy|fit-profile.*|lr_range\..*"
-    r"|model\.onnx(\.data)?"
+    r"|model\.onnx(\.data)?|page\.html"
 )
 
 
