@@ -42,7 +42,7 @@ function makeTable({columns, rows}, pickable) {
   const elements = rows.map(({cells, runs}) => {
     const row = make("tr", {}, ...cells.map((cell, column) => make("td", {
       text: Array.isArray(cell) ? cell[1] : cell ?? "–",
-      className: Array.isArray(cell) ? "number" : String(cell).length < 30 ? "short" : ""})));
+      className: Array.isArray(cell) ? "number" : String(cell).length < 36 ? "short" : ""})));
     if (pickable && runs.length) {
       row.tabIndex = 0;
       row.runs = runs;
@@ -153,7 +153,7 @@ function makeChart(host, {height, x, y, xTitle, yTitle, xTicks, yTicks, left, bo
     svg.append(draw("line", {class: "grid", x1: left, x2: width - 14, y1: Y(value), y2: Y(value)}));
     svg.append(draw("text", {x: left - 6, y: Y(value) + 4, "text-anchor": "end"}, text));
   }
-  for (const [value, text] of xTicks(X, width / 90)) {
+  for (const [value, text] of xTicks(X, Math.max(4, width / 90))) {
     svg.append(draw("line", {class: "grid", x1: X(value), x2: X(value), y1: 26, y2: height - bottom}));
     svg.append(draw("text", {x: X(value), y: height - bottom + 16, "text-anchor": "middle"}, text));
   }
@@ -275,7 +275,7 @@ function asNumbers(values) {
 
 function isLog(numbers) {
   const low = Math.min(...numbers), high = Math.max(...numbers);
-  return low > 0 && high / low >= 20;
+  return low > 0 && high / low >= 10;
 }
 
 function showParameters() {
@@ -298,13 +298,13 @@ function drawParameter(host, name, ranked) {
     const ticks = ticksOf([axis.low, axis.high], false, most), texts = labels(ticks, data.metric);
     return ticks.map((tick, i) => [tick, texts[i]]);
   };
-  const title = data.metric + (data.metric.endsWith("acc") ? " (%)" : "");
+  const title = data.metric + (data.metric.endsWith("acc") ? " (%)" : ""), heading = `${title} by ${name}`;
   const inside = value => Math.max(ends[0], Math.min(ends[1], value));
   let chart, place, mark;
   if (numbers) {  // along the bottom
     const log = isLog(numbers), across = limits(numbers, "none", {all: true});
     chart = makeChart(host, {
-      height: 240, left: 52, xTitle: name, yTitle: title,
+      height: 240, left: 52, xTitle: name, yTitle: heading,
       x: (from, to) => axis(across, from + 8, to - 8, {log}), y: (from, to) => axis(ends, from - 6, to + 6),
       xTicks: (X, most) => ticksOf([X.low, X.high], log, most).map(tick => [tick, number(tick)]), yTicks: metricTicks,
     });
@@ -314,7 +314,7 @@ function drawParameter(host, name, ranked) {
     const rows = [...new Set(texts)].sort(compare);
     const longest = Math.min(22, Math.max(...rows.map(row => row.length)));
     chart = makeChart(host, {
-      height: 80 + 28 * rows.length, left: 16 + 6.6 * longest, xTitle: title, yTitle: name,
+      height: 80 + 28 * rows.length, left: 16 + 6.6 * longest, xTitle: title, yTitle: heading,
       x: (from, to) => axis(ends, from + 8, to - 8), y: (from, to) => axis([-0.5, rows.length - 0.5], to, from),
       xTicks: (X, most) => metricTicks(X, Math.min(5, most)),
       yTicks: () => rows.map((row, i) => [i, shorten(row, 22)]),
@@ -327,7 +327,10 @@ function drawParameter(host, name, ranked) {
   for (const members of groups.values())
     if (members.length > 1)
       chart.svg.append(draw("line", {class: "median", ...mark(members[0], inside(median(members.map(i => values[i]))))}));
-  const aside = i => (groups.get(texts[i]).indexOf(i) % 5 - 2) * 3;  // so that dots don't hide each other
+  const aside = i => {  // so that dots don't hide each other
+    const members = groups.get(texts[i]);
+    return (members.indexOf(i) % 5 - Math.min(4, members.length - 1) / 2) * 3;
+  };
   ranked.forEach((run, i) => {
     const [x, y] = place(i), [cx, cy] = numbers ? [x + aside(i), y] : [x, y + aside(i)], beyond = inside(values[i]) !== values[i];
     const dot = draw("circle", {class: beyond ? "dot beyond" : "dot", cx, cy, r: 4.5, "data-run": run.i});

@@ -147,9 +147,10 @@ def tabulate_settings(results: Results, places: dict[Path, int]) -> dict[str, An
     rows: list[Row] = []
     p_values = compare_with_winner(results)
     for rank, (setting, p) in enumerate(zip(results.settings, p_values, strict=True), start=1):
-        cells: list[Cell] = [(rank, str(rank)), *(text or "default" for text in told[rank - 1])]
-        cells.append((setting.mean, show_value(results.metric, setting.mean, setting.std)))
-        cells.append("the best" if rank == 1 else judge(p))
+        cells: list[Cell] = [
+            *((rank, str(rank)), (setting.mean, show_value(results.metric, setting.mean, setting.std))),
+            *("the best" if rank == 1 else judge(p), *(text or "default" for text in told[rank - 1])),
+        ]
         for name in metrics[1:]:
             values = [job.status.metrics[name] for job in setting.jobs if name in job.status.metrics]
             cells.append(show_number(name, statistics.fmean(values)) if values else None)
@@ -157,7 +158,7 @@ def tabulate_settings(results: Results, places: dict[Path, int]) -> dict[str, An
         cells += [(len(setting.jobs), str(len(setting.jobs))), (seconds, f"{seconds:.1f}")]
         rows.append((cells, [places[job.folder] for job in setting.jobs]))
     unit = f"{results.metric} (%)" if results.metric.endswith("acc") else results.metric
-    return to_table(["", *keys, unit, "against the best", *metrics[1:], "n", "seconds"], rows)
+    return to_table(["", unit, "against the best", *keys, *metrics[1:], "n", "seconds"], rows)
 
 
 def tabulate_runs(results: Results) -> dict[str, Any]:
