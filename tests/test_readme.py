@@ -129,7 +129,8 @@ def fewer(arguments: list[str]) -> list[str]:
 def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits.
 
-    The commands leave things there, so each worker has a copy of its own."""
+    The commands leave things there, so each worker has a copy of its own; and those that train have another
+    (``elsewhere``), so that the newest run is the same for those that read it, whatever ran before."""
 
     def make(cwd: Path) -> None:
         for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
@@ -152,7 +153,15 @@ def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory)
             folder = cwd / "logs" / "train" / kind / name
             if not folder.exists():
                 shutil.copytree(cwd / ("A" if kind == "runs" else "sweep"), folder)
+    shutil.copytree(cwd / "A", cwd / "logs" / "train" / "runs" / "newest")
+    for path in (cwd / "logs" / "train" / "runs" / "newest" / "checkpoints").iterdir():
+        path.touch()
+    shutil.copytree(cwd, elsewhere(cwd))
     return cwd
+
+
+def elsewhere(workplace: Path) -> Path:
+    return workplace.with_name(f"{workplace.name}-trains")
 
 
 def is_plain(command: str) -> bool:
@@ -173,11 +182,12 @@ def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
     [pytest.param(one, marks=pytest.mark.slow) if is_plain(one) else one for one in COMMANDS],
 )
 def test_commands_run(command: str, python: Run, workplace: Path) -> None:
-    done = python(*shorten(command), cwd=workplace)
+    trains = command.startswith(TRAIN) and SHORT[0] in shorten(command)
+    done = python(*shorten(command), cwd=elsewhere(workplace) if trains else workplace)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert output
-    if command.startswith(TRAIN) and SHORT[0] in shorten(command):
+    if trains:
         assert "everything is in" in output or "the report is in" in output
 
 
@@ -207,7 +217,7 @@ def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -
     """Line by line, with other numbers."""
     shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
     short = "+trainer.limit_train_batches=2"
-    done = command("train", short, cwd=workplace)
+    done = command("train", short, cwd=elsewhere(workplace))
     output = (done.stdout + done.stderr).replace(f"{short} ", "")  # next: what was typed, and one thing more
     assert done.returncode == 0, output
 
@@ -332,7 +342,7 @@ MESSAGES = re.findall(r"^\| `([^`]+)`", read(Path("docs/troubleshooting.md")), r
 def test_explained_messages_exist(message: str, command: Run, workplace: Path) -> None:
     if message in FOREIGN:
         if FOREIGN[message]:
-            done = command("train", FOREIGN[message], cwd=workplace)
+            done = command("train", FOREIGN[message], cwd=elsewhere(workplace))
             assert done.returncode == 1
             assert message in done.stdout + done.stderr
         return
