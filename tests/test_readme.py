@@ -299,14 +299,24 @@ def test_links_lead_somewhere(guide: str, link: str) -> None:
 
 
 def test_pictures_are_small_named_and_used() -> None:
-    images = sorted((REPOSITORY / "docs" / "images").glob("*.png"))
-    assert images
+    images = sorted((REPOSITORY / "docs" / "images").glob("*.[pg][ni][gf]"))
+    assert {image.suffix for image in images} == {".png", ".gif"}
     texts = {guide: read(guide) for guide in GUIDES}
     for image in images:
-        assert image.stat().st_size < 100_000
+        assert image.stat().st_size < (100_000 if image.suffix == ".png" else 1_300_000)
         assert np.asarray(Image.open(image).convert("L")).std() > 10, "an empty picture"
         assert f"`{image.name}`" in texts[Path("docs/images/README.md")]
         assert any(f"images/{image.name})" in text for text in texts.values())
+
+
+def test_the_readme_is_short() -> None:
+    """A page of the guide has a picture or code in it, wherever one reads."""
+    text = read(Path("README.md"))
+    assert len(text.splitlines()) <= 350
+    guide = text.split("\n## Introduction\n")[1].split("\n## Conclusion\n")[0]
+    for part in re.split(r"^!\[[^\n]*$", FENCE.sub("![", guide), flags=re.M):
+        prose = [line for line in part.splitlines() if not line.startswith("#")]
+        assert len(" ".join(prose).split()) <= 100, part
 
 
 @pytest.mark.slow
