@@ -1,6 +1,9 @@
 """Pages to work through: what they print when they run, and a project of one's own made of this one."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ def run_page(page: str, python: Run, cwd: Path) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_from_scratch(python: Run, tmp_path: Path) -> None:
     """Gradients by hand are autograd's, and steps by hand are those of ``train``."""
     printed = run_page("docs/from_scratch.md", python, tmp_path)
@@ -37,3 +41,71 @@ def test_from_scratch(python: Run, tmp_path: Path) -> None:
     assert float(difference) <= 1e-4
     (answers,) = re.findall(r"that differ: (\d+)", compared)
     assert int(answers) <= 2
+
+
+@pytest.mark.slow
+def test_questions_have_answers(python: Run, tmp_path: Path) -> None:
+    printed = run_page("docs/questions.md", python, tmp_path)
+    page = (REPOSITORY / "docs" / "questions.md").read_text()
+    assert len(re.findall("^## ", page, re.M)) == 15
+    assert len(printed) > 15
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of this repository."""
+    kept_aside = shutil.ignore_patterns(".*", "*cache*", "logs", "build", "dist")
+    return Path(shutil.copytree(REPOSITORY, tmp_path / "clone", ignore=kept_aside))
+
+
+def rename(clone: Path, name: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "docs/rename.py", name]
+    return subprocess.run(command, cwd=clone, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_renamed_package_trains(clone: Path, environment: dict[str, str]) -> None:
+    import torch
+
+    done = rename(clone, "my_digits")
+    assert done.returncode == 0, done.stderr
+    for path in clone.rglob("*"):
+        assert "mnist_lightning" not in path.name
+        assert not path.is_file() or b"mnist_lightning" not in path.read_bytes().lower(), path
+    assert 'my-digits-train = "my_digits.train:main"' in (clone / "pyproject.toml").read_text()
+    settings = (
+        "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=5",
+        "hydra.run.dir=run",
+        "model.hidden=8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "my_digits.train", *settings],
+        cwd=clone,
+        env=environment | {"PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python -m my_digits.train" in done.stdout
+    assert str(clone / "conf") in (clone / "run" / ".hydra" / "hydra.yaml").read_text()
+    checkpoint = torch.load(clone / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["model"]["_target_"] == "my_digits.network.FeedForward"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("my-digits", "a package's name is lower-case letters, digits and _"),
+        ("class", "a package's name is lower-case"),
+        ("json", "there is a module or a folder of this name already"),
+        ("tests", "there is a module or a folder of this name already"),
+        ("--help", "usage: python docs/rename.py my_project"),
+    ],
+)
+def test_a_bad_name_changes_nothing(name: str, told: str) -> None:
+    done = rename(REPOSITORY, name)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (REPOSITORY / "mnist_lightning" / "train.py").is_file()
