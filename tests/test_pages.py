@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import REPOSITORY, Run
+
+from docs import notebook
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.M | re.S)
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
@@ -109,3 +112,43 @@ def test_a_bad_name_changes_nothing(name: str, told: str) -> None:
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert (REPOSITORY / "mnist_lightning" / "train.py").is_file()
+
+
+def test_the_notebook_is_what_its_text_says() -> None:
+    """With stored outputs, small, and without a path of the machine that ran it."""
+    source = notebook.read_cells(notebook.SOURCE.read_text(encoding="utf-8"))
+    stored = nbformat.read(notebook.NOTEBOOK, as_version=4)
+    assert [(cell.cell_type, cell.source) for cell in stored.cells] == [
+        (cell.cell_type, cell.source) for cell in source.cells
+    ], "run: python docs/notebook.py"
+    assert notebook.NOTEBOOK.stat().st_size <= 1_000_000
+    assert len(list_pictures(stored)) == 7
+    assert not re.search(r"/(home|root|tmp|work|Users|site-packages)/", read_printed(stored))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_a_wheel(
+    tmp_path: Path, environment: dict[str, str], installed: Path
+) -> None:
+    """In a kernel of its own, in an empty folder."""
+    made = notebook.read_cells(notebook.SOURCE.read_text(encoding="utf-8"))
+    made.cells.append(nbformat.v4.new_code_cell("import mnist_lightning\nprint(mnist_lightning.__file__)"))
+    notebook.execute(made, tmp_path, environment | {"PYTHONPATH": str(installed)})
+    printed = read_printed(made)
+    assert printed.splitlines()[-1] == str(installed / "mnist_lightning" / "__init__.py")
+    shares = [float(share) for share in re.findall(r"^(?:.* )?([\d.]+) %(?: of .*)?$", printed, re.M)]
+    assert len(shares) > 4
+    assert min(shares) > 90
+    assert "read as 7" in printed
+    assert len(list_pictures(made)) == 7
+    assert len(list(tmp_path.glob("logs/train/runs/*/page.html"))) == 1
+
+
+def list_pictures(made: "nbformat.NotebookNode") -> list[str]:
+    outputs = [output for cell in made.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+def read_printed(made: "nbformat.NotebookNode") -> str:
+    outputs = [output for cell in made.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
