@@ -126,7 +126,9 @@ def fewer(arguments: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(
+    python: Run, once: Once, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits.
 
     The commands leave things there, so each worker has a copy of its own; and those that train have another
@@ -157,6 +159,9 @@ def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory)
     for path in (cwd / "logs" / "train" / "runs" / "newest" / "checkpoints").iterdir():
         path.touch()
     shutil.copytree(cwd, elsewhere(cwd))
+    from mnist_lightning.images.sources import find_source
+
+    find_source("mnist", Path(environment["HOME"], ".pytorch", "MNIST_data")).make_whole()  # as training does
     return cwd
 
 
