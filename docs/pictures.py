@@ -141,7 +141,8 @@ def film_drawing(page_file: Path) -> None:
         browser.close()
     drawn = 3 * (len(THREE) - 1)
     pauses = [1200 if number in (0, drawn, len(frames) - 1) else 90 for number in range(len(frames))]
-    palette = frames[-1].quantize(NUM_COLORS, dither=Image.Dither.NONE)
+    frames, pauses = [frames[-1], *frames[:-1]], [pauses[-1], *pauses[:-1]]  # where it stands still, an 8
+    palette = frames[0].quantize(NUM_COLORS, dither=Image.Dither.NONE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(IMAGES / "draw.gif", save_all=True, append_images=others, duration=pauses, loop=0)
 

@@ -61,7 +61,7 @@ class DigitClassifier(L.LightningModule):
         net: (B, C, H, W) float32, normalised -> (B, num_classes) logits, or (B, 1) numbers.
         preprocess: from stored images to what the net sees; None: ``Preprocess()``.
         loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
-        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
+        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named correctly.
         image_shape: (C, H, W).
         class_names: by label; None: the ten digits.
         optimizer: makes the optimizer from the parameters.

@@ -453,7 +453,7 @@ def compiler_errors() -> Iterator[None]:
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
-    """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
+    """Which images the net names correctly, one bit per image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.

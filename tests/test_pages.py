@@ -127,9 +127,7 @@ def test_the_notebook_is_what_its_text_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_a_wheel(
-    tmp_path: Path, environment: dict[str, str], installed: Path
-) -> None:
+def test_the_notebook_runs_from_a_wheel(tmp_path: Path, environment: dict[str, str], installed: Path) -> None:
     """In a kernel of its own, in an empty folder."""
     made = notebook.read_cells(notebook.SOURCE.read_text(encoding="utf-8"))
     made.cells.append(nbformat.v4.new_code_cell("import mnist_lightning\nprint(mnist_lightning.__file__)"))

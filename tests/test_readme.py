@@ -36,6 +36,7 @@ NOT_RUN = {
     "tensorboard ": "a server that does not end: test_tensorboard_serves_a_run",
     "python docs/reference.py": "writes into the repository: test_the_reference_is_what_the_configs_say",
     "python docs/pictures.py": "needs a browser, and writes into the repository",
+    "python docs/notebook.py": "writes into the repository: test_the_notebook_is_what_its_text_says",
 }
 # What needs the network or other hardware is composed and checked, but not run.
 # test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.

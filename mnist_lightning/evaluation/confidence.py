@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mnist_lightning.classifier import DigitClassifier, Probabilities
 
-KEPT = 0.99  # of the validation images that are read rightly, this share stays an answer
+KEPT = 0.99  # of the validation images that are read correctly, this share stays an answer
 LIMITS = (0.05, 20.0)  # of a temperature
 
 
@@ -40,7 +40,7 @@ def fit(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """What a checkpoint keeps under "confidence".
 
     ``temperature``, and ``sure``, the least probability with which a class is an answer: ``KEPT`` of the
-    images that are read rightly have more.
+    images that are read correctly have more.
 
     Args:
         outputs, labels: of the validation images, see ``fit_temperature``.
