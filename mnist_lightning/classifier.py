@@ -636,7 +636,7 @@ def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 def _one_line(told: str) -> Iterator[None]:
     """
     Raises:
-        MisconfigurationException: whatever a net, a loss or a metric of somebody's own raises, in a line.
+        MisconfigurationException: whatever a user's net, loss or metric raises, in one line.
     """
     try:
         with warnings.catch_warnings():

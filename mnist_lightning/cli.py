@@ -1,4 +1,4 @@
-"""What the commands share: paths on the command line as people type them, errors in a line."""
+"""Shared by the commands: paths on the command line as typed, errors in one line."""
 
 import codecs
 import contextlib
@@ -44,7 +44,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def begin() -> None:
-    """What every command does first, before Hydra looks for plugins and before torch is imported."""
+    """Do what every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
@@ -72,7 +72,7 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def retype(argument: str, *, without: str = "") -> str:
-    """The command that was typed with another argument, to be typed again.
+    """The typed command with another argument, to be typed again.
 
     Args:
         without: a key that is left out.

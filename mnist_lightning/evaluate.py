@@ -226,7 +226,7 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
             f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
         )
     if missing:
-        print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: no net has judged its images")
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:

@@ -116,7 +116,7 @@ def show(settings: Runs) -> None:
 
 
 def find_keys(records: Sequence[Record]) -> set[str]:
-    """All that can be asked of a run: what a record has, and every setting."""
+    """The keys that filters and columns may name: a record's own, and every setting."""
     defaults, choices = find_defaults()
     own = {"run", "when", "changed", "state", "seconds", "error", "sweep", "epochs", "train_seconds"}
     scores = {f"{place}{split}/{name}" for place in ("", "last/") for split in ("train", "val", "test")

@@ -85,7 +85,7 @@ KINDS = {
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
 SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
-SIZES = ("image_shape", "num_classes")  # what nets, losses and metrics are told, where they have it by name
+SIZES = ("image_shape", "num_classes")  # filled in for nets, losses and metrics that take them by name
 
 
 def kind_of(key: str) -> Kind | None:

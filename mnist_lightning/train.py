@@ -138,7 +138,7 @@ class TrainModule(ModuleType):
 
 
 def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
-    """A run that Python code has asked for."""
+    """Run what Python code has asked for."""
     metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
@@ -518,7 +518,7 @@ def find_commit() -> str | None:
 
     try:
         if git("ls-files", "--error-unmatch", __file__).returncode:
-            return None  # installed from a wheel, perhaps inside somebody else's repository
+            return None  # installed from a wheel, perhaps inside another repository
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
@@ -571,7 +571,7 @@ def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> No
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What a person wants to know at the end of a run, in lines."""
+    """The summary that is printed at the end of a run, as lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
@@ -589,7 +589,7 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 
 def list_next(settings: Train, run_dir: Path) -> list[str]:
-    """What to type after a run, in lines."""
+    """Commands to try after a run, as lines."""
     foreign = strange_modules(asdict(settings))
     changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
     known = None if settings.data.source else KNOWN.get(settings.data.name)

@@ -113,7 +113,7 @@ def lay_out(pl_module: L.LightningModule) -> dict[str, dict[str, list[object]]]:
 
 @contextmanager
 def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
-    """A picture that somebody's own net or images do not fit is left out with a word; a run is not."""
+    """Leave out a picture that does not fit a user's net or images, with a warning; the run goes on."""
     try:
         yield
     except OSError:  # a failed write, which the logger tells

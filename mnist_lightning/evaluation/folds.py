@@ -1,4 +1,4 @@
-"""What nets of several folds say of the images that they were not trained on, joined."""
+"""Join the predictions of nets of several folds for the images that they were not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def join_folds(
     trust: Any = None,
     tta: int = 0,
 ) -> Judged:
-    """Ask each net for the images of its own fold; nets of one fold, with other seeds, are averaged.
+    """Predict each fold's images with its own net; nets of one fold, with other seeds, are averaged.
 
     Args:
         paths: of the checkpoints.

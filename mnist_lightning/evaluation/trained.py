@@ -1,4 +1,4 @@
-"""A trained net, read back from what its run left, and asked."""
+"""Read a trained net back from its run's files, and compute its outputs."""
 
 import math
 import shlex
@@ -88,7 +88,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
 
 
 class Bounded(TorchFunctionMode):
-    """A stretch in which torch is asked no more than so often, and for no tensor beyond ``LARGEST``.
+    """Limit the calls of torch within the block, and the size of its tensors to ``LARGEST``.
 
     What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
 
@@ -225,7 +225,7 @@ def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, want
 
 
 def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
-    """What a net gives for each image.
+    """The net's outputs for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
 

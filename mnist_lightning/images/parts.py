@@ -99,7 +99,7 @@ def find_runs(mask: Mask) -> tuple[Ints, Ints, Ints]:
 
 
 def widen(mask: Mask, reach: int) -> Mask:
-    """All pixels that are at most so far away, along rows and columns."""
+    """All pixels at most this far away, along rows and columns."""
     for _ in range(2):  # rows, then columns
         if reach:
             sums = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))).astype(np.int64), axis=1)

@@ -107,7 +107,7 @@ def find_source(
         path: of "folder" and "npz".
         size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
         grey: whether coloured pictures of "folder" become grey.
-        source: ``_target_`` and arguments of a function of one's own.
+        source: ``_target_`` and arguments of a user's function.
 
     Raises:
         ValueError: there is no such data set, or it lies nowhere.
@@ -313,7 +313,7 @@ class Npz:
 
 @dataclass(frozen=True)
 class Own:
-    """A function of somebody's own that gives arrays, as ``arrays.check_arrays`` takes them.
+    """A user's function that gives arrays, as ``arrays.check_arrays`` takes them.
 
     Args:
         recipe: ``_target_`` and arguments, as JSON.
@@ -373,7 +373,7 @@ def unpack(data_dir: Path) -> None:
                 continue
             log.warning("%s %s: replaced by the copy in this package", path, fault)
             if path.is_dir() and not path.is_symlink():
-                path.rename(f"{path}.aside")  # whose it is, nobody knows
+                path.rename(f"{path}.aside")  # it may be the user's
         with gzip.open(PACKAGED / f"{file}.gz") as packed:
             write_atomic(path, packed.read())
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 TEMPORARY = ".writing-"  # what the names of files begin with that are being written
-LONG_LEFT = 60.0  # seconds after which a file that nobody goes on writing is a killed process's
+LONG_LEFT = 60.0  # seconds without a write, after which a file is left over from a killed process
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -22,7 +22,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        temporary.unlink(missing_ok=True)  # a killed process's, or a link that somebody has put there
+        temporary.unlink(missing_ok=True)  # left over from a killed process, or a link put there
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()

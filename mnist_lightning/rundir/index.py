@@ -104,7 +104,7 @@ def make_record(
 
 
 def tell_changes(overrides: Sequence[str], defaults: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
-    """Of a run's command line what differs from the defaults, as it is typed."""
+    """The part of a run's command line that differs from the defaults, as typed."""
     told = []
     for override in overrides:
         key, sign, text = override.lstrip("+").partition("=")
@@ -145,7 +145,7 @@ def equals(value: Any, other: Any) -> bool:
 
 @functools.cache
 def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``train`` takes when nothing is said: each setting, and each group's choice."""
+    """The defaults of ``train``: each setting, and each group's choice."""
     register()
     started = contextlib.nullcontext() if GlobalHydra.instance().is_initialized() else None
     with started or initialize_config_dir(CONF_DIR, version_base="1.3"):
@@ -159,7 +159,7 @@ def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What is known of each run, by its place under the folder.
+    """Update the index and return each run's entry, by its place under the folder.
 
     The index is written anew where it was not up to date, and done without where it can't be written.
 

@@ -1,4 +1,4 @@
-"""Where commands write what they found: folders in which nothing of the user's is overwritten."""
+"""Write what commands found into folders without overwriting a user's files."""
 
 import os
 from collections.abc import Collection

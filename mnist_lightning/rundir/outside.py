@@ -1,4 +1,4 @@
-"""What comes from outside: files that may be damaged or a stranger's, and the texts in them.
+"""Read files that may be damaged or a stranger's, and the texts in them.
 
 Reading is bounded before it begins, writing follows no link out of a folder, and a text is shown as text.
 """

@@ -1,4 +1,4 @@
-"""What a run keeps of itself for later comparison: its settings in JSON, and code that no commit holds."""
+"""Keep what a later comparison with a run needs: its settings in JSON, and code that no commit holds."""
 
 import contextlib
 import importlib.util
@@ -63,7 +63,7 @@ def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> Non
         return
     places = [Path(__file__).parents[1]] if package else []
     for name in modules:
-        with contextlib.suppress(ImportError, ValueError):  # what can't be found is told when it is built
+        with contextlib.suppress(ImportError, ValueError):  # the build reports what can't be found
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
                 places.append(Path(spec.origin))

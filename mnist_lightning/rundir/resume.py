@@ -214,7 +214,7 @@ def find_stops(settings: Train) -> list[str]:
 
 
 def resume_job(job_dir: Path) -> str | None:
-    """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
+    """Find what a job of a sweep resumes from: its own folder where it was interrupted or requeued and has
     a checkpoint, else nothing, and what an earlier attempt has written is removed, but its log."""
     status = read(job_dir)
     checkpoints = job_dir / "checkpoints"
@@ -295,7 +295,7 @@ def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a run can't go on with another value of this key, whatever it is."""
+    """Whether a run can go on with no other value of this key."""
     group, _, name = key.partition(".")
     if group == "trainer":
         return name.split(".")[0] not in (*LIMITS, *TRAINER_FREE)

@@ -1,4 +1,4 @@
-"""What became of a run: ``status.json`` in its folder."""
+"""Read and write ``status.json``, a run's state, in its folder."""
 
 import contextlib
 import json
@@ -208,7 +208,7 @@ def lock(folder: Path) -> Iterator[None]:
         OSError: what is to hold it is a link that leads elsewhere.
     """
     hold(folder)
-    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
+    mutex = _held.pop(folder.absolute(), None)  # so that no other thread of this process has it too
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ def check_parts(parts: Parts) -> str | None:
 
 
 def answer(parts: Parts, connection: Connection) -> None:
-    """In the process that is asked: send the mode of the monitored metric and what is wrong, or None."""
+    """In the child process: send the mode of the monitored metric and what is wrong, or None."""
     from mnist_lightning.targets import check_arguments, choose_mode, make
 
     mode: str | None = None
@@ -110,7 +110,7 @@ def answer(parts: Parts, connection: Connection) -> None:
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
             metric = make(parts["settings"][key], key, num_classes=2)  # of any number: it is only asked
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
-    except BaseException as error:  # whatever a module of somebody's own does when it is imported
+    except BaseException as error:  # whatever a user's module does when it is imported
         told = " ".join(str(error).split())
         ours = isinstance(error, CompactHydraException)
         connection.send((None, told if ours else f"{type(error).__name__}: {told}"))

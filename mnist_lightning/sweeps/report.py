@@ -248,7 +248,7 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
         ) + (
             "Luck is what differs between jobs of one setting."
             if importance.luck is not None
-            else "With one seed nobody knows how much of it is luck: try `seed=1,2,3`."
+            else "One seed does not show how much of it is luck: try `seed=1,2,3`."
         )
     return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
 
