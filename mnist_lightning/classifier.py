@@ -576,7 +576,7 @@ def rebuild(
 
 
 def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
-    """A weight in the type of the one whose place it takes.
+    """Convert a weight to the type of the one that it replaces.
 
     Raises:
         ValueError: it is of another kind: a complex one, say.
@@ -589,7 +589,7 @@ def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators, the CPU's and that of a device of another kind, by kind."""
+    """The states of torch's random generators, the CPU's and the device's, by kind of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -597,7 +597,7 @@ def get_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with random numbers where ``get_random_state`` was asked, on the same kind of device."""
+    """Restore the random states that ``get_random_state`` returned, on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[device.type])
@@ -606,7 +606,7 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 
 
 def environment() -> dict[str, str | int]:
-    """What else decides the last bits of a result."""
+    """The environment that decides the last bits of a result."""
     return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
 
 

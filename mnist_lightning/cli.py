@@ -63,7 +63,7 @@ def begin() -> None:
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """In the manner of ``codecs.backslashreplace_errors``, but as people write where a sign is missing."""
+    """Like ``codecs.backslashreplace_errors``, but with readable substitutes for missing signs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]

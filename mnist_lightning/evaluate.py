@@ -230,7 +230,7 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
-    """A line an image: its index in the split, label and the net's number."""
+    """One line per image: its index in the split, label and the net's number."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "output"])
@@ -283,7 +283,7 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
-    """A line an image: its index in the split, label, prediction and the prediction's probability.
+    """One line per image: its index in the split, label, prediction and the prediction's probability.
 
     Args:
         indices: (N,) of the images; None: 0, 1, 2, …

@@ -1,4 +1,4 @@
-"""What a ``_target_`` names: found, held against its kind and its signature, built."""
+"""Find what a ``_target_`` names, check it against its kind and its signature, and build it."""
 
 import difflib
 import functools
@@ -268,7 +268,7 @@ def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, 
 
 
 def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what Hydra reads: ``_args_``, ``_convert_``, ``_recursive_``."""
+    """A target's own arguments, without Hydra's ``_args_``, ``_convert_`` and ``_recursive_``."""
     return {
         name: value
         for name, value in arguments.items()

@@ -372,7 +372,7 @@ def place(settings: Train, run_dir: Path) -> Train:
 
 
 def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
-    """For the steps of each process of a run.
+    """Choose the number of threads for the steps of each process of a run.
 
     Args:
         flops: of a forward pass of a whole batch.

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written."""
+"""Write a run's checkpoints."""
 
 import errno
 import logging

@@ -190,7 +190,7 @@ def _spread(labels: Tensor, count: int) -> Tensor:
 
 
 def _run(net: FeedForward, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What the first layer's units are at, and the logits."""
+    """The values of the first layer's units, and the logits."""
     values, first = inputs, None
     for layer in net.layers:
         values = layer(values)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides its scalars."""
+"""Write a run's pictures, graph and charts for TensorBoard."""
 
 import copy
 import logging

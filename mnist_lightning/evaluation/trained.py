@@ -199,7 +199,7 @@ def find_split(datamodule: MNISTDataModule, split: str) -> Images:
 
 
 def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
-    """That all these runs have the same images in the split of this name.
+    """Check that all runs have the same images in the split of this name.
 
     Raises:
         OSError: two have others.

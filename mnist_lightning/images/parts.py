@@ -141,7 +141,7 @@ def _count(parts: Parts, mask: Mask) -> Ints:
 
 
 def find_foreign(parts: Parts) -> Mask:
-    """Which parts are no digit but what is beside one on its paper.  -> (N,)
+    """Find the parts that are no digit but lie beside one on its paper.  -> (N,)
 
     Frames and lines: straight, and around the digit or across most of the picture.  Edges of the paper, sides
     of a box, a neighbour's stroke: along the picture's border.  Only where another part is large enough to be

@@ -65,19 +65,19 @@ DOWNLOADS = {  # of some size, told before they are fetched
 
 
 class Source(Protocol):
-    """Where a data set lies."""
+    """A data set's files."""
 
     def __hash__(self) -> int: ...
 
     def make_whole(self) -> None:
-        """Put what is missing where ``read`` will look for it.
+        """Fetch or unpack missing files, where ``read`` looks for them.
 
         Raises:
             OSError: it can't be fetched, or the place can't be written.
         """
 
     def is_whole(self) -> bool:
-        """Whether ``read`` can do with what is there; nothing is written."""
+        """Whether ``read`` finds all it needs; writes nothing."""
 
     def stamp(self) -> Hashable:
         """Changes when what ``read`` gives may have changed."""
@@ -99,7 +99,7 @@ def find_source(
     grey: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Source:
-    """What the settings of ``data=`` name.
+    """Find the source that the settings of ``data=`` name.
 
     Args:
         name: a key of ``KNOWN``, "folder" or "npz"; with ``source``, any.

@@ -221,7 +221,7 @@ def find_folders(under: Path) -> Iterator[tuple[str, list[Stamp | None], bool]]:
 
 
 def read_stamp(path: str) -> Stamp | None:
-    """None where there is no plain file."""
+    """A file's inode, time and size; None where it is no plain file."""
     try:
         found = os.lstat(path)
     except (OSError, ValueError):
@@ -232,7 +232,7 @@ def read_stamp(path: str) -> Stamp | None:
 
 
 def read_entry(folder: Path) -> dict[str, Any] | None:
-    """What a run's files tell; None where its status can't be read."""
+    """A run's entry, from its files; None where its status can't be read."""
     status = read_object(folder / FILE)
     if status is None or status.get("state") not in STATES:
         return None
@@ -262,7 +262,7 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
-    """A file's content, None where it is no plain file of a sensible size that holds a JSON object."""
+    """Read a JSON object; None where the file is not plain, is too large or holds something else."""
     try:
         content = json.loads(read_file(path, most=most)) if not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
@@ -318,7 +318,7 @@ def save_index(path: Path, base: Mapping[str, Any], entries: Mapping[str, Mappin
 
 
 def pack(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
-    """What differs from the settings that most runs share, and which of those are missing."""
+    """The differences from the settings that most runs share, and those that are missing."""
     others = {key: value for key, value in settings.items() if key not in base or base[key] != value}
     return [others, [key for key in base if key not in settings]]
 

@@ -14,7 +14,7 @@ LOGS = "logs"  # what lies there is this project's
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
-    """Make the folder that ``output=`` names, and see that what is to be written there replaces nothing else.
+    """Make the folder that ``output=`` names, and check that writing there replaces no other file.
 
     Args:
         command: "evaluate", say.

@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number that can be computed with; NaN is one."""
+    """Whether a value is a number, NaN included."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 

@@ -77,7 +77,7 @@ def received() -> bool:
 
 
 def ask() -> None:
-    """Let this process stop as others do that have got a signal."""
+    """Ask this process to stop, as a signal would."""
     global _received
     if _received is None:
         _received = signal.SIGTERM

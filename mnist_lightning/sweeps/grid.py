@@ -161,7 +161,7 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def job_dir(self, number: int, job: Job) -> Path:
-        """Where Hydra has a job leave what it leaves."""
+        """The folder that Hydra gives a job."""
         assert self.config is not None
         subdir = OmegaConf.to_container(self.config.hydra.sweep)["subdir"]  # type: ignore[call-overload, index]
         if subdir == "${hydra.job.num}":

@@ -1,4 +1,4 @@
-"""What came out of a sweep: results.csv, report.md, figures, and the top of the table for a terminal."""
+"""Report a sweep's results: results.csv, report.md, figures, and the top of the table for a terminal."""
 
 import csv
 import functools
