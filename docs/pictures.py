@@ -52,7 +52,7 @@ def main() -> None:
         keep(evaluation / "mistakes.png", "mistakes.png")
         keep(evaluation / "confusion_matrix.png", "confusion_matrix.png")
         run(cwd, "explain", f"index={EXPLAINED}", "run=logs/train/runs/default", "output=why")
-        keep(cwd / f"why/001_test_{EXPLAINED}.png", "explain.png")
+        keep(cwd / f"why/001_test {EXPLAINED}.png", "explain.png")
         run(cwd, "visualize", "film=logs/train/runs/default", "output=filmed")
         shutil.copy(cwd / "filmed/film.gif", IMAGES)
         run(cwd, "export", "format=html", "film=true", "run=logs/train/runs/default", "output=page.html")

@@ -72,12 +72,13 @@ def join_folds(
                 f"{paths[0]} and {path} divide their images in other ways (data.name, data.num_folds,"
                 " data.split_seed): they can't be joined"
             )
-        log_probs = log_probabilities(classifier, own.images, tta=tta)
-        by_fold.setdefault(int(settings["fold"]), []).append(log_probs)
+        by_fold.setdefault(int(settings["fold"]), []).append(
+            log_probabilities(classifier, own.images, tta=tta)
+        )
     judged = torch.isin(fold_of, torch.tensor(sorted(by_fold)))
     log_probs = torch.zeros(len(fold_of), next(iter(by_fold.values()))[0].shape[1])
-    for fold, said_of_fold in by_fold.items():
-        log_probs[fold_of == fold] = average(said_of_fold)
+    for fold, of_its_nets in by_fold.items():
+        log_probs[fold_of == fold] = average(of_its_nets)
     indices = judged.nonzero().squeeze(1)
     return Judged(
         images=Images(whole.images[indices], whole.labels[indices]),
