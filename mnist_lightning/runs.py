@@ -25,7 +25,6 @@ from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.index import (
     STATES,
-    WHERE,
     Record,
     equals,
     find_defaults,
@@ -34,6 +33,7 @@ from mnist_lightning.rundir.index import (
 )
 from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
+from mnist_lightning.settings_help import WHERE
 from mnist_lightning.sweeps.results import count_jobs
 
 log = logging.getLogger(__name__)
