@@ -334,10 +334,10 @@ def test_a_run_that_was_killed_before_its_end_was_written_has_not_finished(
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, run))
     assert differences(before, after) == []
     for folder in (finished, run):
-        events = EventAccumulator(str(folder / "tensorboard"))
-        events.Reload()
-        assert len(events.Scalars("test/acc")) == len(events.Scalars("final/val/acc")) == 1
-        assert b"model.hidden" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        kept, tested = (EventAccumulator(str(folder / "tensorboard" / split)) for split in ("", "test"))
+        for events in (kept, tested):
+            assert len(events.Reload().Scalars("epoch/acc")) == 1
+        assert b"model.hidden" in kept.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
 
 
 def test_a_named_folder_takes_one_run(finished: Path, command: Run, tmp_path: Path) -> None:

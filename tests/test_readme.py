@@ -36,6 +36,7 @@ NOT_RUN = {
     "tensorboard ": "a server that does not end: test_tensorboard_serves_a_run",
     "python docs/reference.py": "writes into the repository: test_the_reference_is_what_the_configs_say",
     "python docs/pictures.py": "needs a browser, and writes into the repository",
+    "python docs/notebook.py": "writes into the repository: test_the_notebook_is_what_its_text_says",
 }
 # What needs the network or other hardware is composed and checked, but not run.
 # test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
@@ -126,10 +127,13 @@ def fewer(arguments: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(
+    python: Run, once: Once, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits.
 
-    The commands leave things there, so each worker has a copy of its own."""
+    The commands leave things there, so each worker has a copy of its own; and those that train have another
+    (``elsewhere``), so that the newest run is the same for those that read it, whatever ran before."""
 
     def make(cwd: Path) -> None:
         for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
@@ -152,7 +156,18 @@ def workplace(python: Run, once: Once, tmp_path_factory: pytest.TempPathFactory)
             folder = cwd / "logs" / "train" / kind / name
             if not folder.exists():
                 shutil.copytree(cwd / ("A" if kind == "runs" else "sweep"), folder)
+    shutil.copytree(cwd / "A", cwd / "logs" / "train" / "runs" / "newest")
+    for path in (cwd / "logs" / "train" / "runs" / "newest" / "checkpoints").iterdir():
+        path.touch()
+    shutil.copytree(cwd, elsewhere(cwd))
+    from mnist_lightning.images.sources import find_source
+
+    find_source("mnist", Path(environment["HOME"], ".pytorch", "MNIST_data")).make_whole()  # as training does
     return cwd
+
+
+def elsewhere(workplace: Path) -> Path:
+    return workplace.with_name(f"{workplace.name}-trains")
 
 
 def is_plain(command: str) -> bool:
@@ -173,11 +188,12 @@ def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
     [pytest.param(one, marks=pytest.mark.slow) if is_plain(one) else one for one in COMMANDS],
 )
 def test_commands_run(command: str, python: Run, workplace: Path) -> None:
-    done = python(*shorten(command), cwd=workplace)
+    trains = command.startswith(TRAIN) and SHORT[0] in shorten(command)
+    done = python(*shorten(command), cwd=elsewhere(workplace) if trains else workplace)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert output
-    if command.startswith(TRAIN) and SHORT[0] in shorten(command):
+    if trains:
         assert "everything is in" in output or "the report is in" in output
 
 
@@ -207,7 +223,7 @@ def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -
     """Line by line, with other numbers."""
     shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
     short = "+trainer.limit_train_batches=2"
-    done = command("train", short, cwd=workplace)
+    done = command("train", short, cwd=elsewhere(workplace))
     output = (done.stdout + done.stderr).replace(f"{short} ", "")  # next: what was typed, and one thing more
     assert done.returncode == 0, output
 
@@ -289,14 +305,24 @@ def test_links_lead_somewhere(guide: str, link: str) -> None:
 
 
 def test_pictures_are_small_named_and_used() -> None:
-    images = sorted((REPOSITORY / "docs" / "images").glob("*.png"))
-    assert images
+    images = sorted((REPOSITORY / "docs" / "images").glob("*.[pg][ni][gf]"))
+    assert {image.suffix for image in images} == {".png", ".gif"}
     texts = {guide: read(guide) for guide in GUIDES}
     for image in images:
-        assert image.stat().st_size < 100_000
+        assert image.stat().st_size < (100_000 if image.suffix == ".png" else 1_300_000)
         assert np.asarray(Image.open(image).convert("L")).std() > 10, "an empty picture"
         assert f"`{image.name}`" in texts[Path("docs/images/README.md")]
         assert any(f"images/{image.name})" in text for text in texts.values())
+
+
+def test_the_readme_is_short() -> None:
+    """A page of the guide has a picture or code in it, wherever one reads."""
+    text = read(Path("README.md"))
+    assert len(text.splitlines()) <= 350
+    guide = text.split("\n## Introduction\n")[1].split("\n## Conclusion\n")[0]
+    for part in re.split(r"^!\[[^\n]*$", FENCE.sub("![", guide), flags=re.M):
+        prose = [line for line in part.splitlines() if not line.startswith("#")]
+        assert len(" ".join(prose).split()) <= 100, part
 
 
 @pytest.mark.slow
@@ -332,7 +358,7 @@ MESSAGES = re.findall(r"^\| `([^`]+)`", read(Path("docs/troubleshooting.md")), r
 def test_explained_messages_exist(message: str, command: Run, workplace: Path) -> None:
     if message in FOREIGN:
         if FOREIGN[message]:
-            done = command("train", FOREIGN[message], cwd=workplace)
+            done = command("train", FOREIGN[message], cwd=elsewhere(workplace))
             assert done.returncode == 1
             assert message in done.stdout + done.stderr
         return

@@ -51,9 +51,14 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """By split and tag."""
+    curves = {}
+    for split in ("", "train", "val", "test"):
+        events = EventAccumulator(str(run / "tensorboard" / split), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            curves[f"{split}:{tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return curves
 
 
 def assert_twins(one: Path, two: Path) -> None:

@@ -1,7 +1,6 @@
-"""A trained net, read back from what its run left, and asked."""
+"""Read a trained net back from its run's files, and compute its outputs."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from mnist_lightning.evaluation import confidence
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_text, as_word
 from mnist_lightning.targets import PARTS, TargetError, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
 
@@ -54,7 +53,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
         except OSError:
             raise error from None
         raise OSError(
-            f"{error}; another net is never taken in silence: checkpoint={shlex.quote(str(other))} is whole"
+            f"{error}; another net is never taken in silence: checkpoint={as_word(str(other))} is whole"
         ) from error
     recipe = checkpoint["hyper_parameters"]
     if recipe.get("model") is None:
@@ -89,8 +88,8 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
 
 
 class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A stretch in which torch does no more than so many operations, each of which gives no tensor beyond
-    ``LARGEST``; that is found out on tensors without content, before any memory is taken.
+    """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
+    tensors without content, before any memory is taken.
 
     What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
 
@@ -223,7 +222,7 @@ def find_split(datamodule: MNISTDataModule, split: str) -> Images:
 
 
 def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
-    """That all these runs have the same images in the split of this name.
+    """Check that all runs have the same images in the split of this name.
 
     Raises:
         OSError: two have others.
@@ -248,8 +247,32 @@ def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, want
     return threads.choose(max(flops), wanted=wanted)
 
 
+def choose_device(name: str) -> torch.device:
+    """
+    Args:
+        name: torch's, or "auto": CUDA where there is one, else the CPU, as in training.
+
+    Raises:
+        OSError: torch has no such device here.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # of another kind for each kind of device
+        cause = as_text(f"{error}".partition("\n")[0])
+        raise OSError(f"device={name} can't be used here: {cause}") from error
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The kind of device, with what decides how it rounds."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
-    """What a net gives for each image.
+    """The net's outputs for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
 
@@ -296,7 +319,7 @@ def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dic
         parts = torch.split(outputs, size), torch.split(labels, size)
         classifier.test_metrics.reset()
         for batch, its_labels in zip(*parts, strict=True):
-            classifier.measure("test", batch, its_labels)
+            classifier.measure("test", batch.to(classifier.device), its_labels.to(classifier.device))
         values = classifier.test_metrics.compute()
     return {name.removeprefix("test/"): value.item() for name, value in values.items()}
 
