@@ -88,7 +88,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
 DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()
 
 
-class Bounded(DispatchMode):  # type: ignore[misc]
+class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
     """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
     tensors without content, before any memory is taken.
 
