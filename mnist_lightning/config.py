@@ -619,6 +619,27 @@ class Report:
     """One run of ``python -m mnist_lightning.report``."""
 
     run: str
+    runs: Any  # str or list of str
+    filter: str | None
+    under: str
+    html: bool
+    output: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+
+    def __post_init__(self) -> None:
+        self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=0)
+        given = [
+            name
+            for name, is_given in (
+                ("run", self.run != "latest"),
+                ("runs", bool(self.runs)),
+                ("filter", self.filter is not None),
+            )
+            if is_given
+        ]
+        require(len(given) <= 1, f"{' and '.join(given)}: each says what is reported, give one of them")
+        require(self.html or self.output is None, "output names the page's file: add html=true")
 
 
 @dataclass

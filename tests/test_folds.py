@@ -103,6 +103,8 @@ def test_folds_are_expanded(typed: list[str], meant: list[str]) -> None:
         ["-m", "folds="],
         ["-m", "folds=-3"],
         ["-m", "folds=99999"],
+        ["-m", "folds=5", "data.num_folds=3"],
+        ["-m", "data.fold=1", "folds=5"],
     ],
 )
 def test_folds_that_are_none_are_told(typed: list[str]) -> None:

@@ -16,8 +16,15 @@ LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.outside", "rundir.output"),
-    *("rundir.record", "rundir.reproduce", "rundir.resume", "rundir.signals", "rundir.status"),
-    *("sweeps.auto", "sweeps.grid", "sweeps.importance", "sweeps.processes", "sweeps.report"),
+    *(
+        "rundir.record",
+        "rundir.records",
+        "rundir.reproduce",
+        "rundir.resume",
+        "rundir.signals",
+        "rundir.status",
+    ),
+    *("sweeps.auto", "sweeps.grid", "sweeps.importance", "sweeps.page", "sweeps.processes", "sweeps.report"),
     *("sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
@@ -46,8 +53,8 @@ MAY_IMPORT = {
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},
     "sweeps": {
-        *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
-        *("targets", "threads", "trust", "workarounds"),
+        *("classifier", "cli", "config", "evaluation", "figures", "images", "page", "rundir"),
+        *("settings_help", "targets", "threads", "trust", "workarounds"),
     },
 }
 

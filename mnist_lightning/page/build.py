@@ -1,15 +1,10 @@
 """A trained net as one HTML file that needs nothing else: its weights, images to try, script and style."""
 
-import base64
 import copy
-import functools
-import html
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +14,8 @@ from torch import Tensor, nn
 
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.network import ACTIVATIONS, FeedForward
+from mnist_lightning.page.assemble import assemble, encode
 
-FOLDER = Path(__file__).parent
 SCRIPTS = ("core.js", "net.js", "page.js", "film.js")
 LEVELS = 127  # of a weight of 8 bits, on each side of 0
 SAMPLE_BYTES = 100_000  # for the images to try
@@ -214,12 +209,7 @@ def make_page(
         "film": film,
         "live": live,
     }
-    # "<" would let a class named </script> end the data
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = _read("page.html").replace("<!-- title -->", html.escape(title))
-    page = page.replace("<!-- style -->", _read("page.css"))
-    page = page.replace("<!-- script -->", "\n".join(map(_read, SCRIPTS)))
-    return page.replace("<!-- data -->", text).encode()
+    return assemble("page", SCRIPTS, title=title, data=data)
 
 
 def _pack_layer(layer: Layer) -> dict[str, Any]:
@@ -235,14 +225,3 @@ def _pack_layer(layer: Layer) -> dict[str, Any]:
         "norm": norm,
         "activation": layer.activation,
     }
-
-
-def encode(array: NDArray[Any]) -> str:
-    """An array's bytes in base64, little-endian as in every browser's typed arrays."""
-    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    return base64.b64encode(little.tobytes()).decode()
-
-
-@functools.cache
-def _read(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,30 @@ def list_runs(under: str | Path = "logs") -> list[Record]:
         raise FileNotFoundError(f"{under} holds no runs: there is no such folder")
     base, entries = update_index(under)
     defaults, choices = find_defaults()
-    records = [make_record(under, place, one, base, defaults, choices) for place, one in entries.items()]
+    return complete(
+        [make_record(under, place, one, base, defaults, choices) for place, one in entries.items()]
+    )
+
+
+def read_runs(folders: Iterable[Path]) -> list[Record]:
+    """The records of these runs alone, see ``list_runs``.
+
+    Raises:
+        FileNotFoundError: one is no run's folder, or its status can't be read.
+    """
+    defaults, choices = find_defaults()
+    records = []
+    for folder in folders:
+        entry = read_entry(folder)
+        if entry is None:
+            raise FileNotFoundError(f"{folder} is no run's folder: it has no {FILE} that can be read")
+        entry |= {"settings": pack(entry["settings"], {}), "in_sweep": (folder.parent / MULTIRUN).is_file()}
+        records.append(make_record(folder.parent, folder.name, entry, {}, defaults, choices))
+    return complete(records)
+
+
+def complete(records: list[Record]) -> list[Record]:
+    """The same keys in all records, and the newest first."""
     names: set[str] = set()
     for record in records:
         names |= record.keys()

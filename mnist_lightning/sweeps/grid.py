@@ -261,14 +261,14 @@ class GridSweeper(BasicSweeper):
         Raises:
             SystemExit: jobs failed, or the report can't be written.
         """
-        from mnist_lightning.sweeps.report import summarize, write_report
+        from mnist_lightning.sweeps.report import summarize, tell_next, write_report
 
         unwritten: OSError | None = None
         try:
             sweep = write_report(self.sweep_dir)
         except OSError as error:  # a full disk: the jobs' results are still reported
             unwritten, sweep = error, read_sweep(self.sweep_dir)
-        print(summarize(sweep), flush=True)
+        print(f"{summarize(sweep)}\n{tell_next(sweep)}", flush=True)
         if unwritten:
             print(f"the report is not of this moment: {unwritten}", file=sys.stderr)
         names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]

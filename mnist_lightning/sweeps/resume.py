@@ -93,6 +93,12 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
                 f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
                 " data.fold=0 for one of them"
             )
+        beside = [one for one in arguments if one.lstrip("+").startswith(("data.num_folds=", "data.fold="))]
+        if beside:
+            raise ConfigError(
+                f"folds={value} stands for data.num_folds={value} and all values of data.fold: give no"
+                f" {beside[0].lstrip('+')} beside it"
+            )
         folds = ",".join(map(str, range(int(value))))
         expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
     return expanded
