@@ -396,7 +396,7 @@ def find_images(setting: Setting) -> tuple[str, ...]:
 
 
 def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
-    """Of each image of each fold, the sum over seeds.  By fold and seed: (N,) -> (all images,)"""
+    """Sum the differences of each image of each fold over seeds.  By fold and seed: (N,) -> (all images,)"""
     import numpy as np
 
     sums: dict[str, np.ndarray] = {}
@@ -417,7 +417,7 @@ def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
 
 @functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
-    """None where there is no such file, or none of a net's: it may be a stranger's."""
+    """Read which images a net named correctly; None where the file is missing or is not a net's."""
     import numpy as np
 
     try:
@@ -541,7 +541,7 @@ def summarize(sweep: Results, top: int = 5) -> str:
 
 
 def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Of a sweep a column for each of its parameters; of runs from anywhere what was changed in each.
+    """A column for each of a sweep's parameters; for other runs, one column of changes.
 
     Returns:
         The headings, and the texts of each setting.
