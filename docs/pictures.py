@@ -49,10 +49,12 @@ def main() -> None:
         keep(cwd / f"why/001_test_{EXPLAINED}.png", "explain.png")
         run(cwd, "visualize", "film=logs/train/runs/default", "output=filmed")
         shutil.copy(cwd / "filmed/film.gif", IMAGES)
+        run(cwd, "train", "debug=lr_range", "hydra.run.dir=range")
+        keep(cwd / "range/lr_range.png", "lr_range.png")
         run(cwd, "export", "format=html", "film=true", "run=logs/train/runs/default", "output=page.html")
         photograph_page(cwd / "page.html", cwd)
         with tensorboard(cwd, "logs/train/runs") as url:
-            screenshot(cwd, f"{url}#custom_scalars&_smoothingWeight=0", "curves.png", height=460)
+            screenshot(cwd, f"{url}#scalars&_smoothingWeight=0", "curves.png", height=460)
         with tensorboard(cwd, "logs/train/multiruns") as url:
             screenshot(cwd, f"{url}#hparams", "hparams.png", height=460)
 

@@ -247,6 +247,7 @@ def _letters(count: int) -> list[str]:
 def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
+        choose_device,
         choose_threads,
         compute_outputs,
         load_classifier,
@@ -264,7 +265,7 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
         values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
     with threads.use(choose_threads([classifier], len(split), settings.threads)):
-        outputs = compute_outputs(classifier, split.images)
+        outputs = compute_outputs(classifier.to(choose_device(settings.device)), split.images)
         own = measure(classifier, outputs, split.labels)
     log_probs, labels = outputs.log_softmax(dim=1).numpy(), split.labels.numpy()
     evaluation = score(labels, log_probs, classifier.temperature) if classifier.names_classes else None

@@ -74,8 +74,10 @@ def evaluate(settings: Evaluate) -> None:
     from mnist_lightning.evaluation.trained import (
         average,
         check_same_images,
+        choose_device,
         choose_threads,
         compute_outputs,
+        describe_device,
         load_classifier,
         load_split,
         log_probabilities,
@@ -105,7 +107,10 @@ def evaluate(settings: Evaluate) -> None:
         check_same_images(paths, splits, settings.split)
         split = splits[0]
     log_probs = []
+    device = choose_device(settings.device)
     with threads.use(choose_threads([net for net, _ in loaded], NUM_ASKED, settings.threads)):
+        for classifier, _ in loaded:
+            classifier.to(device)
         if sweep is not None:
             judged = join_folds(
                 paths, loaded, data_dir=settings.data_dir, trust=settings.trust, tta=settings.tta
@@ -138,6 +143,7 @@ def evaluate(settings: Evaluate) -> None:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
+    metrics["device"] = describe_device(device)
     what = settings.split if sweep is None else "out-of-fold"
     metrics |= {"data": name, "split": what, "images": len(split)}
     if sweep is not None:

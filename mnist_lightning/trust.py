@@ -22,7 +22,7 @@ from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
 KEY = "trust="
-# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers
+# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers, and in ours
 PLACES = (
     "dirpath",
     "save_dir",
@@ -31,6 +31,7 @@ PLACES = (
     "root_dir",
     "output_dir",
     "run_dir",
+    "path",
     "filename",
 )
 WRITERS = ("trainer", "callbacks", "logger")  # groups whose classes write files

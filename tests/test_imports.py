@@ -31,7 +31,7 @@ LIGHT = COMMANDS | {
 # Of a package, or of a module beside them, the others that it may import.
 MAY_IMPORT = {
     "settings_help": set(),
-    "workarounds": set(),
+    "workarounds": {"targets"},
     "network": set(),
     "losses": set(),
     "targets": set(),

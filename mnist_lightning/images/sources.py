@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH
-from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, replace, write_atomic
 from mnist_lightning.rundir.outside import open_file, read_file
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def download(source: Idx | Cifar10) -> None:
         if not source.has_right_files(fetched):
             raise OSError(f"data={name}: the server gave files that are not {name}'s")
         for file in files:
-            os.replace(fetched / file.name, file)
+            replace(fetched / file.name, file)
 
 
 def make_raw_folder(raw: Path) -> None:

@@ -1,5 +1,6 @@
 """A trained net as one HTML file that needs nothing else: its weights, images to try, script and style."""
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def read_layers(classifier: DigitClassifier) -> list[Layer]:
     if not classifier.names_classes:
         raise NotDrawable("the page is for nets that name classes, and this one gives a number")
     found: list[Layer] = []
-    for linear, *others in _group(net.layers):
+    for linear, *others in _group(copy.deepcopy(net.layers).cpu()):  # Apple's GPUs know no float64
         weights, biases = linear.weight.detach().double(), linear.bias.detach().double()
         norm, activation = None, "none"
         for other in others:

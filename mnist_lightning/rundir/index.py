@@ -27,7 +27,7 @@ from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
 from mnist_lightning.rundir.outside import expand_home, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
-from mnist_lightning.settings_help import flatten
+from mnist_lightning.settings_help import WHERE, flatten
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ MULTIRUN = "multirun.yaml"
 LARGEST = 4_000_000  # bytes of a status or settings file that is read
 MANY = 300  # runs to read, from which on a bar is drawn
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
-# Settings that say where and how, not what is trained: they are told apart nowhere
-WHERE = ("seed", "resume", "reproduce", "trust", "test", "threads", "data.data_dir", "data.num_workers")
 
 Record = dict[str, Any]
 Stamp = list[int]  # when a file was written, its size and its number on the disk

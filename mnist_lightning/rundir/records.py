@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mnist_lightning.cli import CommandError
-from mnist_lightning.rundir.index import WHERE, Record, equals, find_defaults, read_value
+from mnist_lightning.rundir.index import Record, equals, find_defaults, read_value
+from mnist_lightning.settings_help import WHERE
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,

@@ -52,7 +52,7 @@ FIXED = (
 # What an attempt that is begun anew would take for its own
 LEFT = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.json"),
-    *("csv/metrics.csv", "tensorboard/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
+    *("csv/metrics.csv", "tensorboard/**/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
 )
 FREE = ("data.data_dir", "data.path", "data.num_workers")
 # Of Trainer's arguments, those that end a run, and those that decide no weight but in its last bits; all

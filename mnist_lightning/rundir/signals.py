@@ -76,6 +76,13 @@ def received() -> bool:
     return _received is not None
 
 
+def name_received() -> str:
+    """The signal that has come, as people call it: "Ctrl-C", "SIGTERM"; empty where none has."""
+    if _received is None:
+        return ""
+    return "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
+
+
 def ask() -> None:
     """Let this process stop as others do that have got a signal."""
     global _received

@@ -180,7 +180,7 @@ def describe(error: BaseException) -> tuple[str, str]:
     # submitit has queued its job again: on SLURM, and where it plays the cluster itself
     requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code in (-1, 144)
     if signals.received() or requeued:
-        return "interrupted", "stopped by a signal"
+        return "interrupted", f"interrupted by {signals.name_received() or 'its cluster'}"
     if isinstance(error, Pruned):
         return "pruned", str(error)
     line = " ".join(str(error).split())

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import pickle
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
@@ -237,7 +237,7 @@ class GridSweeper(BasicSweeper):
             sys.exit(
                 f"a job has ended without a word ({told}); the others go on by"
                 " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
-                f" resume={shlex.quote(str(self.sweep_dir))}\ntakes up what is left"
+                f" resume={as_word(str(self.sweep_dir))}\ntakes up what is left"
             )
         for (number, job), job_return in zip(jobs, returns, strict=True):
             self.note_lost(number, job, job_return)
@@ -359,7 +359,7 @@ def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
 
             with contextlib.suppress(OSError):
                 write_tables(sweep_dir)
-            folder = shlex.quote(str(sweep_dir))
+            folder = as_word(str(sweep_dir))
             print(
                 f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
                 file=sys.stderr,

@@ -5,8 +5,8 @@ import functools
 import io
 import logging
 import math
+import os
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,17 @@ from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
-from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
+from mnist_lightning.rundir.outside import (
+    OF_A_SWEEP,
+    as_cell,
+    as_code,
+    as_command,
+    as_text,
+    as_word,
+    check_inside,
+    is_our_figure,
+    read_file,
+)
 from mnist_lightning.rundir.record import read_settings
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.importance import Importance, find_importance
@@ -142,7 +152,7 @@ def format_markdown(sweep: Sweep) -> str:
     lines = [
         f"# Sweep {as_name(sweep.folder.name)}",
         "",
-        *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
+        *code(as_command(["python", "-m", "mnist_lightning.train", *sweep.command])),
         f"{len(states)} jobs: {counts}.",
         "",
     ]
@@ -159,7 +169,7 @@ def format_markdown(sweep: Sweep) -> str:
         lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
-    drawn = [name for name in name_figures(sweep) if (sweep.folder / "figures" / f"{name}.png").is_file()]
+    drawn = [name for name in name_figures(sweep) if is_our_figure(sweep.folder / "figures" / f"{name}.png")]
     if drawn:
         lines += ["## Figures", ""]
         lines += [line for name in drawn for line in (f"![{name}](figures/{name}.png)", "")]
@@ -214,7 +224,7 @@ def format_folds(sweep: Sweep) -> list[str]:
         " averaged. The interval is Wilson's: it knows the images' chance, not that of other training"
         " images.",
         "",
-        *code(f"python -m mnist_lightning.evaluate folds={shlex.quote(str(sweep.folder))} labels=true"),
+        *code(f"python -m mnist_lightning.evaluate folds={as_word(str(sweep.folder))} labels=true"),
     ]
 
 
@@ -304,7 +314,7 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
         "- the test images have not been read in this sweep. This is the one time to do so, with the"
         " winner alone:",
         "",
-        *code(f"python -m mnist_lightning.evaluate run={shlex.quote(str(job.folder))}"),
+        *code(f"python -m mnist_lightning.evaluate run={as_word(str(job.folder))}"),
     ]
     if len(sweep.settings) > 1:
         if alike:
@@ -321,7 +331,7 @@ def evaluate_together(sweep: Sweep) -> str | None:
     folders = [str(job.folder) for job in sweep.in_state("completed")]
     if len(folders) < 2:
         return None
-    return shlex.join(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
+    return as_command(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
 
 
 def format_failures(sweep: Sweep) -> list[str]:
@@ -339,7 +349,7 @@ def format_failures(sweep: Sweep) -> list[str]:
         "",
         "The full story is in each job's `train.log`. Run them again:",
         "",
-        *code(f"python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}"),
+        *code(f"python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}"),
     ]
 
 
@@ -444,7 +454,12 @@ def draw(sweep: Results, folder: Path) -> None:
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
-    figures.save({to_file_name(title): one for title, one in pictures.items()}, folder)
+    named = {to_file_name(title): one for title, one in pictures.items()}
+    for path in (folder / f"{name}.png" for name in list(named)):
+        if os.path.lexists(path) and not is_our_figure(path):
+            log.warning("%s is not drawn by this project and stays: rename it to have ours", path)
+            del named[path.stem]
+    figures.save(named, folder)
 
 
 def find_drawn(sweep: Results) -> list[str]:
@@ -542,14 +557,15 @@ def tell_next(sweep: Sweep) -> str:
     """Where the report is, and what to type next."""
     lines = ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
     if sweep.in_state("failed", "interrupted"):
-        lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
-    lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
+        lines.append(f"  python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}")
+    if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
+        lines.append(f"  tensorboard --logdir {as_word(str(sweep.folder))}")
     if sweep.settings and join_folds(sweep.settings[0]) is not None:
-        folds = shlex.quote(str(sweep.folder))
+        folds = as_word(str(sweep.folder))
         lines.append(f"  python -m mnist_lightning.evaluate folds={folds} labels=true")
     elif sweep.settings:
         best = sweep.best_job(sweep.settings[0])
-        lines.append(f"  python -m mnist_lightning.evaluate run={shlex.quote(str(best.folder))}")
+        lines.append(f"  python -m mnist_lightning.evaluate run={as_word(str(best.folder))}")
     elif together := evaluate_together(sweep):
         lines.append(f"  {together}")
     return "\n".join(lines)

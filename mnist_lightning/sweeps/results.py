@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import yaml
 
 from mnist_lightning.rundir.find import MULTIRUN, newest_first
 from mnist_lightning.rundir.index import Record
-from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
+from mnist_lightning.rundir.outside import as_command, as_text, expand_home, read_yaml
 from mnist_lightning.rundir.records import is_decisive, is_measured
 from mnist_lightning.rundir.status import FILE, Status, read
 
@@ -306,7 +305,7 @@ def count_jobs(folder: Path) -> int | None:
 
 def reproduce(job: Job) -> str:
     """The command that trains the job's net again, outside of a sweep."""
-    return shlex.join(["python", "-m", "mnist_lightning.train", *job.status.overrides])
+    return as_command(["python", "-m", "mnist_lightning.train", *job.status.overrides])
 
 
 def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:

@@ -23,7 +23,7 @@ from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
 
-PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "init_from")  # typed as they are
+PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "hydra.sweep.dir", "init_from")  # typed as they are
 MOVED = {"label_smoothing": "loss.label_smoothing"}  # names of the first edition
 SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FLAGS = ("-cd", "--config-dir")  # where the user's own files lie: typed again, never saved
