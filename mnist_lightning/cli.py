@@ -1,4 +1,4 @@
-"""What the commands share: paths on the command line as people type them, errors in a line."""
+"""Shared by the commands: paths on the command line as typed, errors in one line."""
 
 import codecs
 import contextlib
@@ -83,7 +83,7 @@ def paint(text: str, code: str) -> str:
 
 
 def begin() -> None:
-    """What every command does first, before Hydra looks for plugins and before torch is imported."""
+    """Do what every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
@@ -104,7 +104,7 @@ def begin() -> None:
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """In the manner of ``codecs.backslashreplace_errors``, but as people write where a sign is missing."""
+    """Like ``codecs.backslashreplace_errors``, but with readable substitutes for missing signs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -113,7 +113,7 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def retype(argument: str, *, without: Collection[str] = ()) -> str:
-    """The command that was typed with another argument, to be typed again.
+    """The typed command with another argument, to be typed again.
 
     Args:
         without: keys that are left out.

@@ -40,7 +40,7 @@ METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, besi
 
 @dataclass(frozen=True)
 class Contestant:
-    """A net and what its run left.
+    """A net and its run's files.
 
     Attributes:
         folder: of the run; None where only a checkpoint file is known.
@@ -181,7 +181,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
 
 
 def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
-    """A line a key, a column a run."""
+    """A table with a row per key and a column per run."""
     if not rows:
         return ""
     cells = [["", *names]] + [[as_text(str(one)) for one in (key, *values)] for key, values in rows.items()]

@@ -1,7 +1,7 @@
 """What a configuration may hold: types and limits here, values in ``conf/``.
 
 ``check`` is the one door from a composed or a saved config to checked values.  Nothing heavier than
-Hydra and OmegaConf is imported here, so that a mistake is told at once.
+Hydra and OmegaConf is imported here, so that a mistake is reported at once.
 """
 
 import ast
@@ -77,7 +77,7 @@ class Augment:
     def check_shape(self, height: int, width: int) -> None:
         """
         Raises:
-            ValueError: images of this size have no room for so many pixels.
+            ValueError: the amounts in pixels exceed images of this size.
         """
         for key in ("shift", "elastic"):
             self._check(key, 0, min(height, width) // 2, " pixels")

@@ -232,11 +232,11 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
             f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
         )
     if missing:
-        print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: no net has judged its images")
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
-    """A line an image: its index in the split, label and the net's number."""
+    """One line per image: its index in the split, label and the net's number."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "output"])
@@ -289,7 +289,7 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
-    """A line an image: its index in the split, label, prediction and the prediction's probability.
+    """One line per image: its index in the split, label, prediction and the prediction's probability.
 
     Args:
         indices: (N,) of the images; None: 0, 1, 2, …

@@ -110,7 +110,7 @@ def export_page(settings: Export) -> None:
     content = make_page(
         classifier,
         title=f"A net for {name}",
-        about=f"{shape}: {100 * correct:.2f} % of {len(split):,} {split_name} images of {name} read rightly",
+        about=f"{shape}: correct on {100 * correct:.2f} % of {len(split):,} {split_name} images of {name}",
         samples=(
             split.images[chosen],
             split.labels[chosen],

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def predict(settings: Predict) -> int:
-    """Read each picture; print, write and draw what the net says of it.
+    """Read each picture; print, write and draw the net's answer.
 
     A file that can't be read gets a line on stderr, and the others go on.
 

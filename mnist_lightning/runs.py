@@ -89,7 +89,7 @@ def show(settings: Runs) -> None:
 
 
 def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Record]:
-    """By a key, upwards, and downwards with a minus before it; what has no such value comes last.
+    """Sort by a key, downwards with a minus before it; records without a value come last.
 
     Raises:
         CommandError: no run has such a key.
@@ -137,14 +137,14 @@ def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) 
 
 
 def put_rare_first(changes: Sequence[str]) -> list[str]:
-    """What was changed in each run, that first which the fewest others share."""
+    """Each run's changes, those that the fewest other runs share first."""
     parts = [re.split(r" (?=~?[\w./@]+=)", changed) for changed in changes]
     counts = collections.Counter(part for of_run in parts for part in of_run)
     return [" ".join(sorted(of_run, key=counts.__getitem__)) for of_run in parts]
 
 
 def shorten(text: str, rare_first: str, width: int) -> str:
-    """A text that has room, or else the beginning of the other one."""
+    """The text, if it has room, or else the beginning of the other one."""
     return text if len(text) <= width else rare_first[: width - 1] + "…"
 
 
@@ -205,7 +205,7 @@ def has(records: Sequence[Record], key: str) -> bool:
 
 
 def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
-    """Delete runs, once all are found fit for it and the user has agreed.
+    """Delete runs, once all may be deleted and the user has agreed.
 
     Raises:
         CommandError: one is none that may be deleted; nothing is.

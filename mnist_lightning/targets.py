@@ -1,4 +1,4 @@
-"""What a ``_target_`` names: found, held against its kind and its signature, built."""
+"""Find what a ``_target_`` names, check it against its kind and its signature, and build it."""
 
 import difflib
 import functools
@@ -91,7 +91,7 @@ KINDS = {
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
 SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
-SIZES = ("image_shape", "num_classes")  # what nets, losses and metrics are told, where they have it by name
+SIZES = ("image_shape", "num_classes")  # filled in for nets, losses and metrics that take them by name
 
 
 def kind_of(key: str) -> Kind | None:
@@ -293,7 +293,7 @@ def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, 
 
 
 def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what Hydra reads: ``_args_``, ``_convert_``, ``_recursive_``."""
+    """A target's own arguments, without Hydra's ``_args_``, ``_convert_`` and ``_recursive_``."""
     return {
         name: value
         for name, value in arguments.items()

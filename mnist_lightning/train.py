@@ -137,7 +137,7 @@ class TrainModule(ModuleType):
 
 
 def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
-    """A run that Python code has asked for."""
+    """Run what Python code has asked for."""
     metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
@@ -400,7 +400,7 @@ def place(settings: Train, run_dir: Path) -> Train:
 
 
 def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
-    """For the steps of each process of a run.
+    """Choose the number of threads for the steps of each process of a run.
 
     Args:
         flops: of a forward pass of a whole batch.
@@ -481,7 +481,7 @@ def compiler_errors() -> Iterator[None]:
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
-    """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
+    """Which images the net names correctly, one bit per image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
@@ -541,7 +541,7 @@ def find_commit() -> str | None:
 
     try:
         if git("ls-files", "--error-unmatch", __file__).returncode:
-            return None  # installed from a wheel, perhaps inside somebody else's repository
+            return None  # installed from a wheel, perhaps inside another repository
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
@@ -604,7 +604,7 @@ def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics:
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What a person wants to know at the end of a run, in lines."""
+    """The summary that is printed at the end of a run, as lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
@@ -622,7 +622,7 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 
 def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What to type after a run, in lines: what its net, its loggers and its end allow."""
+    """Commands to try after a run, as lines: those that its net, its loggers and its end allow."""
     if "lr_range" in settings.callbacks:
         return list_suggestion(metrics, settings)
     lines = []

@@ -1,4 +1,4 @@
-"""Which names in a file that may be a stranger's are followed, and where it may write.
+"""Decide which names in a file from a stranger are imported, and where its settings may write.
 
 What is typed, lies in ``conf/`` or comes by ``--config-dir`` is the user's own.  Checkpoints and saved
 settings may come from anywhere: they may name what this project and its libraries define for that place, and

@@ -233,7 +233,7 @@ def is_validation_due(trainer: "Trainer") -> bool:
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """A stretch after which a process that is somebody else's, a notebook's, is as it was before.
+    """Restore a process that is not ours, such as a notebook's, after the block.
 
     Lightning and ``quiet_lightning`` change the environment, the filters of warnings, loggers, the random
     states of Python, NumPy and torch, and whether torch wants deterministic algorithms.
@@ -290,7 +290,7 @@ def hydra_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """A stretch with torch's own defaults: float32, the CPU, gradients; the user's come back behind it."""
+    """Use torch's own defaults within the block (float32, CPU, gradients), then restore the user's."""
     import torch
 
     dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()

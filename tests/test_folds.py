@@ -200,7 +200,7 @@ def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> No
     assert f"**fold {missing}**" in (write_report(copy).folder / "report.md").read_text()
     done = command("evaluate", f"folds={copy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"fold {missing}: nobody has judged its images" in done.stdout
+    assert f"fold {missing}: no net has judged its images" in done.stdout
     assert "no memory left" in done.stdout
     assert json.loads((copy / "evaluation" / "out-of-fold" / "metrics.json").read_text())["images"] == 40_000
 

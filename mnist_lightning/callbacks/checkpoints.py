@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written."""
+"""Write a run's checkpoints."""
 
 import errno
 import logging
@@ -51,8 +51,8 @@ class Checkpoints(Checkpoint):
         dirpath: the folder, made when needed.
         monitor: the metric that chooses the best; None takes the last for the best.
         mode: "max" or "min" of ``monitor``.
-        every_n_steps: write ``last.ckpt`` each so many optimizer steps; None: not within an epoch.
-        every_n_seconds: write it when so many seconds have passed; None: not within an epoch.
+        every_n_steps: write ``last.ckpt`` after each this many optimizer steps; None: not within an epoch.
+        every_n_seconds: write it when this many seconds have passed; None: not within an epoch.
         stops: the settings that may stop a run early.  A run that was stopped stays so as long as they are
             the same.
 

@@ -1,4 +1,4 @@
-"""A trained net, read back from what its run left, and asked."""
+"""Read a trained net back from its run's files, and compute its outputs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -88,8 +88,8 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
 
 
 class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A stretch in which torch does no more than so many operations, each of which gives no tensor beyond
-    ``LARGEST``; that is found out on tensors without content, before any memory is taken.
+    """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
+    tensors without content, before any memory is taken.
 
     What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
 
@@ -222,7 +222,7 @@ def find_split(datamodule: MNISTDataModule, split: str) -> Images:
 
 
 def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
-    """That all these runs have the same images in the split of this name.
+    """Check that all runs have the same images in the split of this name.
 
     Raises:
         OSError: two have others.
@@ -272,7 +272,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
-    """What a net gives for each image.
+    """The net's outputs for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
 

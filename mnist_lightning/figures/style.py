@@ -203,12 +203,12 @@ def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH
 
 
 def font_size(count: int, inches: float) -> float:
-    """Points of texts that stand side by side, so many along a figure."""
+    """Font size, in points, for this many texts side by side along a figure."""
     return max(3.5, min(10.0, 0.55 * 72 * inches / count))
 
 
 def shorten(text: str, most: int) -> str:
-    """A text with no more than so many letters, "…" in its middle where some are left out."""
+    """A text shortened to at most this many letters, "…" in its middle where some are left out."""
     if len(text) <= most:
         return text
     tail = (most - 1) // 2

@@ -107,7 +107,7 @@ def _to_array(tensor: Tensor) -> Floats:
 
 
 def run_layers(layers: Sequence[Layer], pixels: Floats) -> Floats:
-    """What the page computes, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) logits"""
+    """Compute what the page computes, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) logits"""
     values = torch.from_numpy(np.asarray(pixels, dtype=np.float32))
     for layer in layers:
         weights = torch.from_numpy(layer.weights).float() * torch.from_numpy(layer.scales)[:, None]

@@ -9,7 +9,7 @@ from pathlib import Path
 TEMPORARY = ".writing-"  # what the names of files begin with that are being written
 HELD = (5, 32)  # Windows' ERROR_ACCESS_DENIED and ERROR_SHARING_VIOLATION
 PATIENCE = 2.0  # seconds that another program may hold a file
-LONG_LEFT = 60.0  # seconds after which a file that nobody goes on writing is a killed process's
+LONG_LEFT = 60.0  # seconds without a write, after which a file is left over from a killed process
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -27,7 +27,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         if path.is_dir() and not path.is_symlink():  # Windows would say that permission is denied
             raise IsADirectoryError(errno.EISDIR, "a folder lies in its place")
-        temporary.unlink(missing_ok=True)  # a killed process's, or a link that somebody has put there
+        temporary.unlink(missing_ok=True)  # left over from a killed process, or a link put there
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()

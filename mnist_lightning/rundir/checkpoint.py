@@ -60,7 +60,7 @@ def check_readable(content: bytes, checkpoint: dict[str, Any]) -> None:
         checkpoint: what it holds.
 
     Raises:
-        OSError: it will not, for the state of somebody's own callback, say.
+        OSError: ``load`` would refuse it, for example for the state of a user's callback.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         plain = count_plain(archive.infolist())

@@ -119,7 +119,7 @@ def check_unused(folder: Path) -> None:
 
 
 def claim(folder: Path) -> Path:
-    """Make a folder that nobody else has: this one, or the first free of ``<name>-2``, ``<name>-3``, …
+    """Make a folder that did not exist before: this one, or the first free of ``<name>-2``, ``<name>-3``, …
 
     Raises:
         OSError: it can't be made.

@@ -1,4 +1,4 @@
-"""Where commands write what they found: folders in which nothing of the user's is overwritten."""
+"""Write what commands found into folders without overwriting a user's files."""
 
 import os
 from collections.abc import Collection
@@ -15,7 +15,7 @@ LOGS = "logs"  # what lies there is this project's
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
-    """Make the folder that ``output=`` names, and see that what is to be written there replaces nothing else.
+    """Make the folder that ``output=`` names, and check that writing there replaces no other file.
 
     Args:
         command: "evaluate", say.

@@ -1,4 +1,4 @@
-"""What comes from outside: files that may be damaged or a stranger's, and the texts in them.
+"""Read files that may be damaged or a stranger's, and the texts in them.
 
 Reading is bounded before it begins, writing follows no link out of a folder, and a text is shown as text.
 """
@@ -96,7 +96,7 @@ def read_yaml(path: Path) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number that can be computed with; NaN is one."""
+    """Whether a value is a number, NaN included."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 

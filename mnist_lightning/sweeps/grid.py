@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, made careful: mistakes are told before the first job starts, one job's failure
+"""Hydra's own sweeper, made careful: mistakes are reported before the first job starts, one job's failure
 is its own, and the sweep ends with a report."""
 
 import contextlib
@@ -161,7 +161,7 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def job_dir(self, number: int, job: Job) -> Path:
-        """Where Hydra has a job leave what it leaves."""
+        """The folder that Hydra gives a job."""
         assert self.config is not None
         subdir = OmegaConf.to_container(self.config.hydra.sweep)["subdir"]  # type: ignore[call-overload, index]
         if subdir == "${hydra.job.num}":
@@ -266,7 +266,7 @@ class GridSweeper(BasicSweeper):
         unwritten: OSError | None = None
         try:
             sweep = write_report(self.sweep_dir)
-        except OSError as error:  # a full disk: what the jobs have left is told all the same
+        except OSError as error:  # a full disk: the jobs' results are still reported
             unwritten, sweep = error, read_sweep(self.sweep_dir)
         print(f"{summarize(sweep)}\n{tell_next(sweep)}", flush=True)
         if unwritten:

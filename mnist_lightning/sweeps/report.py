@@ -1,4 +1,4 @@
-"""What came out of a sweep: results.csv, report.md, figures, and the top of the table for a terminal."""
+"""Report a sweep's results: results.csv, report.md, figures, and the top of the table for a terminal."""
 
 import csv
 import functools
@@ -282,7 +282,7 @@ def explain_importance(importance: Importance, results: Results) -> str:
         + (
             "Luck is what differs between jobs of one setting."
             if importance.luck is not None
-            else "With one seed nobody knows how much of it is luck: try seed=1,2,3."
+            else "One seed does not show how much of it is luck: try seed=1,2,3."
         )
         + ("" if importance.is_whole else " Not all values were combined with each other: shares overlap.")
     )

@@ -68,7 +68,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """What the nets of a setting say of images that they were not trained on, all folds together.
+    """Predictions of a setting's nets for images that they were not trained on, all folds together.
 
     Attributes:
         images: that were judged, each by one net of each seed.
@@ -259,7 +259,7 @@ def read_multirun(folder: Path) -> dict[str, Any]:
 
 
 def own_overrides(saved: dict[str, Any]) -> list[str]:
-    """The arguments that a person gave to a sweep, less the folder and the mode."""
+    """The sweep's own overrides, without the folder and mode that Hydra adds."""
     told = saved["hydra"]["overrides"]
     implied = ("hydra.mode=", "hydra.sweep.dir=")
     return [*told["task"], *(override for override in told["hydra"] if not override.startswith(implied))]

@@ -1,4 +1,4 @@
-"""What a command line of ``train`` is made into before Hydra reads it.
+"""Rewrite a command line of ``train`` before Hydra reads it.
 
 ``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
 """
@@ -75,7 +75,7 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
 
 
 def expand_folds(arguments: Sequence[str]) -> list[str]:
-    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
+    """Expand ``-m folds=3`` for Hydra: ``data.num_folds=3 data.fold=0,1,2``.
 
     Raises:
         ConfigError: it is no whole number, or there is no -m.

@@ -28,7 +28,7 @@ def find_storage(storage: str | None, sweep_dir: Path) -> str:
 
 def mend_journal(sweep_dir: Path) -> None:
     """Undo what a kill, or a full disk, can leave of a search's own journal: a last line without its end, and
-    a lock that nobody holds.  The sweep's folder is locked: no other process writes there.
+    a lock that no process holds.  The sweep's folder is locked: no other process writes there.
 
     Raises:
         OSError: it can't be read or written.
