@@ -61,7 +61,7 @@ class DigitClassifier(L.LightningModule):
         net: (B, C, H, W) float32, normalised -> (B, num_classes) logits, or (B, 1) numbers.
         preprocess: from stored images to what the net sees; None: ``Preprocess()``.
         loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
-        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
+        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named correctly.
         image_shape: (C, H, W).
         class_names: by label; None: the ten digits.
         optimizer: makes the optimizer from the parameters.
@@ -327,6 +327,8 @@ class DigitClassifier(L.LightningModule):
             if rank:  # else dropout and noise would be the same in all processes
                 torch.manual_seed((rank << 32) + self.seed)
             return
+        for optimizer in self.trainer.optimizers:
+            check_state(optimizer)
         # nothing between here and the next step draws a random number
         saved, self._resumed = self._resumed, None
         if "accumulate_grad_batches" in saved:  # a schedule of it acts only where an epoch begins
@@ -388,13 +390,13 @@ class DigitClassifier(L.LightningModule):
                 if parameter.grad is not None
             }
         checkpoint["measured"] = dict(self.measured)
-        checkpoint["environment"] = environment()
+        checkpoint["environment"] = environment(self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = checkpoint
-        here = environment()
+        here = environment(self.trainer.strategy.root_device)
         for name, saved in checkpoint["environment"].items():
             if here[name] != saved:
                 log.warning(
@@ -595,8 +597,22 @@ def rebuild(
     return classifier
 
 
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        ValueError: a state that was read from a file does not have its weights' sizes: torch's fused
+            optimizers don't look, and would write beyond its end.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("fused") else ():
+            for name, value in optimizer.state[weight].items():
+                wanted = torch.Size() if name == "step" else weight.shape
+                if not isinstance(value, Tensor) or value.shape != wanted or not value.is_contiguous():
+                    raise ValueError(f"{name} of an optimizer is not of the size {tuple(wanted)}")
+
+
 def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
-    """A weight in the type of the one whose place it takes.
+    """Convert a weight to the type of the one that it replaces.
 
     Raises:
         ValueError: it is of another kind: a complex one, say.
@@ -609,7 +625,7 @@ def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators, the CPU's and that of a device of another kind, by kind."""
+    """The states of torch's random generators, the CPU's and the device's, by kind of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -617,7 +633,7 @@ def get_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with random numbers where ``get_random_state`` was asked, on the same kind of device."""
+    """Restore the random states that ``get_random_state`` returned, on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[device.type])
@@ -625,9 +641,13 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         log.warning("the checkpoint has no random state of a %s: dropout and noise differ", device.type)
 
 
-def environment() -> dict[str, str | int]:
-    """What else decides the last bits of a result."""
-    return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
+def environment(device: torch.device) -> dict[str, str | int]:
+    """The environment that decides the last bits of a result, by its name in a sentence."""
+    return {
+        "torch": str(torch.__version__),
+        "num_threads": torch.get_num_threads(),
+        "device": device.type,
+    }
 
 
 def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:
@@ -656,7 +676,7 @@ def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 def _one_line(told: str) -> Iterator[None]:
     """
     Raises:
-        MisconfigurationException: whatever a net, a loss or a metric of somebody's own raises, in a line.
+        MisconfigurationException: whatever a user's net, loss or metric raises, in one line.
     """
     try:
         with warnings.catch_warnings():

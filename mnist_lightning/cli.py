@@ -1,4 +1,4 @@
-"""What the commands share: paths on the command line as people type them, errors in a line."""
+"""Shared by the commands: paths on the command line as typed, errors in one line."""
 
 import codecs
 import contextlib
@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +19,7 @@ from hydra.errors import CompactHydraException
 from mnist_lightning import threads, workarounds
 from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_command, as_text
 
 
 class CommandError(CompactHydraException):
@@ -84,10 +83,11 @@ def paint(text: str, code: str) -> str:
 
 
 def begin() -> None:
-    """What every command does first, before Hydra looks for plugins and before torch is imported."""
+    """Do what every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
+    workarounds.keep_names_literal()
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
     codecs.register_error("spelled", spell)
@@ -95,6 +95,7 @@ def begin() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
     workarounds.compose_once()
+    workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
@@ -103,7 +104,7 @@ def begin() -> None:
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """In the manner of ``codecs.backslashreplace_errors``, but as people write where a sign is missing."""
+    """Like ``codecs.backslashreplace_errors``, but with readable substitutes for missing signs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -112,7 +113,7 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def retype(argument: str, *, without: Collection[str] = ()) -> str:
-    """The command that was typed with another argument, to be typed again.
+    """The typed command with another argument, to be typed again.
 
     Args:
         without: keys that are left out.
@@ -125,7 +126,7 @@ def retype(argument: str, *, without: Collection[str] = ()) -> str:
     key = argument.partition("=")[0]
     left_out = (key.lstrip("+"), *without)
     kept = [one for one in typed[1:] if one.lstrip("+~").partition("=")[0] not in left_out]
-    return shlex.join([*command, *kept, argument])
+    return as_command([*command, *kept, argument])
 
 
 def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
@@ -147,10 +148,13 @@ def _quote_value(value: str) -> str:
     if value[0] == "[" and value[-1] == "]" and not os.path.exists(value):
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
-        return value
+        inside = value[1:-1]  # Windows' cmd.exe leaves quotes around a folder's name, which may end in "\\"
+        is_cut = (len(inside) - len(inside.rstrip("\\"))) % 2
+        return quote(inside, literal=False) if is_cut else value
     if PLAIN.fullmatch(value) and value.lower() not in WORDS:
         return value
-    return quote(value, literal=os.path.lexists(value))
+    named = (str(path) for path in (Path(value), *Path(value).parents))
+    return quote(value, literal=any("${" in name and os.path.lexists(name) for name in named))
 
 
 def _split_list(text: str) -> list[str]:

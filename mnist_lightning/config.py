@@ -1,7 +1,7 @@
 """What a configuration may hold: types and limits here, values in ``conf/``.
 
 ``check`` is the one door from a composed or a saved config to checked values.  Nothing heavier than
-Hydra and OmegaConf is imported here, so that a mistake is told at once.
+Hydra and OmegaConf is imported here, so that a mistake is reported at once.
 """
 
 import ast
@@ -77,7 +77,7 @@ class Augment:
     def check_shape(self, height: int, width: int) -> None:
         """
         Raises:
-            ValueError: images of this size have no room for so many pixels.
+            ValueError: the amounts in pixels exceed images of this size.
         """
         for key in ("shift", "elastic"):
             self._check(key, 0, min(height, width) // 2, " pixels")
@@ -476,11 +476,13 @@ class Evaluate:
     trust: Any  # None, str or list of str
     output: str | None
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, SPLITS)
         check_threads(self.threads)
+        check_device(self.device)
         check_source(self.run, self.checkpoint)
         at_least("tta", self.tta, 0)
         if self.runs != []:
@@ -512,10 +514,12 @@ class Predict:
     trust: Any  # None, str or list of str
     output: str
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        check_device(self.device)
         one_of("layout", self.layout, ("auto", "one", "many"))
         self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
         check_source(self.run, self.checkpoint)
@@ -565,11 +569,13 @@ class Compare:
     trust: Any  # None, str or list of str
     output: str
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, ("val", "test"))
         check_threads(self.threads)
+        check_device(self.device)
         self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
 
 
@@ -613,6 +619,27 @@ class Report:
     """One run of ``python -m mnist_lightning.report``."""
 
     run: str
+    runs: Any  # str or list of str
+    filter: str | None
+    under: str
+    html: bool
+    output: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+
+    def __post_init__(self) -> None:
+        self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=0)
+        given = [
+            name
+            for name, is_given in (
+                ("run", self.run != "latest"),
+                ("runs", bool(self.runs)),
+                ("filter", self.filter is not None),
+            )
+            if is_given
+        ]
+        require(len(given) <= 1, f"{' and '.join(given)}: each says what is reported, give one of them")
+        require(self.html or self.output is None, "output names the page's file: add html=true")
 
 
 @dataclass
@@ -776,6 +803,15 @@ def at_least(key: str, value: int, least: int) -> None:
 
 def check_seed(key: str, value: int) -> None:
     require(0 <= value <= MAX_SEED, f"{key} must be in [0, 2^32), got {value}")
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        ConfigError: it names no kind of device that torch computes on.
+    """
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name)
+    require(known is not None, f"device must be auto, cpu, cuda, cuda:<number> or mps, got {name}")
 
 
 def check_threads(value: int | None) -> None:

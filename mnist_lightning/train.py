@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import as_typed, find_checkpoint
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
@@ -41,7 +41,6 @@ from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
-    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -56,6 +55,7 @@ Metrics = dict[str, float | int | str | None]
 def main() -> None:
     begin()
     signals.install()
+    workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
@@ -137,7 +137,7 @@ class TrainModule(ModuleType):
 
 
 def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
-    """A run that Python code has asked for."""
+    """Run what Python code has asked for."""
     metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
@@ -173,17 +173,23 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     log.info("loading torch and Lightning …")
 
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
+    from mnist_lightning.evaluation.trained import describe_device
+    from mnist_lightning.rundir.checkpoint import (
+        BEST,
+        LocalCheckpointIO,
+        check_resumable,
+        find_newest,
+        taking_up,
+    )
 
-    unplaced, settings = (
-        settings,
-        place(settings, run_dir),
-    )  # a copy, but monitor is the caller's: status.json tells its mode
+    unplaced = settings
+    settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
@@ -214,19 +220,26 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
+        check_resumable(newest, checkpoint)
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
+    accelerator = settings.trainer.get("accelerator", "auto")
+    if accelerator == "auto":  # Lightning's would also take Apple's GPU, which nobody has measured
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer: L.Trainer = make(
         settings.trainer
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
+            "accelerator": accelerator,
+            # GPUs add in another order each time, unless they are asked not to; CPUs do not
+            "deterministic": settings.trainer.get("deterministic", None if accelerator == "cpu" else "warn"),
             "callbacks": callbacks,
             "enable_checkpointing": settings.trainer.get(
                 "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
             ),
             "logger": make_loggers(settings, resumed_at),
-            "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
+            "plugins": [LocalCheckpointIO(run_dir), *settings.trainer.get("plugins", [])],
         },
         "trainer",
     )
@@ -234,7 +247,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         logger.log_hyperparams(list_parameters(unplaced))
     number = choose_threads(settings, flops, trainer)
     with threads.use(number):
-        with signals.deferred(), compiler_errors():
+        with signals.deferred(), compiler_errors(), taking_up(newest):
             trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
         kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
@@ -249,7 +262,10 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics: Metrics = {}
         evaluations = [trainer.validate] * settings.validates + [trainer.test] * test
         for evaluate in evaluations:
-            evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            with taking_up(ckpt_path):
+                evaluate(
+                    classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True
+                )
             stage = "test/" if evaluate == trainer.test else "val/"
             values = sorted(trainer.callback_metrics.items())
             metrics |= {name: value.item() for name, value in values if name.startswith(stage)}
@@ -257,6 +273,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = [] if classifier.may_diverge else evaluated
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
+            classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, outputs, images.labels)
@@ -383,7 +400,7 @@ def place(settings: Train, run_dir: Path) -> Train:
 
 
 def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
-    """For the steps of each process of a run.
+    """Choose the number of threads for the steps of each process of a run.
 
     Args:
         flops: of a forward pass of a whole batch.
@@ -464,7 +481,7 @@ def compiler_errors() -> Iterator[None]:
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
-    """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
+    """Which images the net names correctly, one bit per image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
@@ -508,15 +525,6 @@ def find_versions() -> dict[str, str | None]:
     return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
 
 
-def describe_device(device: "torch.device") -> str:
-    """The kind of device, with what decides how it rounds."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -524,12 +532,16 @@ def find_commit() -> str | None:
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
 
     try:
         if git("ls-files", "--error-unmatch", __file__).returncode:
-            return None  # installed from a wheel, perhaps inside somebody else's repository
+            return None  # installed from a wheel, perhaps inside another repository
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
@@ -592,7 +604,7 @@ def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics:
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What a person wants to know at the end of a run, in lines."""
+    """The summary that is printed at the end of a run, as lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
@@ -610,21 +622,21 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 
 def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What to type after a run, in lines: what its net, its loggers and its end allow."""
+    """Commands to try after a run, as lines: those that its net, its loggers and its end allow."""
     if "lr_range" in settings.callbacks:
         return list_suggestion(metrics, settings)
     lines = []
     shown = as_typed(run_dir)
     usual = shown.parts[0] == "logs"  # where the commands look
     if (run_dir / "tensorboard").is_dir():
-        lines.append(f"tensorboard --logdir {'logs' if usual else shlex.quote(str(shown))}")
+        lines.append(f"tensorboard --logdir {'logs' if usual else as_word(str(shown))}")
     if settings.resume is None and settings.reproduce is None and "hidden" in settings.model:
         lines.append(retype("model.hidden=512", without=("hydra.run.dir", "debug")))
     if any((run_dir / "checkpoints").glob("*.ckpt")):
         parts = {key: getattr(settings, key) for key in PARTS}
-        named = "" if usual else f" run={shlex.quote(str(shown))}"
+        named = "" if usual else f" run={as_word(str(shown))}"
         foreign = strange_modules(parts)
-        trust = named + (f" {shlex.quote(write_trust(foreign))}" if foreign else "")
+        trust = named + (f" {as_word(write_trust(foreign))}" if foreign else "")
         known = None if settings.data.source else KNOWN.get(settings.data.name)
         grey = settings.data.grey if known is None else known.image_shape[0] == 1
         split = "" if settings.test else " split=val" * settings.data.has_validation
@@ -654,8 +666,8 @@ def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
     if settings.trainer.get("max_time") is None or any(done):
         return []
     foreign = strange_modules(asdict(settings))
-    trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    folder = shlex.quote(str(run_dir))
+    trust = f" {as_word(write_trust(foreign))}" if foreign else ""
+    folder = as_word(str(run_dir))
     return [
         f"python -m mnist_lightning.train resume={folder} trainer.max_time=null{trust}   # its time was over"
     ]

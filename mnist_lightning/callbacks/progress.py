@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on."""
+"""Show a run's progress."""
 
 import logging
 import math

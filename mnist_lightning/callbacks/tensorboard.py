@@ -1,4 +1,4 @@
-"""What TensorBoard, and other loggers that take pictures, show of a run besides its scalars."""
+"""Write a run's pictures, graph and charts for TensorBoard and other loggers that take pictures."""
 
 import copy
 import logging
@@ -168,7 +168,7 @@ def _first_layer(pl_module: L.LightningModule) -> torch.Tensor | None:
 
 @contextmanager
 def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
-    """A picture that somebody's own net or images do not fit is left out with a word; a run is not."""
+    """Leave out a picture that does not fit a user's net or images, with a warning; the run goes on."""
     try:
         yield
     except OSError:  # a failed write, which the logger tells

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mnist_lightning.classifier import DigitClassifier, Probabilities
 
-KEPT = 0.99  # of the validation images that are read rightly, this share stays an answer
+KEPT = 0.99  # of the validation images that are read correctly, this share stays an answer
 LIMITS = (0.05, 20.0)  # of a temperature
 
 
@@ -37,10 +37,10 @@ def fit_temperature(outputs: Tensor, labels: Tensor) -> float:
 
 
 def fit(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """What a checkpoint keeps under "confidence".
+    """Fit what a checkpoint keeps under "confidence".
 
     ``temperature``, and ``sure``, the least probability with which a class is an answer: ``KEPT`` of the
-    images that are read rightly have more.
+    images that are read correctly have more.
 
     Args:
         outputs, labels: of the validation images, see ``fit_temperature``.
@@ -52,7 +52,7 @@ def fit(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def apply(classifier: DigitClassifier, checkpoint: dict[str, Any]) -> None:
-    """Give a classifier what its checkpoint keeps; 1 and 0 where it keeps nothing.
+    """Set a classifier's temperature and threshold from its checkpoint; 1 and 0 where it has none.
 
     Raises:
         ValueError: the file holds something else.

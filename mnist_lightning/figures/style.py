@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import SOFTWARE, as_text
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
@@ -100,7 +100,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
+        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"], metadata={"Software": SOFTWARE})
         write_atomic(path, content.getvalue())
     return paths
 
@@ -203,12 +203,12 @@ def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH
 
 
 def font_size(count: int, inches: float) -> float:
-    """Points of texts that stand side by side, so many along a figure."""
+    """Font size, in points, for this many texts side by side along a figure."""
     return max(3.5, min(10.0, 0.55 * 72 * inches / count))
 
 
 def shorten(text: str, most: int) -> str:
-    """A text with no more than so many letters, "…" in its middle where some are left out."""
+    """A text shortened to at most this many letters, "…" in its middle where some are left out."""
     if len(text) <= most:
         return text
     tail = (most - 1) // 2

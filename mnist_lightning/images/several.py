@@ -17,7 +17,7 @@ MIN_SIDE = 8  # pixels of a digit among several
 
 @dataclass(frozen=True)
 class Found:
-    """A digit among others.
+    """A digit in a picture of several.
 
     Attributes:
         ink: (H, W) in [0, 1], of this digit alone.

@@ -37,7 +37,7 @@ def is_failed_write(error: BaseException | None) -> bool:
 
 
 class Silent:
-    """Takes the place of a writer that can't be made: whatever is asked of it, it does nothing."""
+    """Stands in for a writer that can't be made, and does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -178,7 +178,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         return Silent()
 
     def save(self) -> None:
-        """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
+        """Write everything logged to disk: a checkpoint must not be ahead of its curves."""
         super().save()
         with self.forgiving():
             if not self.failed:
