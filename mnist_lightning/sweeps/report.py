@@ -255,8 +255,9 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
     if importance.method == "variance":
         if importance.luck is not None:
             rows.append([f"{tell_repeated(sweep)}: luck", f"{100 * importance.luck:.0f} %", ""])
-        name = "together, not alone" if importance.luck is not None else "together, and luck"
-        rows.append([name, f"{100 * importance.rest:.0f} %", ""])
+        if importance.is_whole:
+            name = "together, not alone" if importance.luck is not None else "together, and luck"
+            rows.append([name, f"{100 * importance.rest:.0f} %", ""])
     words = explain_importance(importance, sweep)
     return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
 
@@ -559,7 +560,10 @@ def tell_next(sweep: Sweep) -> str:
         lines.append(f"  python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}")
     if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
         lines.append(f"  tensorboard --logdir {as_word(str(sweep.folder))}")
-    if sweep.settings:
+    if sweep.settings and join_folds(sweep.settings[0]) is not None:
+        folds = as_word(str(sweep.folder))
+        lines.append(f"  python -m mnist_lightning.evaluate folds={folds} labels=true")
+    elif sweep.settings:
         best = sweep.best_job(sweep.settings[0])
         lines.append(f"  python -m mnist_lightning.evaluate run={as_word(str(best.folder))}")
     elif together := evaluate_together(sweep):
