@@ -308,6 +308,17 @@ def usual_torch() -> Iterator[None]:
             torch.set_default_device(device)
 
 
+def operation_tools() -> tuple[Any, Any, Any]:
+    """What sees each operation of torch, and what walks through its arguments.
+
+    torch 2.14 documents the first, ``TorchDispatchMode``, and has public names for none of them.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    return TorchDispatchMode, tree_leaves, tree_map_only
+
+
 def compiler_failure() -> type[Exception]:
     """What torch.compile raises where its backend can't work; torch 2.14 has no public name for it."""
     from torch._dynamo.exc import BackendCompilerFailed

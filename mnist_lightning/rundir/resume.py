@@ -132,6 +132,9 @@ def load_settings(
             )
         trust.check_settings(settings, folder, trusted, typed=keys)
     settings |= others or {}
+    trainer = settings.get("trainer")
+    if isinstance(trainer, dict) and not trainer.get("default_root_dir"):
+        trainer["default_root_dir"] = "${run_dir:}"  # else Lightning would write where the command is typed
     ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
 
 

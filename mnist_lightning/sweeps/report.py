@@ -555,7 +555,8 @@ def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def tell_next(sweep: Sweep) -> str:
     """Where the report is, and what to type next."""
-    lines = ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
+    report = sweep.folder / "report.md"
+    lines = ["", f"the report is in {as_text(str(report))}"] * report.is_file() + ["", "next:"]
     if sweep.in_state("failed", "interrupted"):
         lines.append(f"  python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}")
     if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
