@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import REPOSITORY, Run
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 from test_sweeps import find_children, wait_until_gone
@@ -219,6 +219,16 @@ def test_commands_are_quoted_for_the_shell(text: str, posix: str, windows: str) 
     assert as_word(text, windows=False) == posix
     assert as_word(text, windows=True) == windows
     assert as_command(["python", text], windows=True) == f"python {windows}"
+
+
+def test_one_place_quotes_commands() -> None:
+    """The one that knows the user's shell."""
+    using = [
+        path.name
+        for path in (REPOSITORY / "mnist_lightning").rglob("*.py")
+        if "shlex" in path.read_text(encoding="utf-8")
+    ]
+    assert using == ["outside.py"]
 
 
 def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
