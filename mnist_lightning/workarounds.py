@@ -265,8 +265,8 @@ def process_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def hydra_as_it_was() -> Iterator[None]:
-    """A stretch in which Hydra 1.3 is used beside an application that uses it too: its version base, name of
-    the job and config come back."""
+    """Use Hydra 1.3 within an application that uses it too: restore its version base, name of the job and
+    config after the block."""
     from hydra import version
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime, setup_globals

@@ -146,8 +146,8 @@ def find_resumptions(folder: Path) -> list[Path]:
 
 @contextmanager
 def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
-    """A stretch in which a resumption that fails before it has saved anything leaves no settings, which
-    would be the next one's base."""
+    """Remove a resumption's settings if it fails before it has saved anything: they would be the base of
+    the next one."""
     before = stamp(folder)
     try:
         yield
