@@ -187,7 +187,7 @@ def show_importance(importance: Importance, results: Results) -> dict[str, Any]:
     ]
     if importance.luck is not None:
         rows.append((f"{tell_repeated(results)}: luck", importance.luck, "", True))
-    if importance.method == "variance":
+    if importance.method == "variance" and importance.is_whole:
         rest = "together, not alone" if importance.luck is not None else "together, and luck"
         rows.append((rest, importance.rest, "", True))
     return {"rows": rows, "words": explain_importance(importance, results)}
