@@ -77,14 +77,14 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     most = OPERATIONS_OF_A_WEIGHT * (1 + len(checkpoint["state_dict"]))
     try:
         with Bounded(most) if ours else nullcontext():
-            classifier = rebuild(recipe, checkpoint["state_dict"])
+            classifier = rebuild(recipe, checkpoint["state_dict"]).eval()
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:  # whatever a class raises that is given what it does not expect
         cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
-    return classifier.eval(), checkpoint
+    return classifier, checkpoint
 
 
 class Bounded(TorchFunctionMode):
