@@ -204,7 +204,7 @@ def write(chapters: dict[str, Chapter]) -> str:
 
 
 def draw(groups: dict[tuple[str, str], list[Result]], data_dir: str, output: Path) -> dict[str, Path]:
-    """A sheet for each preset: the test images that none of its seeds reads rightly."""
+    """A sheet for each preset: the test images that none of its seeds reads correctly."""
     shared = {"batch_size": 1, "val_size": 0, "split_seed": 0, "num_workers": 0, "seed": 0}
     datamodule = MNISTDataModule(name="mnist", data_dir=data_dir, **shared)
     datamodule.prepare_data()

@@ -233,7 +233,7 @@ def draw_letters(font: Path) -> list[Image.Image]:
 
 
 def report_letters(checkpoint: Path, folder: Path | None) -> str:
-    """What is told of letters, by font, and how many of the validation images read rightly stay answers, as
+    """What is told of letters, by font, and how many of the validation images read correctly stay answers, as
     lines of text.
 
     Args:
@@ -269,7 +269,7 @@ def report_letters(checkpoint: Path, folder: Path | None) -> str:
     right = said.probabilities.argmax(axis=1) == val.labels.numpy()
     kept = np.array(said.told)[right] == "sure"
     return "\n".join(
-        [*lines, f"of the validation images read rightly {100 * kept.mean():.1f} % stay answers"]
+        [*lines, f"of the validation images read correctly {100 * kept.mean():.1f} % stay answers"]
     )
 
 

@@ -5,6 +5,8 @@ TensorBoard is looked at in a real browser: chromium, which must be installed.
     python docs/pictures.py
 """
 
+import io
+import itertools
 import shutil
 import socket
 import subprocess
@@ -23,7 +25,11 @@ REPOSITORY = Path(__file__).parent.parent
 IMAGES = REPOSITORY / "docs" / "images"
 EXPLAINED = 9587  # of the test images: a 9 that the default net reads as 4
 SEVEN = [(0.3, 0.25), (0.5, 0.22), (0.7, 0.25), (0.6, 0.45), (0.5, 0.65), (0.42, 0.85)]  # of the page's field
+THREE = [(0.33, 0.2), (0.5, 0.13), (0.66, 0.2), (0.64, 0.36), (0.48, 0.46)]
+THREE += [(0.66, 0.58), (0.68, 0.76), (0.5, 0.86), (0.32, 0.78)]
+EIGHT = [(0.32, 0.78), (0.31, 0.62), (0.48, 0.46), (0.31, 0.34), (0.33, 0.2)]  # what makes an 8 of that 3
 DIGIT = 7  # of the test images, the one that is "photographed" for predict: a 9
+BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 NUM_COLORS = 128  # of a palette, which keeps the files small
 
 
@@ -46,13 +52,16 @@ def main() -> None:
         keep(evaluation / "mistakes.png", "mistakes.png")
         keep(evaluation / "confusion_matrix.png", "confusion_matrix.png")
         run(cwd, "explain", f"index={EXPLAINED}", "run=logs/train/runs/default", "output=why")
-        keep(cwd / f"why/001_test_{EXPLAINED}.png", "explain.png")
+        keep(cwd / f"why/001_test {EXPLAINED}.png", "explain.png")
         run(cwd, "visualize", "film=logs/train/runs/default", "output=filmed")
         shutil.copy(cwd / "filmed/film.gif", IMAGES)
+        run(cwd, "train", "debug=lr_range", "hydra.run.dir=range")
+        keep(cwd / "range/lr_range.png", "lr_range.png")
         run(cwd, "export", "format=html", "film=true", "run=logs/train/runs/default", "output=page.html")
         photograph_page(cwd / "page.html", cwd)
+        film_drawing(cwd / "page.html")
         with tensorboard(cwd, "logs/train/runs") as url:
-            screenshot(cwd, f"{url}#custom_scalars&_smoothingWeight=0", "curves.png", height=460)
+            screenshot(cwd, f"{url}#scalars&_smoothingWeight=0", "curves.png", height=460)
         with tensorboard(cwd, "logs/train/multiruns") as url:
             screenshot(cwd, f"{url}#hparams", "hparams.png", height=460)
 
@@ -77,9 +86,8 @@ def photograph_page(page_file: Path, cwd: Path) -> None:
     """The page of ``export format=html``, a 7 drawn on it: on a wide screen, on a phone and its film."""
     from playwright.sync_api import sync_playwright
 
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
         for name, width, height, theme in (
             ("page.png", 1280, 1040, "light"),
             ("page_phone.png", 390, 1500, "dark"),
@@ -104,6 +112,41 @@ def photograph_page(page_file: Path, cwd: Path) -> None:
             target.screenshot(path=cwd / name)
             keep(cwd / name, name)
         browser.close()
+
+
+def film_drawing(page_file: Path) -> None:
+    """``draw.gif``: a 3 is drawn on the page and made an 8, and the answer follows."""
+    from playwright.sync_api import sync_playwright
+
+    frames: list[Image.Image] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER)
+        page = browser.new_page(viewport={"width": 1100, "height": 690}, color_scheme="light")
+        page.goto(page_file.as_uri())
+        box = page.locator("#field").bounding_box()
+
+        def film() -> None:
+            page.wait_for_timeout(100)
+            frame = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            frames.append(frame.resize((800, frame.height * 800 // frame.width), Image.Resampling.LANCZOS))
+
+        film()
+        for stroke in (THREE, EIGHT):
+            places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in stroke]
+            page.mouse.move(*places[0])
+            page.mouse.down()
+            for start, end in itertools.pairwise(places):
+                for share in (1 / 3, 2 / 3, 1):
+                    page.mouse.move(*(a + share * (b - a) for a, b in zip(start, end, strict=True)))
+                    film()
+            page.mouse.up()
+        browser.close()
+    drawn = 3 * (len(THREE) - 1)
+    pauses = [1200 if number in (0, drawn, len(frames) - 1) else 90 for number in range(len(frames))]
+    frames, pauses = [frames[-1], *frames[:-1]], [pauses[-1], *pauses[:-1]]  # where it stands still, an 8
+    palette = frames[0].quantize(NUM_COLORS, dither=Image.Dither.NONE)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    first.save(IMAGES / "draw.gif", save_all=True, append_images=others, duration=pauses, loop=0)
 
 
 def keep(path: Path, name: str) -> None:
@@ -148,11 +191,11 @@ def screenshot(cwd: Path, url: str, name: str, *, height: int, width: int = 1100
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         raise FileNotFoundError("chromium is not installed")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
     subprocess.run(
         [
             browser,
-            *flags,
+            "--headless",
+            *BROWSER,
             f"--user-data-dir={cwd / 'browser'}",
             "--virtual-time-budget=30000",  # milliseconds of the page's own clock
             f"--window-size={width},{height}",

@@ -61,7 +61,7 @@ class DigitClassifier(L.LightningModule):
         net: (B, C, H, W) float32, normalised -> (B, num_classes) logits, or (B, 1) numbers.
         preprocess: from stored images to what the net sees; None: ``Preprocess()``.
         loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
-        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named rightly.
+        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named correctly.
         image_shape: (C, H, W).
         class_names: by label; None: the ten digits.
         optimizer: makes the optimizer from the parameters.
@@ -79,6 +79,7 @@ class DigitClassifier(L.LightningModule):
         likeness: what images of each class look like, a ``likeness.Likeness``; None where it is not known.
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
+        may_diverge: whether training goes on where a loss is NaN or infinite, whose step is then not counted.
         measured: what the training epoch under way, or the last one, has measured so far, by name with a
             stage.  Lightning's ``callback_metrics`` keep the values of earlier epochs as well.
     """
@@ -124,6 +125,7 @@ class DigitClassifier(L.LightningModule):
         self.image_shape = tuple(image_shape)
         self.num_outputs = num_classes
         self.logs_evaluations = True
+        self.may_diverge = False
         self.measured: dict[str, float] = {}
         self.temperature = 1.0
         self.sure = 0.0
@@ -267,8 +269,10 @@ class DigitClassifier(L.LightningModule):
             self._count("train")
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the net's outputs, for callbacks.  -> (B, num_outputs)"""
         self._step(batch)
+        return self._outputs[-1][1]
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch)
@@ -325,6 +329,8 @@ class DigitClassifier(L.LightningModule):
             if rank:  # else dropout and noise would be the same in all processes
                 torch.manual_seed((rank << 32) + self.seed)
             return
+        for optimizer in self.trainer.optimizers:
+            check_state(optimizer)
         # nothing between here and the next step draws a random number
         saved, self._resumed = self._resumed, None
         if "accumulate_grad_batches" in saved:  # a schedule of it acts only where an epoch begins
@@ -386,13 +392,13 @@ class DigitClassifier(L.LightningModule):
                 if parameter.grad is not None
             }
         checkpoint["measured"] = dict(self.measured)
-        checkpoint["environment"] = environment()
+        checkpoint["environment"] = environment(self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = checkpoint
-        here = environment()
+        here = environment(self.trainer.strategy.root_device)
         for name, saved in checkpoint["environment"].items():
             if here[name] != saved:
                 log.warning(
@@ -410,6 +416,10 @@ class DigitClassifier(L.LightningModule):
         """
         if not self._outputs:
             return
+        if self.may_diverge:
+            self._outputs = [step for step in self._outputs if step[0].isfinite()]
+            if not self._outputs:
+                return
         losses = self._check_losses(stage)
         _, outputs, labels = zip(*self._outputs, strict=True)
         self._outputs.clear()
@@ -418,6 +428,18 @@ class DigitClassifier(L.LightningModule):
         if stage == "train":
             mean = losses.mean().item()  # of the steps since the last such value
             self._write({"train/loss_step": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def glance(self) -> dict[str, float]:
+        """Mean loss of the training steps that are not counted yet, and the share of their images that is
+        named rightly, as "acc", where the net names classes; empty where all are counted.  Of this process
+        alone."""
+        if not self._outputs:
+            return {}
+        losses, outputs, labels = zip(*self._outputs, strict=True)
+        values = {LOSS: torch.stack(losses).mean().item()}
+        if self.names_classes:
+            values["acc"] = (torch.cat(outputs).argmax(1) == torch.cat(labels)).float().mean().item()
+        return values
 
     def measure(self, stage: str, outputs: Tensor, labels: Tensor) -> None:
         """Move outputs that the net has given into a stage's metrics.  (B, num_outputs) float, (B,) int64"""
@@ -577,8 +599,22 @@ def rebuild(
     return classifier
 
 
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        ValueError: a state that was read from a file does not have its weights' sizes: torch's fused
+            optimizers don't look, and would write beyond its end.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("fused") else ():
+            for name, value in optimizer.state[weight].items():
+                wanted = torch.Size() if name == "step" else weight.shape
+                if not isinstance(value, Tensor) or value.shape != wanted or not value.is_contiguous():
+                    raise ValueError(f"{name} of an optimizer is not of the size {tuple(wanted)}")
+
+
 def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
-    """A weight in the type of the one whose place it takes.
+    """Convert a weight to the type of the one that it replaces.
 
     Raises:
         ValueError: it is of another kind: a complex one, say.
@@ -591,7 +627,7 @@ def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators, the CPU's and that of a device of another kind, by kind."""
+    """The states of torch's random generators, the CPU's and the device's, by kind of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -599,7 +635,7 @@ def get_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with random numbers where ``get_random_state`` was asked, on the same kind of device."""
+    """Restore the random states that ``get_random_state`` returned, on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[device.type])
@@ -607,9 +643,13 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         log.warning("the checkpoint has no random state of a %s: dropout and noise differ", device.type)
 
 
-def environment() -> dict[str, str | int]:
-    """What else decides the last bits of a result."""
-    return {"torch": str(torch.__version__), "num_threads": torch.get_num_threads()}
+def environment(device: torch.device) -> dict[str, str | int]:
+    """The environment that decides the last bits of a result, by its name in a sentence."""
+    return {
+        "torch": str(torch.__version__),
+        "num_threads": torch.get_num_threads(),
+        "device": device.type,
+    }
 
 
 def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:
@@ -638,7 +678,7 @@ def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 def _one_line(told: str) -> Iterator[None]:
     """
     Raises:
-        MisconfigurationException: whatever a net, a loss or a metric of somebody's own raises, in a line.
+        MisconfigurationException: whatever a user's net, loss or metric raises, in one line.
     """
     try:
         with warnings.catch_warnings():

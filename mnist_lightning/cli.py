@@ -1,4 +1,4 @@
-"""What the commands share: paths on the command line as people type them, errors in a line."""
+"""Shared by the commands: paths on the command line as typed, errors in one line."""
 
 import codecs
 import contextlib
@@ -7,19 +7,19 @@ import io
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from hydra.errors import CompactHydraException
 
 from mnist_lightning import threads, workarounds
 from mnist_lightning.config import register
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_command, as_text
 
 
 class CommandError(CompactHydraException):
@@ -36,6 +36,20 @@ typed: list[str] = []
 """The command as its user typed it."""
 
 
+# What is coloured in a line on a terminal: a pattern -> a code of ECMA-48 (1991), 8.3.117
+BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
+COLOURED = (
+    (re.compile(r"^epoch +\d+(/\d+)?(?=  )", re.M), BOLD),
+    (re.compile(r"(?<=   )train (?=\w+ \S).*?(?=   |$)", re.M), CYAN),
+    (re.compile(r"(?<=   )val (?=\w+ \S).*?(?=   |$)", re.M), YELLOW),
+    (re.compile(r"(?<=^test accuracy        )\S+ %$", re.M), f"{BOLD};{GREEN}"),
+    (re.compile(r"(?<=^validation accuracy  )\S+ %$", re.M), YELLOW),
+    (re.compile(r"(?<=^train accuracy       )\S+ %$", re.M), CYAN),
+    (re.compile(r"^next:$", re.M), BOLD),
+    (re.compile(r"(?<=   )# .*$", re.M), DIM),
+)
+
+
 class PlainFormatter(logging.Formatter):
     """Lines in which no text of a file or a name moves the terminal's cursor or takes its colours."""
 
@@ -43,11 +57,37 @@ class PlainFormatter(logging.Formatter):
         return as_text(super().format(record), lines=True)
 
 
+class ConsoleFormatter(PlainFormatter):
+    """The same in colours, where the lines go to a terminal whose user does not forbid it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not has_colours(sys.stdout):
+            return text
+        if record.levelno >= logging.WARNING:
+            return paint(text, RED if record.levelno >= logging.ERROR else YELLOW)
+        for pattern, code in COLOURED:
+            text = pattern.sub(lambda match: paint(match[0], code), text)  # noqa: B023
+        return text
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
+    knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return knows and wanted and stream.isatty()
+
+
+def paint(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
 def begin() -> None:
-    """What every command does first, before Hydra looks for plugins and before torch is imported."""
+    """Do what every command does first, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
     workarounds.share_config_store()
+    workarounds.keep_names_literal()
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
     codecs.register_error("spelled", spell)
@@ -55,6 +95,7 @@ def begin() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
     workarounds.compose_once()
+    workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
@@ -63,7 +104,7 @@ def begin() -> None:
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """In the manner of ``codecs.backslashreplace_errors``, but as people write where a sign is missing."""
+    """Like ``codecs.backslashreplace_errors``, but with readable substitutes for missing signs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -71,11 +112,11 @@ def spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(spelled), error.end
 
 
-def retype(argument: str, *, without: str = "") -> str:
-    """The command that was typed with another argument, to be typed again.
+def retype(argument: str, *, without: Collection[str] = ()) -> str:
+    """The typed command with another argument, to be typed again.
 
     Args:
-        without: a key that is left out.
+        without: keys that are left out.
     """
     if not typed:
         return argument
@@ -83,8 +124,9 @@ def retype(argument: str, *, without: str = "") -> str:
     by_module = script.suffix == ".py"
     command = ["python", "-m", f"mnist_lightning.{script.stem}"] if by_module else [script.name]
     key = argument.partition("=")[0]
-    kept = [one for one in typed[1:] if one.lstrip("+").partition("=")[0] not in (key, without)]
-    return shlex.join([*command, *kept, argument])
+    left_out = (key.lstrip("+"), *without)
+    kept = [one for one in typed[1:] if one.lstrip("+~").partition("=")[0] not in left_out]
+    return as_command([*command, *kept, argument])
 
 
 def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
@@ -106,10 +148,13 @@ def _quote_value(value: str) -> str:
     if value[0] == "[" and value[-1] == "]" and not os.path.exists(value):
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
-        return value
+        inside = value[1:-1]  # Windows' cmd.exe leaves quotes around a folder's name, which may end in "\\"
+        is_cut = (len(inside) - len(inside.rstrip("\\"))) % 2
+        return quote(inside, literal=False) if is_cut else value
     if PLAIN.fullmatch(value) and value.lower() not in WORDS:
         return value
-    return quote(value, literal=os.path.lexists(value))
+    named = (str(path) for path in (Path(value), *Path(value).parents))
+    return quote(value, literal=any("${" in name and os.path.lexists(name) for name in named))
 
 
 def _split_list(text: str) -> list[str]:

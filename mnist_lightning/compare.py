@@ -40,7 +40,7 @@ METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, besi
 
 @dataclass(frozen=True)
 class Contestant:
-    """A net and what its run left.
+    """A net and its run's files.
 
     Attributes:
         folder: of the run; None where only a checkpoint file is known.
@@ -181,7 +181,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
 
 
 def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
-    """A line a key, a column a run."""
+    """A table with a row per key and a column per run."""
     if not rows:
         return ""
     cells = [["", *names]] + [[as_text(str(one)) for one in (key, *values)] for key, values in rows.items()]
@@ -247,6 +247,7 @@ def _letters(count: int) -> list[str]:
 def _load(name: str, path: Path, settings: Compare) -> Contestant:
     from mnist_lightning.evaluation.scores import score
     from mnist_lightning.evaluation.trained import (
+        choose_device,
         choose_threads,
         compute_outputs,
         load_classifier,
@@ -264,7 +265,7 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
         values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}
     with threads.use(choose_threads([classifier], len(split), settings.threads)):
-        outputs = compute_outputs(classifier, split.images)
+        outputs = compute_outputs(classifier.to(choose_device(settings.device)), split.images)
         own = measure(classifier, outputs, split.labels)
     log_probs, labels = outputs.log_softmax(dim=1).numpy(), split.labels.numpy()
     evaluation = score(labels, log_probs, classifier.temperature) if classifier.names_classes else None

@@ -1,11 +1,12 @@
 """What a configuration may hold: types and limits here, values in ``conf/``.
 
 ``check`` is the one door from a composed or a saved config to checked values.  Nothing heavier than
-Hydra and OmegaConf is imported here, so that a mistake is told at once.
+Hydra and OmegaConf is imported here, so that a mistake is reported at once.
 """
 
 import ast
 import functools
+import importlib.util
 import logging
 import math
 import re
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH, check_sizes
-from mnist_lightning.settings_help import describe_settings, without_hydra
+from mnist_lightning.settings_help import describe_settings, name_changes, without_hydra
 from mnist_lightning.targets import TargetError, choose_mode
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Augment:
     def check_shape(self, height: int, width: int) -> None:
         """
         Raises:
-            ValueError: images of this size have no room for so many pixels.
+            ValueError: the amounts in pixels exceed images of this size.
         """
         for key in ("shift", "elastic"):
             self._check(key, 0, min(height, width) // 2, " pixels")
@@ -347,6 +348,7 @@ class Train:
                 require(not required or bool(value.get("_target_")), f"{group} names no _target_")
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
+        self._check_packages()
         self._check_limits()
         self._check_trainer()
         self._check_combinations()
@@ -373,6 +375,15 @@ class Train:
             higher_is_better = True
         if self.monitor.mode or higher_is_better is not None:
             self.monitor.mode = choose_mode(metric, self.monitor.mode, higher_is_better)
+
+    def _check_packages(self) -> None:
+        for name, logger in self.logger.items():
+            if str((logger or {}).get("_target_")).endswith(".WandbLogger"):
+                spec = importlib.util.find_spec("wandb")
+                require(
+                    spec is not None and spec.origin is not None,  # W&B names a folder so, too
+                    f"logger.{name} needs the package wandb: pip install 'mnist_lightning[wandb]'",
+                )
 
     def _check_limits(self) -> None:
         for key, (holds, wanted) in OPTIMIZER_LIMITS.items():
@@ -465,11 +476,13 @@ class Evaluate:
     trust: Any  # None, str or list of str
     output: str | None
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, SPLITS)
         check_threads(self.threads)
+        check_device(self.device)
         check_source(self.run, self.checkpoint)
         at_least("tta", self.tta, 0)
         if self.runs != []:
@@ -501,10 +514,12 @@ class Predict:
     trust: Any  # None, str or list of str
     output: str
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        check_device(self.device)
         one_of("layout", self.layout, ("auto", "one", "many"))
         self.images = check_names("images", self.images, "images=my_digit.png", at_least=1)
         check_source(self.run, self.checkpoint)
@@ -554,11 +569,13 @@ class Compare:
     trust: Any  # None, str or list of str
     output: str
     threads: int | None
+    device: str
     show: bool
 
     def __post_init__(self) -> None:
         one_of("split", self.split, ("val", "test"))
         check_threads(self.threads)
+        check_device(self.device)
         self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
 
 
@@ -602,6 +619,27 @@ class Report:
     """One run of ``python -m mnist_lightning.report``."""
 
     run: str
+    runs: Any  # str or list of str
+    filter: str | None
+    under: str
+    html: bool
+    output: str | None
+    data_dir: str | None
+    trust: Any  # None, str or list of str
+
+    def __post_init__(self) -> None:
+        self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=0)
+        given = [
+            name
+            for name, is_given in (
+                ("run", self.run != "latest"),
+                ("runs", bool(self.runs)),
+                ("filter", self.filter is not None),
+            )
+            if is_given
+        ]
+        require(len(given) <= 1, f"{' and '.join(given)}: each says what is reported, give one of them")
+        require(self.html or self.output is None, "output names the page's file: add html=true")
 
 
 @dataclass
@@ -670,13 +708,14 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 
 def register() -> None:
     """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
-    ``${run_dir:}``, ``${single_run:}`` and ``${settings:}`` to OmegaConf."""
+    ``${run_dir:}``, ``${single_run:}``, ``${changes:}`` and ``${settings:}`` to OmegaConf."""
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
     OmegaConf.register_new_resolver("run_dir", lambda: RUN_DIR, replace=True)
     OmegaConf.register_new_resolver("settings", lambda _root_: describe_settings(_root_), replace=True)
     OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
+    OmegaConf.register_new_resolver("changes", name_changes, replace=True)
 
 
 def _is_single_run() -> bool:
@@ -764,6 +803,15 @@ def at_least(key: str, value: int, least: int) -> None:
 
 def check_seed(key: str, value: int) -> None:
     require(0 <= value <= MAX_SEED, f"{key} must be in [0, 2^32), got {value}")
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        ConfigError: it names no kind of device that torch computes on.
+    """
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name)
+    require(known is not None, f"device must be auto, cpu, cuda, cuda:<number> or mps, got {name}")
 
 
 def check_threads(value: int | None) -> None:

@@ -107,7 +107,7 @@ class EpochSampler(Sampler[int]):
         return len(range(self.rank, self.num_samples, self.world_size))
 
     def take(self) -> Tensor:
-        """What ``iter`` gives, as a tensor; where nobody calls ``set_epoch``, the next epoch comes next."""
+        """The indices of ``iter``, as a tensor; without ``set_epoch``, each call takes the next epoch."""
         epoch, start = self.start
         order = self.order()[start if self.epoch == epoch else 0 :]
         self.epoch += 1
@@ -355,7 +355,7 @@ class MNISTDataModule(L.LightningDataModule):
         return self._loader("test")
 
     def _loader(self, split: str, batch_size: int | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
-        if not self.splits:  # in a plain loop nobody has called them
+        if not self.splits:  # a plain loop does not call them
             self.prepare_data()
             self.setup("fit")
         images = self.splits[split]
@@ -491,7 +491,7 @@ def members_of_classes(labels: Tensor) -> list[Tensor]:
     return [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
 
-@functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which nobody writes to
+@functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which are never written to
 def read_splits(
     source: Source,
     val_size: int | None,

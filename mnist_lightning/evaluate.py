@@ -74,8 +74,10 @@ def evaluate(settings: Evaluate) -> None:
     from mnist_lightning.evaluation.trained import (
         average,
         check_same_images,
+        choose_device,
         choose_threads,
         compute_outputs,
+        describe_device,
         load_classifier,
         load_split,
         log_probabilities,
@@ -105,7 +107,10 @@ def evaluate(settings: Evaluate) -> None:
         check_same_images(paths, splits, settings.split)
         split = splits[0]
     log_probs = []
+    device = choose_device(settings.device)
     with threads.use(choose_threads([net for net, _ in loaded], NUM_ASKED, settings.threads)):
+        for classifier, _ in loaded:
+            classifier.to(device)
         if sweep is not None:
             judged = join_folds(
                 paths, loaded, data_dir=settings.data_dir, trust=settings.trust, tta=settings.tta
@@ -138,6 +143,7 @@ def evaluate(settings: Evaluate) -> None:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
     metrics: dict[str, Any] = {"checkpoints": [str(path.absolute()) for path in paths], "tta": settings.tta}
+    metrics["device"] = describe_device(device)
     what = settings.split if sweep is None else "out-of-fold"
     metrics |= {"data": name, "split": what, "images": len(split)}
     if sweep is not None:
@@ -226,11 +232,11 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
             f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
         )
     if missing:
-        print(f"{'missing':13} fold {', '.join(map(str, missing))}: nobody has judged its images")
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: no net has judged its images")
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
-    """A line an image: its index in the split, label and the net's number."""
+    """One line per image: its index in the split, label and the net's number."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "output"])
@@ -283,7 +289,7 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
-    """A line an image: its index in the split, label, prediction and the prediction's probability.
+    """One line per image: its index in the split, label, prediction and the prediction's probability.
 
     Args:
         indices: (N,) of the images; None: 0, 1, 2, …

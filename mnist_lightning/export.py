@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -18,6 +17,7 @@ from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Export, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.output import check_file
 from mnist_lightning.rundir.outside import expand_home
 
 if TYPE_CHECKING:
@@ -59,10 +59,8 @@ def find_target(settings: Export, checkpoint: Path, name: str) -> Path:
         target = checkpoint.with_suffix(kind)
     else:
         target = checkpoint.parent.parent / name
-    if target.is_dir():
-        raise CommandError(f"output={target} is a folder: name a file, say {target / name}")
-    if os.path.lexists(target) and target.suffix != kind:
-        raise CommandError(f"output={target} is there already and no *{kind}: name another file")
+    if settings.output is not None:
+        check_file(target, name)
     return target
 
 
@@ -112,7 +110,7 @@ def export_page(settings: Export) -> None:
     content = make_page(
         classifier,
         title=f"A net for {name}",
-        about=f"{shape}: {100 * correct:.2f} % of {len(split):,} {split_name} images of {name} read rightly",
+        about=f"{shape}: correct on {100 * correct:.2f} % of {len(split):,} {split_name} images of {name}",
         samples=(
             split.images[chosen],
             split.labels[chosen],

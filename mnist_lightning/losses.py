@@ -1,4 +1,4 @@
-"""What training makes small."""
+"""The loss that training minimises."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
         hidden = [hidden] if isinstance(hidden, int) else list(hidden)
-        if type(self) is FeedForward:  # of what is derived from it nobody knows the arguments
+        if type(self) is FeedForward:  # a subclass has arguments of its own
             self.recipe = {
                 "_target_": "mnist_lightning.network.FeedForward",
                 "hidden": hidden,

@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def predict(settings: Predict) -> int:
-    """Read each picture; print, write and draw what the net says of it.
+    """Read each picture; print, write and draw the net's answer.
 
     A file that can't be read gets a line on stderr, and the others go on.
 
@@ -74,7 +74,12 @@ def predict(settings: Predict) -> int:
 
     from mnist_lightning import figures
     from mnist_lightning.evaluation import confidence
-    from mnist_lightning.evaluation.trained import choose_threads, compute_outputs, load_classifier
+    from mnist_lightning.evaluation.trained import (
+        choose_device,
+        choose_threads,
+        compute_outputs,
+        load_classifier,
+    )
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names, classes = classifier.class_names, classifier.names_classes
@@ -90,7 +95,9 @@ def predict(settings: Predict) -> int:
     failures = 0
     drawings: dict[str, Figure] = {}
     computing = threads.use(choose_threads([classifier], 1, settings.threads))
+    device = choose_device(settings.device)
     with computing, write_table(folder / "predictions.csv") as writer:
+        classifier.to(device)
         header = ["file", "prediction", "probability", "answer", "distance"]
         header += [*(f"p({name})" for name in names), *BOX]
         writer.writerow(map(as_cell, header) if classes else ["file", "output"])

@@ -1,7 +1,7 @@
-"""What people call from Python: settings and runs as the command makes them, and trained nets to ask.
+"""The functions for Python: make settings and runs as the command does, and use trained nets.
 
 ``mnist_lightning.train("model.hidden=256")`` is ``launch`` with what the command does once its settings
-are there.  The process is somebody else's: what a run changes in it is put back.
+are there.  The process is not ours: what a run changes in it is put back.
 """
 
 import contextlib
@@ -279,7 +279,7 @@ def told(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a net says of one image or of many.  ``labels, probabilities = prediction`` takes it apart.
+    """Classes and probabilities of one image or many; ``labels, probabilities = prediction`` unpacks it.
 
     Attributes:
         labels: (N,) int64, the most probable class of each image; for one image an int.
@@ -351,7 +351,7 @@ def show_share(share: float | None) -> str:
 
 
 class TrainedNet:
-    """A trained net, to be asked.
+    """A trained net, to predict, evaluate and explain with.
 
     Attributes:
         path: of its checkpoint.
@@ -420,7 +420,7 @@ class TrainedNet:
 
     @contextmanager
     def _computing(self, num_images: int) -> Iterator[None]:
-        """A stretch with the threads that pay for so many images; torch is the user's again behind it."""
+        """Use as many threads as pay for this many images; afterwards torch has the user's number again."""
         from mnist_lightning.evaluation.trained import choose_threads
 
         with workarounds.usual_torch(), threads.use(choose_threads([self.classifier], num_images, None)):

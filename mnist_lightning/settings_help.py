@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -11,6 +12,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 WIDTH = 110  # columns of a page of help
+# Settings that say where and how, not what is trained: they are told apart nowhere
+WHERE = ("seed", "resume", "reproduce", "trust", "test", "threads", "data.data_dir", "data.num_workers")
+LONGEST_NAME = 60  # letters of what was typed in a folder's name
 COLUMN = 34  # of "key=value"; what is longer has a line of its own
 
 
@@ -94,6 +98,29 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def drop_places(overrides: Iterable[str]) -> list[str]:
+    """Of what was typed, what says how the net is trained; the seed among it."""
+    keys = {override: override.lstrip("+~").partition("=")[0] for override in overrides}
+    return [
+        override
+        for override, key in keys.items()
+        if key == "seed" or not (key in WHERE or key.startswith(("hydra", "logger", "watch")))
+    ]
+
+
+def name_changes(overrides: Iterable[str]) -> str:
+    """What was typed, as the end of a folder's name: "_hidden-256_lr-0.001", or "" where nothing was.
+
+    Letters, digits, "-", "_" and "." alone, so that no shell and no file system minds them.
+    """
+    name = ""
+    for override in drop_places(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        short = re.sub(r"[^A-Za-z0-9._]+", "-", f"{key.rpartition('.')[2]}={value}").strip("-.")
+        name += f"_{short}"
+    return name[:LONGEST_NAME].rstrip("-._")
 
 
 def show(value: Any) -> str:

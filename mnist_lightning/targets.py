@@ -1,4 +1,4 @@
-"""What a ``_target_`` names: found, held against its kind and its signature, built."""
+"""Find what a ``_target_`` names, check it against its kind and its signature, and build it."""
 
 import difflib
 import functools
@@ -26,7 +26,7 @@ class Kind:
         base: the class of what is built, by name; None: whatever can be called.
         homes: modules, and single names, of the classes that saved settings may name.
         inner: the same for what is built within it, as an argument.
-        functions: names of the functions that saved settings may name, a regular expression.
+        functions: names of what else saved settings may name, a regular expression.
         refused: classes of that base that no run can use -> why, and what to do instead.
     """
 
@@ -51,6 +51,12 @@ REFUSED_CALLBACKS = {
 
 ABSTRACT = ("lightning.pytorch.callbacks.BaseFinetuning",)
 
+# Modules of metrics that compute with what they are given: others fetch models from a server or a file
+METRICS = tuple(
+    f"torchmetrics.{name}"
+    for name in ("aggregation", "classification", "clustering", "nominal", "regression", "wrappers")
+)
+
 # The group of settings -> what its ``_target_`` builds, or each of its entries' where there are several
 KINDS = {
     "model": Kind("torch.nn.Module", ("mnist_lightning.network", "torch.nn"), inner=("torch.nn",)),
@@ -59,7 +65,7 @@ KINDS = {
         ("mnist_lightning.losses", "torch.nn"),
         functions=r"torch\.nn\.functional\.(\w+_loss|(binary_)?cross_entropy(_with_logits)?|kl_div)",
     ),
-    "metrics": Kind("torchmetrics.Metric", ("torchmetrics",), inner=("torchmetrics",)),
+    "metrics": Kind("torchmetrics.Metric", METRICS, inner=METRICS, functions=r"torchmetrics\.[A-Z]\w*"),
     "data.source": Kind(None, ()),
     "optimizer": Kind("torch.optim.Optimizer", ("torch.optim",)),
     "scheduler": Kind("torch.optim.lr_scheduler.LRScheduler", ("torch.optim.lr_scheduler",)),
@@ -85,7 +91,7 @@ KINDS = {
 }
 PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
 SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
-SIZES = ("image_shape", "num_classes")  # what nets, losses and metrics are told, where they have it by name
+SIZES = ("image_shape", "num_classes")  # filled in for nets, losses and metrics that take them by name
 
 
 def kind_of(key: str) -> Kind | None:
@@ -120,7 +126,9 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     bind(target, arguments, key, partial=partial)
     recipe = {TARGET: config[TARGET], **arguments}
     try:
-        made = instantiate({**recipe, "_partial_": partial}, _convert_="all")
+        made = instantiate(
+            {**as_literal(as_literal(recipe)), "_partial_": partial}, _convert_="all"
+        )  # it resolves twice
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise TargetError(
@@ -131,6 +139,17 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     if key.split(".")[0] in PARTS:
         made.recipe = recipe
     return made
+
+
+def as_literal(value: Any) -> Any:
+    """Settings in which nothing is left to look up, such that OmegaConf takes a ``${`` in them for a text."""
+    if isinstance(value, Mapping):
+        return {key: as_literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_literal(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+    return value
 
 
 def check_arguments(config: Mapping[str, Any], key: str) -> None:
@@ -192,13 +211,19 @@ def find_inner(value: Any) -> Iterator[str]:
 def check_home(target: Any, name: str) -> None:
     """
     Raises:
-        TargetError: a name begins as that of a known library does, and by a detour through what is imported
-            there leads elsewhere.
+        TargetError: a name begins as a module that saved settings may name, and by a detour through what is
+            imported there leads elsewhere: ``torch.nn.modules.module.torch.package.PackageExporter``.
     """
-    top = name.split(".")[0]
-    homes = {home.split(".")[0] for kind in KINDS.values() for home in (*kind.homes, *kind.inner)}
-    if top in homes and (getattr(target, "__module__", None) or top).split(".")[0] != top:
-        raise TargetError(f"{name} is not defined in {top}: name {target.__module__} itself")
+    modules = {one for kind in KINDS.values() for one in (*kind.homes, *kind.inner) if not is_class(one)}
+    homes = [one for one in modules if name.startswith(f"{one}.")]
+    module = str(getattr(target, "__module__", None) or name.rpartition(".")[0])
+    if homes and not f"{module}.".startswith(tuple(f"{one}." for one in homes)):
+        raise TargetError(f"{name} is not defined in {min(homes, key=len)}: name {module} itself")
+
+
+def is_class(name: str) -> bool:
+    """Whether a dotted name is, by its look, a class's and not a module's."""
+    return name.rpartition(".")[2][0].isupper()
 
 
 def base_of(key: str) -> str | None:
@@ -268,7 +293,7 @@ def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, 
 
 
 def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what Hydra reads: ``_args_``, ``_convert_``, ``_recursive_``."""
+    """A target's own arguments, without Hydra's ``_args_``, ``_convert_`` and ``_recursive_``."""
     return {
         name: value
         for name, value in arguments.items()
@@ -348,8 +373,9 @@ def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:
     if kind is None:
         return False
     for home in kind.inner if nested else kind.homes:
-        if name == home and home.rpartition(".")[2][0].isupper():
+        if name == home and is_class(home):
             return True
-        if re.fullmatch(rf"{re.escape(home)}(\.[a-z_]\w*)*\.[A-Z]\w*", name):
+        if not is_class(home) and re.fullmatch(rf"{re.escape(home)}(\.[a-z_]\w*)*\.[A-Z]\w*", name):
             return True
-    return not nested and bool(kind.functions) and re.fullmatch(kind.functions, name) is not None
+    others = kind.functions if kind.inner or not nested else ""
+    return bool(others) and re.fullmatch(others, name) is not None

@@ -26,7 +26,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTI
 CGROUPS = Path("/sys/fs/cgroup")
 
 ask: Callable[[int], object] | None = None
-"""In a worker of a sweep: waits until so many cores are free for its job."""
+"""In a worker of a sweep: waits until this many cores are free for its job."""
 waited = 0.0
 """Seconds that this process has spent in ``ask``."""
 
@@ -62,7 +62,7 @@ def count_flops(net: "nn.Module", image_shape: Sequence[int], batch_size: int) -
 
 
 def choose(flops: int, *, wanted: int | None = None, processes: int = 1) -> int:
-    """The number of threads for a step of so many floating-point operations.
+    """Choose the number of threads for a step of ``flops`` floating-point operations.
 
     Args:
         wanted: by the user, who is asked no questions; None: one where the step is too small to be shared,
@@ -82,7 +82,7 @@ def most() -> int:
 
 @contextmanager
 def use(number: int) -> Iterator[None]:
-    """A stretch in which torch, and the processes that are started in it, compute on so many threads.
+    """Let torch, and processes started within the block, compute on ``number`` threads.
 
     In a sweep's worker it begins when the cores are free.
     """

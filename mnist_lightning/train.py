@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,19 +29,18 @@ from mnist_lightning.images.known import KNOWN
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import as_typed, find_checkpoint
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.record import write_patch, write_settings
 from mnist_lightning.rundir.reproduce import TOLD, compare_weights, tell_changes
 from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
-from mnist_lightning.settings_help import flatten
-from mnist_lightning.sweeps.results import split_overrides
+from mnist_lightning.settings_help import WHERE, drop_places, flatten, show
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import check_arguments, choose_mode, make, strange_modules
+from mnist_lightning.targets import PARTS, check_arguments, choose_mode, make, strange_modules
 from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
     import lightning as L
-    import torch
     from torch import Tensor
 
     from mnist_lightning.classifier import DigitClassifier
@@ -57,6 +55,7 @@ Metrics = dict[str, float | int | str | None]
 def main() -> None:
     begin()
     signals.install()
+    workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
     run()
@@ -76,7 +75,7 @@ def run(cfg: DictConfig) -> float | None:
     with compact_errors(in_sweep=in_sweep):
         metrics = follow(settings, run_dir, hydra_cfg.overrides.task, in_sweep=in_sweep)
     if is_main_process() and not in_sweep:
-        lines = list_results(metrics, settings, run_dir) + list_next(settings, run_dir)
+        lines = list_results(metrics, settings, run_dir) + list_next(metrics, settings, run_dir)
         if settings.reproduce is not None:
             earlier, now = Path(settings.reproduce), {key: metrics[key] for key in ("threads", "device")}
             lines += ["", tell_changes(earlier, now), compare_weights(earlier, run_dir)]
@@ -138,7 +137,7 @@ class TrainModule(ModuleType):
 
 
 def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
-    """A run that Python code has asked for."""
+    """Run what Python code has asked for."""
     metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
@@ -174,12 +173,22 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     log.info("loading torch and Lightning …")
 
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.checkpoints import Checkpoints
+    from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.rundir.checkpoint import BEST, LocalCheckpointIO, find_newest
+    from mnist_lightning.evaluation.trained import describe_device
+    from mnist_lightning.rundir.checkpoint import (
+        BEST,
+        LocalCheckpointIO,
+        check_resumable,
+        find_newest,
+        taking_up,
+    )
 
+    unplaced = settings
     settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
@@ -198,6 +207,8 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         data.check_shape(datamodule.image_shape)
     classifier = make_classifier(settings, datamodule)
     classifier.logs_evaluations = False
+    for part in (classifier, datamodule):  # loggers get all settings instead
+        part.save_hyperparameters(dict(part.hparams), logger=False)
     if first is not None:
         take_weights(classifier, first)
     monitor = settings.monitor
@@ -209,25 +220,34 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     newest, resumed_at = None, None
     if settings.resume is not None:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
+        check_resumable(newest, checkpoint)
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
+    accelerator = settings.trainer.get("accelerator", "auto")
+    if accelerator == "auto":  # Lightning's would also take Apple's GPU, which nobody has measured
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer: L.Trainer = make(
         settings.trainer
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
+            "accelerator": accelerator,
+            # GPUs add in another order each time, unless they are asked not to; CPUs do not
+            "deterministic": settings.trainer.get("deterministic", None if accelerator == "cpu" else "warn"),
             "callbacks": callbacks,
             "enable_checkpointing": settings.trainer.get(
                 "enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks)
             ),
             "logger": make_loggers(settings, resumed_at),
-            "plugins": [LocalCheckpointIO(), *settings.trainer.get("plugins", [])],
+            "plugins": [LocalCheckpointIO(run_dir), *settings.trainer.get("plugins", [])],
         },
         "trainer",
     )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(list_parameters(unplaced))
     number = choose_threads(settings, flops, trainer)
     with threads.use(number):
-        with signals.deferred(), compiler_errors():
+        with signals.deferred(), compiler_errors(), taking_up(newest):
             trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
         kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
@@ -242,13 +262,18 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         metrics: Metrics = {}
         evaluations = [trainer.validate] * settings.validates + [trainer.test] * test
         for evaluate in evaluations:
-            evaluate(classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+            with taking_up(ckpt_path):
+                evaluate(
+                    classifier, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True
+                )
             stage = "test/" if evaluate == trainer.test else "val/"
             values = sorted(trainer.callback_metrics.items())
             metrics |= {name: value.item() for name, value in values if name.startswith(stage)}
         evaluated = ["val"] * data.has_validation + ["test"] * test
+        evaluated = [] if classifier.may_diverge else evaluated
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
+            classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, classifier, outputs, datamodule)
@@ -263,10 +288,13 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             "threads": number,
             "device": describe_device(trainer.strategy.root_device),
         }
+        for callback in callbacks:
+            if isinstance(callback, LearningRateRange) and callback.suggestion is not None:
+                metrics["suggested_lr"] = callback.suggestion
         metrics |= find_versions()
         if trainer.is_global_zero:
             write_atomic(run_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-            write_results(trainer, settings, metrics)
+            write_results(trainer, unplaced, run_dir, metrics)
     return metrics
 
 
@@ -372,7 +400,7 @@ def place(settings: Train, run_dir: Path) -> Train:
 
 
 def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
-    """For the steps of each process of a run.
+    """Choose the number of threads for the steps of each process of a run.
 
     Args:
         flops: of a forward pass of a whole batch.
@@ -453,7 +481,7 @@ def compiler_errors() -> Iterator[None]:
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
-    """Which images the net names rightly, a bit an image (``numpy.packbits``), for paired tests.
+    """Which images the net names correctly, one bit per image (``numpy.packbits``), for paired tests.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
@@ -505,15 +533,6 @@ def find_versions() -> dict[str, str | None]:
     return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
 
 
-def describe_device(device: "torch.device") -> str:
-    """The kind of device, with what decides how it rounds."""
-    import torch
-
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-
-
 @functools.cache
 def find_commit() -> str | None:
     """The git commit of this package's code, with "+" behind it where the code differs from it."""
@@ -521,65 +540,79 @@ def find_commit() -> str | None:
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
 
     try:
         if git("ls-files", "--error-unmatch", __file__).returncode:
-            return None  # installed from a wheel, perhaps inside somebody else's repository
+            return None  # installed from a wheel, perhaps inside another repository
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
         return None  # no git here
 
 
-def write_results(trainer: "L.Trainer", settings: Train, metrics: Metrics) -> None:
+def list_parameters(settings: Train) -> dict[str, Any]:
+    """Every setting by its dotted key, as loggers take parameters, but what names the run's own folder."""
+    flat = flatten(asdict(settings))
+    mine = [key for key, value in flat.items() if str(value).partition("/")[0] == RUN_DIR]
+    return {key: value for key, value in flat.items() if key not in (*mine, "resume", "reproduce")}
+
+
+def list_hparams(settings: Train, typed: str) -> dict[str, bool | float | str]:
+    """The columns of TensorBoard's HParams tab, which has the first five of those that are alike by name.
+
+    Args:
+        typed: what was changed.
+    """
+    augment = settings.data.augment
+    deforms = [f"{key}={value:g}" for key, value in vars(augment).items() if value and augment.deforms]
+    columns: dict[str, Any] = {"changed": typed or "nothing", "data.augment": " ".join(deforms) or "none"}
+    groups = ("data", "model", "loss", "metrics", "optimizer", "scheduler", "trainer")
+    for key, value in list_parameters(settings).items():
+        if key in ("seed", "ema_decay", "decay_biases") or (
+            key.split(".")[0] in groups
+            and not key.startswith(("data.augment.", "trainer.profiler", "trainer._target_"))
+            and key not in WHERE
+        ):
+            columns[key] = value
+    return {key: one if isinstance(one, (bool, int, float)) else show(one) for key, one in columns.items()}
+
+
+def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics: Metrics) -> None:
     """Give what the test has measured to all loggers, and to TensorBoard's HParams tab the run's settings
-    beside its final metrics.
+    beside the final metrics of the net that was kept.
 
     A run that is killed before or in this has not finished, and a resumption does it again.
     """
-    from torch.utils.tensorboard.summary import hparams
-
     from mnist_lightning.rundir.loggers import TensorBoardLogger
+    from mnist_lightning.rundir.tracker import WandbLogger
 
-    settings_by_key: dict[str, Any] = {"seed": settings.seed}
-    settings_by_key["ema_decay"] = settings.ema_decay or 0.0  # 0: the last step's weights
-    everything = asdict(settings)
-    for group in ("data", "model", "loss", "optimizer", "scheduler", "trainer"):
-        settings_by_key |= flatten(everything[group], f"{group}.")
-    values = {
-        key: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for key, value in settings_by_key.items()
-    }
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        # TensorBoard's table opens with the first five by name: show what the sweep is about
-        told = split_overrides(HydraConfig.get().overrides.task)
-        values = {key: value for key, value in values.items() if key in told} or values
     finals = {
-        f"final/{key}": value
+        key: value
         for key, value in metrics.items()
         if key.startswith(("val/", "test/")) and isinstance(value, float)
     }
-    tests = {
-        key: value for key, value in metrics.items() if key.startswith("test/") and isinstance(value, float)
-    }
+    tests = {key: value for key, value in finals.items() if key.startswith("test/")}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and not logger.failed:
-            with logger.ending() as writer:
-                if writer is None:
-                    continue
-                for summary in hparams(values, finals):  # type: ignore[no-untyped-call]
-                    workarounds.add_summary(writer, summary)
-                for key, value in (finals | tests).items():
-                    writer.add_scalar(key, value, trainer.global_step)
+        if isinstance(logger, TensorBoardLogger):
+            status = read(run_dir)
+            typed = " ".join(drop_places(status.overrides)) if status else ""
+            name = f"{typed or 'defaults'} ({as_typed(run_dir)})"
+            logger.log_end(name, list_hparams(settings, typed), finals, trainer.global_step)
         elif tests:
             logger.log_metrics({"epoch": trainer.current_epoch, **tests}, step=trainer.global_step)
             logger.save()
+        if isinstance(logger, WandbLogger):
+            logger.log_end()
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """What a person wants to know at the end of a run, in lines."""
+    """The summary that is printed at the end of a run, as lines."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
@@ -596,27 +629,55 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
     return [*lines, f"{'everything is in':20} {as_typed(run_dir)}"]
 
 
-def list_next(settings: Train, run_dir: Path) -> list[str]:
-    """What to type after a run, in lines."""
+def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """Commands to try after a run, as lines: those that its net, its loggers and its end allow."""
+    if "lr_range" in settings.callbacks:
+        return list_suggestion(metrics, settings)
+    lines = []
+    shown = as_typed(run_dir)
+    usual = shown.parts[0] == "logs"  # where the commands look
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"tensorboard --logdir {'logs' if usual else as_word(str(shown))}")
+    if settings.resume is None and settings.reproduce is None and "hidden" in settings.model:
+        lines.append(retype("model.hidden=512", without=("hydra.run.dir", "debug")))
+    if any((run_dir / "checkpoints").glob("*.ckpt")):
+        parts = {key: getattr(settings, key) for key in PARTS}
+        named = "" if usual else f" run={as_word(str(shown))}"
+        foreign = strange_modules(parts)
+        trust = named + (f" {as_word(write_trust(foreign))}" if foreign else "")
+        known = None if settings.data.source else KNOWN.get(settings.data.name)
+        grey = settings.data.grey if known is None else known.image_shape[0] == 1
+        split = "" if settings.test else " split=val" * settings.data.has_validation
+        lines += [
+            f"python -m mnist_lightning.evaluate{split}{trust}   # each class, and the mistakes",
+            f"python -m mnist_lightning.predict images=my_picture.png{trust}",
+        ]
+        if grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward":
+            lines.append(f"python -m mnist_lightning.export format=html{trust}   # a page to draw on")
+        lines += list_left(metrics, settings, shown)
+    return ["", "next:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def list_suggestion(metrics: Metrics, settings: Train) -> list[str]:
+    """The command that trains with the learning rate that a range test has suggested."""
+    if "suggested_lr" not in metrics:
+        return []
+    rate = f"{'' if 'lr' in settings.optimizer else '+'}optimizer.lr={metrics['suggested_lr']:g}"
+    own = ("debug", "trainer.max_steps", "callbacks.lr_range.min_lr", "callbacks.lr_range.max_lr")
+    return ["", "next:", f"  {retype(rate, without=('hydra.run.dir', *own))}"]
+
+
+def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
+    """How to go on with a run whose time was over before its epochs or steps were done."""
+    limits = {"epochs": settings.trainer.get("max_epochs"), "steps": settings.trainer.get("max_steps")}
+    done = [limit is not None and 0 < limit <= int(str(metrics[name])) for name, limit in limits.items()]
+    if settings.trainer.get("max_time") is None or any(done):
+        return []
     foreign = strange_modules(asdict(settings))
-    changeable = settings.resume is None and settings.reproduce is None and "hidden" in settings.model
-    known = None if settings.data.source else KNOWN.get(settings.data.name)
-    grey = settings.data.grey if known is None else known.image_shape[0] == 1
-    can_draw = grey and settings.model["_target_"] == "mnist_lightning.network.FeedForward"
-    trust = f" {shlex.quote(write_trust(foreign))}" if foreign else ""
-    resume = shlex.quote(str(as_typed(run_dir)))
-    resumable = any((run_dir / "checkpoints").glob("*.ckpt"))
+    trust = f" {as_word(write_trust(foreign))}" if foreign else ""
+    folder = as_word(str(run_dir))
     return [
-        "",
-        "next:",
-        "  tensorboard --logdir logs",
-        *([f"  {retype('model.hidden=512', without='hydra.run.dir')}"] * changeable),
-        *([f"  python -m mnist_lightning.evaluate{trust}"] * bool(foreign)),
-        *(
-            ["  python -m mnist_lightning.export format=html   # a page to draw on"]
-            * (can_draw and resumable)
-        ),
-        *([f"  python -m mnist_lightning.train resume={resume}{trust}   # if interrupted"] * resumable),
+        f"python -m mnist_lightning.train resume={folder} trainer.max_time=null{trust}   # its time was over"
     ]
 
 

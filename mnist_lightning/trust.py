@@ -1,4 +1,4 @@
-"""Which names in a file that may be a stranger's are followed, and where it may write.
+"""Decide which names in a file from a stranger are imported, and where its settings may write.
 
 What is typed, lies in ``conf/`` or comes by ``--config-dir`` is the user's own.  Checkpoints and saved
 settings may come from anywhere: they may name what this project and its libraries define for that place, and
@@ -22,7 +22,7 @@ from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
 KEY = "trust="
-# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers
+# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers, and in ours
 PLACES = (
     "dirpath",
     "save_dir",
@@ -31,6 +31,7 @@ PLACES = (
     "root_dir",
     "output_dir",
     "run_dir",
+    "path",
     "filename",
 )
 WRITERS = ("trainer", "callbacks", "logger")  # groups whose classes write files

@@ -77,7 +77,7 @@ def visualize_film(settings: Visualize) -> None:
 
 
 def draw(data: Data) -> "tuple[dict[str, Figure], str]":
-    """The figures by name, and in a line what they are of.
+    """The figures by name, and a line that says what they show.
 
     Raises:
         OSError: the data can't be read or fetched.

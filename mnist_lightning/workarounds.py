@@ -5,6 +5,7 @@ Commands install what changes a library; importing this package changes nothing.
 """
 
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -18,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from mnist_lightning.targets import as_literal
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -39,6 +43,26 @@ def share_config_store() -> None:
     The store is a singleton that hands out copies of what it holds, so that it can stand for its copy.
     """
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
+
+def keep_names_literal() -> None:
+    """Hydra 1.3 notes where a job writes, and where it was started, as settings, in which a folder that is
+    named ``${seed}`` would be looked up.
+    """
+    plain = HydraConfig.set_config
+    if plain.__module__ == __name__:
+        return
+
+    def set_config(config: HydraConfig, cfg: DictConfig) -> None:
+        runtime: Any = OmegaConf.to_container(cfg.hydra.runtime, resolve=False)
+        for key in ("output_dir", "cwd"):
+            name = str(runtime.get(key))
+            if "${" in name and "\\${" not in name:
+                with read_write(cfg.hydra.runtime):
+                    cfg.hydra.runtime[key] = as_literal(name)
+        plain(config, cfg)
+
+    HydraConfig.set_config = set_config  # type: ignore[assignment, method-assign]
 
 
 def read_yaml_by_libyaml() -> None:
@@ -147,6 +171,16 @@ def compose_once() -> None:
     Hydra.get_mode = get_mode  # type: ignore[assignment, method-assign]
 
 
+def start_others_as(module: str) -> None:
+    """Let Lightning 2.6 start the other processes of a run as ``python -m module``, where the file that was
+    started is none that Python runs: a console script of Windows, an .exe."""
+    main: Any = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    can_run = os.path.isfile(sys.argv[0]) if spec is None else spec.name != "__main__"
+    if not can_run:
+        main.__spec__ = importlib.util.find_spec(module)
+
+
 def quiet_tensorboard() -> None:
     """TensorBoard's writing thread prints a traceback, and gives the error to the next write as well."""
     others = threading.excepthook
@@ -159,6 +193,11 @@ def quiet_tensorboard() -> None:
         threading.excepthook = hook
 
 
+def quiet_matplotlib() -> None:
+    """matplotlib 3.11 tells where it keeps a list of fonts, and that it makes one, in a home without one."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 def quiet_lightning() -> None:
     """Silence what Lightning says of things that are meant to be as they are."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's console handler prints them already
@@ -169,6 +208,7 @@ def quiet_lightning() -> None:
         r".*does not have many workers",  # the images are in memory
         r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
         r".*your dataloader is not resumable",  # its sampler is
+        r"GPU available but not used",  # accelerator=cpu, and auto on a Mac
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     ):
         warnings.filterwarnings("ignore", message)
@@ -193,7 +233,7 @@ def is_validation_due(trainer: "Trainer") -> bool:
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """A stretch after which a process that is somebody else's, a notebook's, is as it was before.
+    """Restore a process that is not ours, such as a notebook's, after the block.
 
     Lightning and ``quiet_lightning`` change the environment, the filters of warnings, loggers, the random
     states of Python, NumPy and torch, and whether torch wants deterministic algorithms.
@@ -228,7 +268,6 @@ def hydra_as_it_was() -> Iterator[None]:
     """A stretch in which Hydra 1.3 is used beside an application that uses it too: its version base, name of
     the job and config come back."""
     from hydra import version
-    from hydra.core.hydra_config import HydraConfig
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime, setup_globals
 
@@ -251,7 +290,7 @@ def hydra_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """A stretch with torch's own defaults: float32, the CPU, gradients; the user's come back behind it."""
+    """Use torch's own defaults within the block (float32, CPU, gradients), then restore the user's."""
     import torch
 
     dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -33,10 +34,21 @@ REPOSITORY = Path(__file__).parent.parent
 
 LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
 
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
 NO_PICTURES = "callbacks.pictures.enabled=false"  # they take longer than a short training
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., Process]
+Open = Callable[..., Any]
 Once = Callable[[str, Callable[[Path], None]], Path]
 
 
@@ -261,3 +273,39 @@ def trained_run(default_run: DefaultRun) -> Path:
     """The default run's folder, for the tests of what reads finished runs."""
     assert default_run.returncode == 0, default_run.errors
     return default_run.folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is not there: Debian's package chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Open]:
+    """``show(file)``: the page that a file is.  At the end: no other request was made, nothing was complained of."""
+    contexts, requests, complaints = [], [], []
+
+    def show(file: Path, *, width: int = 1280, theme: str = "light", touch: bool = False) -> Any:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=theme, has_touch=touch, offline=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(file.as_uri())
+        return page
+
+    yield show
+    assert {url for url in requests if not url.startswith("file://")} == set()
+    reading = "Canvas2D: Multiple readback"  # which the tests do, not the page
+    assert [one for one in complaints if not one.startswith(reading)] == []
+    for context in contexts:
+        context.close()

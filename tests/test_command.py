@@ -25,6 +25,9 @@ def parse(argument: str) -> object:
         ("[a=1.png, é #x.png]", ["a=1.png", "é #x.png"]),
         ("['a,b.png',c.png]", ["a,b.png", "c.png"]),
         ('["a, b",c]', ["a, b", "c"]),
+        (r"'C:\my runs\a'", r"C:\my runs\a"),  # cmd.exe passes these quotes on
+        ("'my runs\\'", "my runs\\"),
+        ("['my runs\\',b]", ["my runs\\", "b"]),
         ("[one]", ["one"]),
         ("[]", []),
         ("'half", "'half"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,3 +93,14 @@ def test_resumed_within_an_epoch_it_reports_what_the_whole_run_does(command: Run
     assert (whole / "csv" / "metrics.csv").read_text() == (
         tmp_path / "whole" / "csv" / "metrics.csv"
     ).read_text()
+
+
+def test_a_console_script_that_is_a_program_starts_the_others(python: Run, tmp_path: Path) -> None:
+    """On Windows it is an .exe with a zip file behind, which Python runs; no file is called as it is."""
+    script = "import sys\nfrom mnist_lightning.train import main\nsys.argv[0] = sys.argv[0].removesuffix('.exe')\nmain()"
+    with zipfile.ZipFile(tmp_path / "mnist-train.exe", "w") as archive:
+        archive.writestr("__main__.py", script)
+    short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "hydra.run.dir=run")
+    done = python("mnist-train.exe", *DDP, *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(load(tmp_path / "run" / "checkpoints" / "last.ckpt")["processes"]) == 2

@@ -139,10 +139,16 @@ def test_settings_are_checked_without_a_process() -> None:
         "output": None,
         "show": False,
         "threads": None,
+        "device": "auto",
     }
     assert Evaluate(split="val", **values).split == "val"  # type: ignore[arg-type]
     with pytest.raises((ValueError, ConfigError), match="split must be one of"):
         Evaluate(split="all", **values)  # type: ignore[arg-type]
+    for name in ("gpu", "CUDA", "cuda:", "cuda:x", "cpu:0", ""):
+        with pytest.raises(
+            (ValueError, ConfigError), match="device must be auto, cpu, cuda, cuda:<number> or mps"
+        ):
+            Evaluate(split="val", **(values | {"device": name}))  # type: ignore[arg-type]
 
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:

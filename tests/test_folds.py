@@ -103,6 +103,8 @@ def test_folds_are_expanded(typed: list[str], meant: list[str]) -> None:
         ["-m", "folds="],
         ["-m", "folds=-3"],
         ["-m", "folds=99999"],
+        ["-m", "folds=5", "data.num_folds=3"],
+        ["-m", "data.fold=1", "folds=5"],
     ],
 )
 def test_folds_that_are_none_are_told(typed: list[str]) -> None:
@@ -190,7 +192,7 @@ def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> No
     assert f"**fold {missing}**" in (write_report(copy).folder / "report.md").read_text()
     done = command("evaluate", f"folds={copy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"fold {missing}: nobody has judged its images" in done.stdout
+    assert f"fold {missing}: no net has judged its images" in done.stdout
     assert "no memory left" in done.stdout
     assert json.loads((copy / "evaluation" / "out-of-fold" / "metrics.json").read_text())["images"] == 40_000
 

@@ -16,15 +16,22 @@ LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
     *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.outside", "rundir.output"),
-    *("rundir.record", "rundir.reproduce", "rundir.resume", "rundir.signals", "rundir.status"),
-    *("sweeps.auto", "sweeps.grid", "sweeps.importance", "sweeps.processes", "sweeps.report"),
+    *(
+        "rundir.record",
+        "rundir.records",
+        "rundir.reproduce",
+        "rundir.resume",
+        "rundir.signals",
+        "rundir.status",
+    ),
+    *("sweeps.auto", "sweeps.grid", "sweeps.importance", "sweeps.page", "sweeps.processes", "sweeps.report"),
     *("sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
 # Of a package, or of a module beside them, the others that it may import.
 MAY_IMPORT = {
     "settings_help": set(),
-    "workarounds": set(),
+    "workarounds": {"targets"},
     "network": set(),
     "losses": set(),
     "targets": set(),
@@ -46,8 +53,8 @@ MAY_IMPORT = {
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}
     | {"rundir", "sweeps", "threads", "workarounds"},
     "sweeps": {
-        *("classifier", "cli", "config", "evaluation", "figures", "images", "rundir", "settings_help"),
-        *("targets", "threads", "trust", "workarounds"),
+        *("classifier", "cli", "config", "evaluation", "figures", "images", "page", "rundir"),
+        *("settings_help", "targets", "threads", "trust", "workarounds"),
     },
 }
 

@@ -248,10 +248,10 @@ def test_a_run_that_was_killed_before_its_end_was_written_has_not_finished(
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, run))
     assert differences(before, after) == []
     for folder in (finished, run):
-        events = EventAccumulator(str(folder / "tensorboard"))
-        events.Reload()
-        assert len(events.Scalars("test/acc")) == len(events.Scalars("final/val/acc")) == 1
-        assert b"model.hidden" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        kept, tested = (EventAccumulator(str(folder / "tensorboard" / split)) for split in ("", "test"))
+        for events in (kept, tested):
+            assert len(events.Reload().Scalars("epoch/acc")) == 1
+        assert b"model.hidden" in kept.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
 
 
 def test_a_named_folder_takes_one_run(finished: Path, command: Run, tmp_path: Path) -> None:
@@ -306,9 +306,14 @@ def test_interpolations_of_a_path_are_followed(command: Run, tmp_path: Path, dat
     assert not list(tmp_path.glob("$*"))
     literal = tmp_path / "${seed}"
     literal.mkdir()
-    done = command("train", *settings, "data.data_dir=${seed}", cwd=tmp_path)
+    named = ("data.data_dir=${seed}", "hydra.run.dir=${seed}/run")
+    done = command("train", *settings, *named, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (literal / "MNIST").is_dir(), "a name that exists wins"
+    assert (literal / "run" / "metrics.json").is_file(), "and so does what lies in it"
+    done = command("train", "resume=${seed}/run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), "its settings are read as they were meant"
+    assert "${seed}/run has finished: 1 epochs" in done.stdout
 
 
 def test_random_states_are_those_of_a_kind_of_device(caplog: pytest.LogCaptureFixture) -> None:

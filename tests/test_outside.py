@@ -1,5 +1,6 @@
 """Files that are damaged or a stranger's cost a line and themselves; what is a user's stays as it is."""
 
+import copy
 import csv
 import json
 import os
@@ -19,7 +20,7 @@ from test_trust import FORWARD
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.evaluation.trained import load_classifier, load_split
-from mnist_lightning.rundir.checkpoint import find_newest, load, serialize
+from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, load, serialize
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.loggers import CSVLogger
 from mnist_lightning.rundir.output import claim_output
@@ -227,14 +228,24 @@ def test_what_a_stranger_wrote_is_shown_as_text(folder: Path, capsys: pytest.Cap
     assert not any(cell.startswith(("=", "@")) or "\x1b" in cell for cell in cells)
 
 
-def test_figures_and_files_of_the_users_stay(folder: Path, tmp_path: Path) -> None:
-    mine = {folder / "figures" / "mine.png": b"a picture", tmp_path / "target": b"kept"}
-    (folder / "figures").mkdir()
+def test_figures_and_files_of_the_users_stay(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_report(folder)
+    (drawn, *others) = sorted((folder / "figures").iterdir())
+    before = others[0].read_bytes()
+    mine = {folder / "figures" / "mine.png": b"a picture", tmp_path / "target": b"kept", drawn: b"my own"}
     for path, content in mine.items():
         path.write_bytes(content)
+    others[0].write_bytes(before[:300])  # ours, and replaced whole
     write_report(folder)
     assert {path: path.read_bytes() for path in mine} == mine
-    assert "mine.png" not in (folder / "report.md").read_text()
+    assert others[0].read_bytes() == before
+    report = (folder / "report.md").read_text()
+    assert others[0].name in report
+    assert "mine.png" not in report
+    assert drawn.name not in report
+    assert f"{drawn.name} is not drawn by this project and stays" in caplog.text
     (folder / ".report.lock").unlink()
     (folder / ".report.lock").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match=r"\.report\.lock is a link out of its folder"):
@@ -335,6 +346,20 @@ def weights(checkpoint: dict[str, Any], make: Callable[[torch.Tensor], Any]) -> 
     return {**checkpoint, "state_dict": {name: make(one) for name, one in checkpoint["state_dict"].items()}}
 
 
+def inflate(checkpoint: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A net of 20 weights that begins with these layers."""
+    pool = [
+        {"_target_": "torch.nn.AdaptiveAvgPool2d", "output_size": 1},
+        {"_target_": "torch.nn.Flatten"},
+        {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 10},
+    ]
+    place = len(layers) + 2
+    own = {f"net.{place}.weight": torch.zeros(10, 1), f"net.{place}.bias": torch.zeros(10)}
+    others = {name: one for name, one in checkpoint["state_dict"].items() if not name.startswith("net.")}
+    net = {"_target_": "torch.nn.Sequential", "_args_": [*layers, *pool]}
+    return change(checkpoint, model=net) | {"state_dict": others | own}
+
+
 HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "shared lists": lambda c: {**c, "x": shared_lists(400)},
     "shared lists in the recipe": lambda c: change(c, x=shared_lists(30)),
@@ -352,6 +377,13 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "many layers": lambda c: change(c, model={"_target_": FORWARD, "hidden": [1] * 10**5}),
     "many recurrent layers": lambda c: change(
         c, model={"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 10**9}
+    ),
+    "a huge activation": lambda c: inflate(c, [{"_target_": "torch.nn.ConstantPad2d", "padding": 10**6, "value": 0}]),
+    "an activation by steps": lambda c: inflate(
+        c, [{"_target_": "torch.nn.Upsample", "scale_factor": 50}] * 3
+    ),
+    "an activation that is huge for many images": lambda c: inflate(
+        c, [{"_target_": "torch.nn.Upsample", "size": [8000, 8000]}]
     ),
     "layers that are not numbers": lambda c: change(c, model={"_target_": FORWARD, "hidden": ["x"]}),
     "a model that is a text": lambda c: change(c, model="x"),
@@ -388,6 +420,83 @@ def test_a_hostile_checkpoint_is_refused_soon(what: str, honest: dict[str, Any],
     with pytest.raises(OSError, match=r"x\.ckpt"):
         load_classifier(path)
     assert time.monotonic() - begun < SOON
+
+
+def state(checkpoint: dict[str, Any], *keys: Any, value: Any) -> dict[str, Any]:
+    """With another value somewhere; None takes it out."""
+    key, *rest = keys
+    changed = copy.copy(checkpoint)
+    if rest:
+        changed[key] = state(changed[key], *rest, value=value)
+    elif value is None:
+        del changed[key]
+    else:
+        changed[key] = value
+    return changed
+
+
+KEEPER = "Checkpoints"
+OTHER_STATE: dict[str, tuple[Any, ...]] = {  # where in a checkpoint, and what is there instead
+    **{f"no {name}": (name, None) for name in ("loops", "callbacks", "optimizer_states", "lr_schedulers")},
+    **{f"no {name} ": (name, None) for name in ("environment", "processes", "epoch", "MNISTDataModule")},
+    "loops that are none": ("loops", {"fit_loop": 3}),
+    "an optimizer of other weights": ("optimizer_states", 0, "param_groups", []),
+    "a state of another size": ("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1)),
+    "a state that is none": ("optimizer_states", 0, "state", 1, "exp_avg_sq", "x"),
+    "steps of another size": ("optimizer_states", 0, "state", 0, "step", torch.zeros(3)),
+    "a random state that is none": ("processes", 0, "random_state", "cpu", torch.zeros(3)),
+    "a score that is a text": ("callbacks", KEEPER, "best_score", "x"),
+    "callbacks that are none": ("callbacks", 3),
+    "an order of no data": ("MNISTDataModule", "epoch", None),
+}
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_goes_on_from_no_other_state(
+    every: int, fit: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    """A stranger's, of a whole file: in a line, and before anything is trained or written."""
+    settings = ("model.hidden=8", "+trainer.limit_train_batches=3", "logger=csv", "callbacks.summary=null")
+    run = tmp_path / "run"
+    fit(*settings, "trainer.max_epochs=1", "scheduler=none")
+    path = run / "checkpoints" / "last.ckpt"
+    whole = load(path)
+    for name in ("best.ckpt", "previous.ckpt"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
+    again = (*settings, "trainer.max_epochs=2", "scheduler=none", f"resume='{run}'")
+    for *keys, value in list(OTHER_STATE.values())[::every]:
+        changed = state(whole, *keys, value=value)
+        path.write_bytes(serialize(changed))
+        before = path.read_bytes()
+        with pytest.raises(OSError, match=r"last\.ckpt can't be gone on with: it (does not hold|has no)"):
+            fit(*again)
+        assert path.read_bytes() == before
+    elsewhere = state(whole, "callbacks", KEEPER, "folder", value=str(tmp_path / "elsewhere"))
+    path.write_bytes(serialize(elsewhere))
+    assert fit(*again)["epochs"] == 2
+    assert not (tmp_path / "elsewhere").exists(), "no attribute but what it keeps is taken"
+
+
+def test_only_what_a_run_has_written_is_removed(honest: dict[str, Any], tmp_path: Path) -> None:
+    """ModelCheckpoint removes files by names in its state, which may be a stranger's."""
+    mine, run = tmp_path / "mine.txt", tmp_path / "run"
+    mine.touch()
+    (run / "kept").mkdir(parents=True)
+    (run / "link").symlink_to(tmp_path)
+    files = LocalCheckpointIO(run)
+    for name in ("kept/../../mine.txt", "link/mine.txt"):
+        files.remove_checkpoint(run / name)
+    assert mine.exists()
+    for path in (run / "kept" / "a.ckpt", tmp_path / "elsewhere.ckpt"):
+        files.save_checkpoint(honest, path)
+        files.remove_checkpoint(path)
+        assert not path.exists()
+
+
+def test_a_net_that_makes_its_images_larger_is_taken(honest: dict[str, Any], tmp_path: Path) -> None:
+    layers = [{"_target_": "torch.nn.Upsample", "scale_factor": 2}]
+    (tmp_path / "x.ckpt").write_bytes(serialize(inflate(honest, layers)))
+    assert load_classifier(tmp_path / "x.ckpt")[0](torch.zeros(2, 28, 28)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("make", [torch.Tensor.double, torch.Tensor.half], ids=["double", "half"])

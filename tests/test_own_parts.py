@@ -81,7 +81,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     assert differences(one, two) == []
     images = EventAccumulator(str(work / "run" / "tensorboard"), size_guidance={"images": 0})
     images.Reload()
-    assert "data/images" in images.Tags()["images"]
+    assert "images/training" in images.Tags()["images"]
     assert ("val/confusion_matrix" in images.Tags()["images"]) == (name != "regression")
     assert "can't be written" not in (work / "run" / "train.log").read_text()
 

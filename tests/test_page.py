@@ -7,14 +7,13 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Run
+from conftest import REPOSITORY, Open, Run
 from test_film import make_film
 
 from mnist_lightning.classifier import DigitClassifier
@@ -28,18 +27,7 @@ from mnist_lightning.network import FeedForward
 from mnist_lightning.page.build import choose_samples, make_page
 from mnist_lightning.rundir.film import pack_film
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 FIELD = 256  # pixels of the page's field
-
-Open = Callable[..., Any]
 
 # Strokes of ten digits in a unit square, x to the right and y down
 DIGITS = {
@@ -54,42 +42,6 @@ DIGITS = {
     8: [[(0.66, 0.2), (0.36, 0.16), (0.4, 0.42), (0.68, 0.64), (0.52, 0.9), (0.28, 0.72), (0.62, 0.4), (0.66, 0.2)]],
     9: [[(0.68, 0.28), (0.4, 0.14), (0.28, 0.38), (0.5, 0.5), (0.68, 0.28), (0.6, 0.9)]],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"{CHROMIUM} is not there: Debian's package chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def show(browser: Any) -> Iterator[Open]:
-    """``show(file)``: the page that a file is.  At the end: no other request was made, nothing was complained of."""
-    contexts, requests, complaints = [], [], []
-
-    def show(file: Path, *, width: int = 1280, theme: str = "light", touch: bool = False) -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=theme, has_touch=touch, offline=True
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(file.as_uri())
-        return page
-
-    yield show
-    assert {url for url in requests if not url.startswith("file://")} == set()
-    reading = "Canvas2D: Multiple readback"  # which the tests do, not the page
-    assert [one for one in complaints if not one.startswith(reading)] == []
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 from test_sweeps import find_children, wait_until_gone
 
+from mnist_lightning.rundir import atomic
 from mnist_lightning.rundir.checkpoint import load
+from mnist_lightning.rundir.outside import as_command, as_word
 
 # Run before anything of this project, whose modules, and they alone, see a system without these.
 SITE = """
@@ -33,13 +35,28 @@ def without(module, names):
 
 
 seen = {name: without(everything(name), names) for name, names in LESS.items()}
+seen["os"].name = "nt"
+renamed = []
+
+
+def replace(source, target):
+    "Each third time another program, one that looks for viruses, has the file open."
+    renamed.append(target)
+    if len(renamed) % 3 == 1:
+        error = PermissionError(13, "Permission denied", str(target))
+        error.winerror = 32
+        raise error
+    os.replace(source, target)
+
+
+seen["os"].replace = replace
 
 
 def importing(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__", "")
     if (globals or {}).get("__spec__") is not None and importer == "__main__":
         importer = globals["__spec__"].name
-    if importer.startswith(("mnist_lightning", "hydra_plugins.mnist_lightning")):
+    if importer.startswith(("mnist_lightning", "hydra_plugins.mnist_lightning", "optuna.storages.journal")):
         if name in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         if name in LESS:
@@ -67,7 +84,8 @@ def test_the_simulation_simulates(python: Run, tmp_path: Path) -> None:
     assert done.stdout == "False\nTrue\n", done.stderr
 
 
-RUN = ((*SHORT, "hydra.run.dir=run", "scheduler=none"), ("resume=run", "trainer.max_epochs=2"))
+# with the quotes that cmd.exe passes on
+RUN = ((*SHORT, "hydra.run.dir='a run'", "scheduler=none"), ("resume='a run'", "trainer.max_epochs=2"))
 SWEEP = (("-m", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep"), ("-m", "resume=sweep"))
 
 
@@ -80,7 +98,8 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(
         assert done.returncode == 0, done.stderr
         assert "plugin" not in done.stderr, "Hydra tells of plugins that can't be imported"
     if commands == RUN:
-        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 2
+        assert json.loads((tmp_path / "a run" / "metrics.json").read_text())["epochs"] == 2
+        assert 'mnist_lightning.train resume="a run"   # if interrupted' in done.stdout
         return
     states = [json.loads((tmp_path / "sweep" / job / "status.json").read_text())["state"] for job in "01"]
     assert states == ["completed", "completed"]
@@ -155,3 +174,58 @@ def test_a_search_a_report_and_a_prediction_need_no_posix(elsewhere: dict[str, s
         done = Fresh("-m", f"mnist_lightning.{name}", *arguments, cwd=tmp_path, env=elsewhere).finish()
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "posix", "windows"),
+    [
+        ("run=logs/a_1", "run=logs/a_1", "run=logs/a_1"),
+        (r"run=C:\me\a-b", r"'run=C:\me\a-b'", r"run=C:\me\a-b"),
+        ("-m", "-m", "-m"),
+        ("+trainer.max_steps=5", "+trainer.max_steps=5", "+trainer.max_steps=5"),
+        ("run=my run", "'run=my run'", '"run=my run"'),
+        ("runs=[a,b]", "'runs=[a,b]'", '"runs=[a,b]"'),  # PowerShell makes two arguments of a,b
+        ("a&b|(c);{d}@e#", "'a&b|(c);{d}@e#'", '"a&b|(c);{d}@e#"'),
+        ("it's", """'it'"'"'s'""", '"it\'s"'),
+        ("my folder\\", "'my folder\\'", '"my folder\\\\"'),  # a program takes \\" for a quote
+        ("${now:%H} it's", """'${now:%H} it'"'"'s'""", "'${now:%H} it''s'"),
+        ("“a”", "'“a”'", "'“a”'"),
+        ("été", "'été'", "été"),
+        ("-cd=a.b", "-cd=a.b", '"-cd=a.b"'),  # PowerShell parts it at the point
+        ("", "''", '""'),
+    ],
+)
+def test_commands_are_quoted_for_the_shell(text: str, posix: str, windows: str) -> None:
+    assert as_word(text, windows=False) == posix
+    assert as_word(text, windows=True) == windows
+    assert as_command(["python", text], windows=True) == f"python {windows}"
+
+
+def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for ever, and not where nobody does: a folder that can't be written stays so."""
+    tries, place = [], tmp_path / "status.json"
+    place.write_text("old")
+    reason = PermissionError(13, "Permission denied", str(place))
+
+    def refuse(source: Path, target: Path) -> None:
+        tries.append(target)
+        raise reason
+
+    monkeypatch.setattr(atomic.os, "replace", refuse)
+    for code, patience, least in ((32, 0.2, 3), (5, 0.2, 3), (19, 60.0, 1)):
+        reason.winerror = code  # type: ignore[attr-defined]
+        monkeypatch.setattr(atomic, "PATIENCE", patience)
+        tries.clear()
+        with pytest.raises(OSError, match="can't be written: Permission denied"):
+            atomic.write_atomic(place, b"new")
+        assert (len(tries) >= least) if least > 1 else (len(tries) == 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["status.json"], "nothing is left"
+        assert place.read_text() == "old"
+
+
+def test_a_folder_in_the_place_is_told(tmp_path: Path) -> None:
+    """Windows would say that permission is denied."""
+    (tmp_path / "metrics.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="can't be written: a folder lies in its place"):
+        atomic.write_atomic(tmp_path / "metrics.json", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

@@ -36,6 +36,7 @@ NOT_RUN = {
     "tensorboard ": "a server that does not end: test_tensorboard_serves_a_run",
     "python docs/reference.py": "writes into the repository: test_the_reference_is_what_the_configs_say",
     "python docs/pictures.py": "needs a browser, and writes into the repository",
+    "python docs/notebook.py": "writes into the repository: test_the_notebook_is_what_its_text_says",
 }
 # What needs the network or other hardware is composed and checked, but not run.
 # test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
@@ -304,14 +305,24 @@ def test_links_lead_somewhere(guide: str, link: str) -> None:
 
 
 def test_pictures_are_small_named_and_used() -> None:
-    images = sorted((REPOSITORY / "docs" / "images").glob("*.png"))
-    assert images
+    images = sorted((REPOSITORY / "docs" / "images").glob("*.[pg][ni][gf]"))
+    assert {image.suffix for image in images} == {".png", ".gif"}
     texts = {guide: read(guide) for guide in GUIDES}
     for image in images:
-        assert image.stat().st_size < 100_000
+        assert image.stat().st_size < (100_000 if image.suffix == ".png" else 1_300_000)
         assert np.asarray(Image.open(image).convert("L")).std() > 10, "an empty picture"
         assert f"`{image.name}`" in texts[Path("docs/images/README.md")]
         assert any(f"images/{image.name})" in text for text in texts.values())
+
+
+def test_the_readme_is_short() -> None:
+    """A page of the guide has a picture or code in it, wherever one reads."""
+    text = read(Path("README.md"))
+    assert len(text.splitlines()) <= 350
+    guide = text.split("\n## Introduction\n")[1].split("\n## Conclusion\n")[0]
+    for part in re.split(r"^!\[[^\n]*$", FENCE.sub("![", guide), flags=re.M):
+        prose = [line for line in part.splitlines() if not line.startswith("#")]
+        assert len(" ".join(prose).split()) <= 100, part
 
 
 @pytest.mark.slow

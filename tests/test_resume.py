@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_lightning.rundir.atomic import TEMPORARY
 from mnist_lightning.rundir.checkpoint import find_newest, load
+from mnist_lightning.rundir.status import read
 
 SETTINGS = (
     *("trainer.max_epochs=3", "+trainer.limit_train_batches=60", "trainer.log_every_n_steps=7"),
@@ -50,9 +51,14 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """By split and tag."""
+    curves = {}
+    for split in ("", "train", "val", "test"):
+        events = EventAccumulator(str(run / "tensorboard" / split), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            curves[f"{split}:{tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return curves
 
 
 def assert_twins(one: Path, two: Path) -> None:
@@ -201,6 +207,9 @@ def stop(sig: signal.Signals, moment: float, cwd: Path, start: Start) -> None:
     if moment >= 0:
         assert load(cwd / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
         assert "saved at step" in process.stdout
+        status, name = read(cwd / "run"), "Ctrl-C" if sig == signal.SIGINT else sig.name
+        assert status is not None
+        assert (status.state, status.error) == ("interrupted", f"interrupted by {name}")
 
 
 @pytest.mark.parametrize(

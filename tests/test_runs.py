@@ -19,8 +19,9 @@ from mnist_lightning.cli import CommandError
 from mnist_lightning.config import Runs
 from mnist_lightning.rundir.index import INDEX, read_value
 from mnist_lightning.rundir.record import find_changes, write_patch
+from mnist_lightning.rundir.records import average, find_keys, read_filter
 from mnist_lightning.rundir.status import Status, lock
-from mnist_lightning.runs import average, delete, find_keys, put_rare_first, read_filter, shorten, show, sort
+from mnist_lightning.runs import delete, put_rare_first, shorten, show, sort
 
 SHORT = (
     *("trainer.max_epochs=1", "+trainer.limit_train_batches=2", NO_PICTURES),

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import NO_PICTURES, REPOSITORY, DefaultRun, Run, settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 Fit = Callable[..., dict[str, object]]
 QUICK = ("trainer.max_epochs=1", "+trainer.limit_train_batches=10", "model.hidden=16", NO_PICTURES)
@@ -36,9 +39,12 @@ def test_default_run_says_what_happened_and_what_to_do_next(default_run: Default
         "epoch 8/8   train loss",
         "tensorboard --logdir logs",
         "python -m mnist_lightning.train model.hidden=512",
-        f"resume={default_run.folder.relative_to(default_run.logs.parent)}",
+        "python -m mnist_lightning.evaluate ",
+        "python -m mnist_lightning.export format=html ",
     ):
         assert expected in default_run.output
+    assert "resume=" not in default_run.output, "nothing is left to resume"
+    assert "\x1b" not in default_run.output, "no colours in a pipe"
 
 
 def test_default_run_is_quiet(default_run: DefaultRun) -> None:
@@ -90,19 +96,61 @@ def test_checkpoints_hold_plain_data(default_run: DefaultRun) -> None:
 
 
 def test_tensorboard_holds_the_curves_and_the_hyper_parameters(default_run: DefaultRun) -> None:
-    events = EventAccumulator(str(default_run.folder / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc", "lr"} < set(tags)
-    assert [event.step for event in events.Scalars("val/acc")] == [215 * epoch for epoch in range(1, 9)]
-    assert len(events.Scalars("test/acc")) == 1
+    """Splits share tags, so that each chart has all of them and each has one colour."""
+    folder = default_run.folder / "tensorboard"
+    kept, train, val, tested = (
+        EventAccumulator(str(folder / split)).Reload() for split in ("", "train", "val", "test")
+    )
+    assert set(kept.Tags()["scalars"]) == set(tested.Tags()["scalars"]) == {"epoch/loss", "epoch/acc"}
+    assert set(val.Tags()["scalars"]) == {"epoch/loss", "epoch/acc"}
+    assert set(train.Tags()["scalars"]) == {"epoch/loss", "epoch/acc", "step/loss", "step/lr"}
+    for events in (train, val):
+        assert [event.step for event in events.Scalars("epoch/acc")] == [215 * epoch for epoch in range(1, 9)]
     metrics = read_json(default_run.folder / "metrics.json")
-    assert events.Scalars("final/val/acc")[0].value == pytest.approx(metrics["val/acc"])
+    for events, split in ((kept, "val"), (tested, "test")):
+        assert [event.value for event in events.Scalars("epoch/acc")] == pytest.approx(
+            [metrics[f"{split}/acc"]]
+        )
+
+
+def test_hparams_are_named_by_what_was_changed_and_compared_by_tensorboard(
+    default_run: DefaultRun,
+) -> None:
+    """Without an experiment of a first run, TensorBoard puts what differs between runs first."""
+    events = EventAccumulator(str(default_run.folder / "tensorboard")).Reload()
+    assert "_hparams_/experiment" not in events.summary_metadata
     plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
-    assert plugin.plugin_name == "hparams"
-    assert b"model.hidden" in plugin.content
-    assert b"optimizer.lr" in plugin.content
-    assert "hp_metric" not in tags
+    info = HParamsPluginData.FromString(plugin.content).session_start_info
+    assert info.group_name.startswith("defaults (logs/train/runs/")
+    values = {key: value.string_value or value.number_value for key, value in info.hparams.items()}
+    first = sorted(values)[:3]
+    assert [(key, values[key]) for key in first] == [
+        *[("changed", "nothing"), ("data.augment", "none"), ("data.batch_size", 256)]
+    ]
+    assert {"seed", "model.hidden", "optimizer.lr", "scheduler._target_", "trainer.max_epochs"} < set(values)
+    assert not any(str(value).startswith("RUN_DIR") for value in values.values())
+
+
+def test_every_logger_gets_all_settings(default_run: DefaultRun) -> None:
+    for folder in ("csv", "tensorboard"):
+        told = yaml.safe_load((default_run.folder / folder / "hparams.yaml").read_text())
+        assert told["optimizer.lr"] == 0.004
+        assert told["scheduler._target_"] == "torch.optim.lr_scheduler.CosineAnnealingLR"
+        assert told["trainer.max_epochs"] == 8
+        assert told["model.hidden"] == [256]
+        assert told["callbacks.checkpoint._target_"].endswith("Checkpoints")
+
+
+def test_a_run_is_named_by_what_was_typed(command: Run, tmp_path: Path) -> None:
+    arguments = ("model.hidden=[8,4]", "optimizer.lr=1e-3", "logger=none", "debug=fast_dev_run", "seed=3")
+    done = command("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = find_runs(tmp_path)
+    assert re.fullmatch(r"[\d-]{10}_[\d-]{8}_hidden-8-4_lr-1e-3_debug-fast_dev_run_seed-3", run.name)
+    next_lines = done.stdout.partition("next:\n")[2].splitlines()
+    assert next_lines == [
+        "  python -m mnist_lightning.train optimizer.lr=1e-3 logger=none seed=3 model.hidden=512"
+    ], "no TensorBoard, no checkpoint"
 
 
 def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
@@ -143,7 +191,10 @@ def test_every_debug_preset_runs(path: Path, fit: Fit, tmp_path: Path) -> None:
         assert metrics["last/train/acc"] > 0.99  # type: ignore[operator]
     if path.stem == "profile":
         assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
-    if path.stem == "fast_dev_run":
+    if path.stem == "lr_range":
+        assert 5e-4 < metrics["suggested_lr"] < 0.05  # type: ignore[operator]
+        assert (tmp_path / "run" / "lr_range.png").stat().st_size > 10_000
+    if path.stem in ("fast_dev_run", "lr_range"):
         assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 

@@ -29,6 +29,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     "a detour through torch": {
         "model": {"_target_": "torch.nn.modules.module.torch.hub.load", "repo_or_dir": "x"}
     },
+    "a writer of torch's by a detour": {
+        "model": {
+            "_target_": "torch.nn.Sequential",
+            "_args_": [{"_target_": "torch.nn.modules.module.torch.package.PackageExporter", "f": "canary"}],
+        }
+    },
+    "a writer of torch's within a metric": {
+        "metrics": {
+            "acc": {
+                "_target_": "torchmetrics.wrappers.MinMaxMetric",
+                "base_metric": {
+                    "_target_": "torchmetrics.wrappers.minmax.torch._C.PyTorchFileWriter",
+                    "_args_": ["canary"],
+                },
+            }
+        }
+    },
+    "a metric that fetches a model": {
+        "metrics": {"acc": {"_target_": "torchmetrics.text.bert.BERTScore", "model_name_or_path": "canary"}}
+    },
     "a class by a detour": {"model": {"_target_": "torch.nn.modules.module.OrderedDict"}},
     "one of ours that writes": {
         "model": {"_target_": "mnist_lightning.rundir.atomic.write_atomic", "path": "canary"}
@@ -88,6 +108,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a place of the user's": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "~/canary"}},
     "a place beside it": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "${run_dir:}/../canary"}},
     "a place in the working folder": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "canary"}},
+    "a page's place": {
+        "callbacks.x": {"_target_": "mnist_lightning.callbacks.watch.WatchPage", "path": "index.html"}
+    },
     "a name that climbs": {"callbacks.x": {"_target_": CHECKPOINT, "filename": "../../canary"}},
     "a logger's place": {"logger.csv.save_dir": ABROAD},
     "a logger's address": {
@@ -351,8 +374,10 @@ def test_what_libraries_define_needs_no_trust(key: str, name: str) -> None:
 def test_a_builder_sees_through_a_detour() -> None:
     from mnist_lightning.targets import TargetError
 
-    with pytest.raises(TargetError, match=r"is not defined in torch: name pathlib itself"):
-        make({"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.hub.Path"}]}, "model")
+    for name, home in (("module.OrderedDict", "collections"), ("container.torch.hub.Path", "pathlib")):
+        inner = {"_target_": f"torch.nn.modules.{name}"}
+        with pytest.raises(TargetError, match=rf"is not defined in torch.nn: name {home} itself"):
+            make({"_target_": "torch.nn.Sequential", "_args_": [inner]}, "model")
 
 
 JOURNAL: Callable[[Path], Path] = lambda sweep: next(sweep.glob("*/trial.json"))  # noqa: E731

@@ -2,6 +2,7 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import Run
 from PIL import Image
 
@@ -56,3 +57,13 @@ def test_a_wrong_setting_is_told_in_a_line(tmp_path: Path, command: Run) -> None
     assert done.returncode != 0
     assert done.stderr.startswith("data.val_size must be in [0, 59999], got 60000")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_first_start_tells_nothing_of_fonts(tmp_path: Path, fresh_command: Run) -> None:
+    """Where matplotlib has no list of them yet, and makes one."""
+    fonts = tmp_path / "fonts"
+    done = fresh_command("visualize", "output=pictures", cwd=tmp_path, MPLCONFIGDIR=str(fonts))
+    assert done.returncode == 0, done.stderr
+    assert list(fonts.glob("fontlist*.json"))
+    assert "font" not in done.stdout + done.stderr

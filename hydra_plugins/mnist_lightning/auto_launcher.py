@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import auto
 
 
 class AutoLauncher(auto.AutoLauncher):
-    """Where Hydra looks for it."""
+    """The launcher, in the package that Hydra searches for plugins."""

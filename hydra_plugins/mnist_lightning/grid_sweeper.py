@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import grid
 
 
 class GridSweeper(grid.GridSweeper):
-    """Where Hydra looks for it."""
+    """The sweeper, in the package that Hydra searches for plugins."""

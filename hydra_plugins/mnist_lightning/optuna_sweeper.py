@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import search
 
 
 class OptunaSweeper(search.OptunaSweeper):
-    """Where Hydra looks for it."""
+    """The sweeper, in the package that Hydra searches for plugins."""

@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import processes
 
 
 class ProcessesLauncher(processes.ProcessesLauncher):
-    """Where Hydra looks for it."""
+    """The launcher, in the package that Hydra searches for plugins."""

@@ -1,12 +1,12 @@
-"""When a run's checkpoints are written."""
+"""Write a run's checkpoints."""
 
 import errno
 import logging
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import lightning as L
@@ -17,11 +17,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lightning import workarounds
 from mnist_lightning.rundir import signals
-from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers
+from mnist_lightning.rundir.atomic import TEMPORARY, remove_leftovers, replace
 from mnist_lightning.rundir.checkpoint import BEST, LAST, PREVIOUS
 from mnist_lightning.rundir.find import as_typed
+from mnist_lightning.rundir.outside import as_word
 
 log = logging.getLogger(__name__)
+
+KEPT: dict[str, type | UnionType] = {  # in a checkpoint
+    "best_score": float,
+    "best_epoch": int | None,
+    "metrics": dict,
+    "train_seconds": float,
+    "stopped": list | None,
+}
 
 
 class Checkpoints(Checkpoint):
@@ -42,8 +51,8 @@ class Checkpoints(Checkpoint):
         dirpath: the folder, made when needed.
         monitor: the metric that chooses the best; None takes the last for the best.
         mode: "max" or "min" of ``monitor``.
-        every_n_steps: write ``last.ckpt`` each so many optimizer steps; None: not within an epoch.
-        every_n_seconds: write it when so many seconds have passed; None: not within an epoch.
+        every_n_steps: write ``last.ckpt`` after each this many optimizer steps; None: not within an epoch.
+        every_n_seconds: write it when this many seconds have passed; None: not within an epoch.
         stops: the settings that may stop a run early.  A run that was stopped stays so as long as they are
             the same.
 
@@ -82,11 +91,17 @@ class Checkpoints(Checkpoint):
         self._saved_at = self._clock
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best_score", "best_epoch", "metrics", "train_seconds", "stopped")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
+        """
+        Raises:
+            TypeError: a value is not of the type that ``state_dict`` gives.
+        """
+        for name, kind in KEPT.items():  # the file may be a stranger's: no other attribute is taken
+            value = state_dict.get(name, getattr(self, name))
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}")
             setattr(self, name, value)
 
     def on_load_checkpoint(
@@ -182,7 +197,7 @@ class Checkpoints(Checkpoint):
                 bar.disable()  # what comes next has a line of its own
             told = f"interrupted, saved at step {trainer.global_step}"
             if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
-                folder = shlex.quote(str(as_typed(self.folder.parent)))
+                folder = as_word(str(as_typed(self.folder.parent)))
                 told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
             log.warning("%s", told)  # a sweep says itself how it goes on
         signals.stop_if_asked()
@@ -206,5 +221,5 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             last = self.folder / LAST
             if last.exists():
-                last.replace(self.folder / PREVIOUS)
-            next_last.replace(last)
+                replace(last, self.folder / PREVIOUS)
+            replace(next_last, last)

@@ -173,13 +173,13 @@ class FilmCallback(Callback):
 
 
 def plan(total: int) -> list[int]:
-    """Steps to keep of a run of so many, 0 and the last among them.  Ascending, at most ``NUM_MOMENTS``."""
+    """Choose the steps to keep of a run, 0 and the last among them.  Ascending, at most ``NUM_MOMENTS``."""
     shares = np.linspace(0, 1, NUM_MOMENTS) ** 2.5
     return sorted({round(share * total) for share in shares.tolist()})
 
 
 def _spread(labels: Tensor, count: int) -> Tensor:
-    """The indices of so many images, as many of each class as there is room for.  (N,) -> (count,)"""
+    """Choose images, as many of each class as possible: their indices.  (N,) -> (count,)"""
     order = labels.argsort(stable=True)
     sizes = labels.bincount()
     starts = sizes.cumsum(0) - sizes
@@ -190,7 +190,7 @@ def _spread(labels: Tensor, count: int) -> Tensor:
 
 
 def _run(net: FeedForward, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What the first layer's units are at, and the logits."""
+    """The values of the first layer's units, and the logits."""
     values, first = inputs, None
     for layer in net.layers:
         values = layer(values)

@@ -1,6 +1,7 @@
-"""What a person sees of a run while it goes on."""
+"""Show a run's progress."""
 
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -14,9 +15,13 @@ from mnist_lightning.rundir.status import show_with_unit
 
 log = logging.getLogger(__name__)
 
+BAR = "{desc}: {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}{postfix}"
+SETTLED = 2.0  # seconds from which on the time that is left is told: the first steps are slower
+
 
 class Progress(ProgressBar):
-    """One line an epoch, and on a terminal a bar while the epoch runs.
+    """One line an epoch, and on a terminal a bar while the epoch runs: loss and accuracy of the latest steps,
+    and the time that is left for the whole run.
 
     The bar is drawn by tqdm at most ten times a second, whatever the number of steps.  In a notebook bar and
     line are one, drawn anew in its place for the whole run.
@@ -27,6 +32,8 @@ class Progress(ProgressBar):
         self._enabled = True
         self._bar: tqdm[Any] | NotebookBar | None = None
         self._epoch_start = 0.0
+        self._train_start, self._first_step = 0.0, 0
+        self._latest = ""  # loss and accuracy
         self._line: NotebookBar | None = None
         self._ended = ""  # the last epoch's line, its metrics left open
 
@@ -38,6 +45,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._train_start, self._first_step = time.monotonic(), trainer.global_step
         self._begin(trainer)  # a run that is resumed within an epoch does not start that epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,13 +68,24 @@ class Progress(ProgressBar):
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
+                bar_format=BAR,
             )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar is not None and self._bar.update():
-            self._bar.set_postfix_str(f"loss {outputs['loss'].item():.4f}", refresh=False)
+            self._latest = _tell(pl_module.glance()) or self._latest  # type: ignore[operator]
+            told = f"{self._latest}  {self._tell_time_left(trainer)}"
+            self._bar.set_postfix_str(told.strip(), refresh=False)
+
+    def _tell_time_left(self, trainer: L.Trainer) -> str:
+        """At the pace of the steps so far, validation among them; nothing for a run without an end."""
+        passed, done = time.monotonic() - self._train_start, trainer.global_step - self._first_step
+        rest = trainer.estimated_stepping_batches - trainer.global_step
+        if passed < SETTLED or done < 1 or not math.isfinite(rest):
+            return ""
+        return f"{tqdm.format_interval(math.ceil(passed / done * rest))} left"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -102,9 +121,12 @@ def _tell_stage(trainer: L.Trainer, stage: str) -> str:
         for name, value in trainer.lightning_module.measured.items()  # type: ignore[operator, union-attr]
         if name.startswith(f"{stage}/")
     }
+    return f"   {stage} {_tell(values)}" if values else ""
+
+
+def _tell(values: dict[str, float]) -> str:
     names = sorted(values, key=lambda name: name != "loss")
-    told = [f"{name} {show_with_unit(name, values[name])}" for name in names]
-    return f"   {stage} {' '.join(told)}" if told else ""
+    return " ".join(f"{name} {show_with_unit(name, values[name])}" for name in names)
 
 
 def _name_epoch(trainer: L.Trainer) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees of a net before it is trained."""
+"""Print a net's layers before it is trained."""
 
 import logging
 

@@ -1,24 +1,24 @@
-"""What TensorBoard shows of a run besides its scalars."""
+"""Write a run's pictures, graph and charts for TensorBoard and other loggers that take pictures."""
 
 import copy
 import logging
 import math
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from mnist_lightning import figures
 from mnist_lightning.evaluation.scores import confusion_matrix
 from mnist_lightning.evaluation.trained import compute_outputs
-from mnist_lightning.rundir.loggers import writing
+from mnist_lightning.rundir.loggers import TensorBoardLogger, writing
 
 log = logging.getLogger(__name__)
 
@@ -28,119 +28,170 @@ NUM_UNITS = 60  # of the first layer that are drawn
 
 
 class TensorBoardPictures(Callback):
-    """Charts before training; digits, graph, weights, confusion matrix and mistakes after it, so that
-    nobody waits for them.
+    """Digits, graph, weights, confusion matrix and mistakes, drawn after training, so that nobody waits for
+    them.
 
-    The validation pictures belong to the net that ``trainer.validate`` is called with after training,
-    the one whose metrics are published.  Nothing happens in a step, no random number is drawn, and
-    without a TensorBoard logger nothing happens at all.
+    The first layer and the confusion matrix are kept at the ends of the epochs 1, 2, 4, 8 … too, which costs
+    no step anything; the matrix then counts what validation has given.  The last pictures of the validation
+    images belong to the net that ``trainer.validate`` is called with after training, the one whose metrics
+    are published.  No random number is drawn.  Every logger that takes pictures gets them: TensorBoard's,
+    and those with a method ``log_image``, as W&B's has; without one nothing happens at all.
 
     Args:
-        enabled: False: write nothing.
+        enabled: False: draw nothing.
     """
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
+        self.moments: list[dict[str, Any]] = []  # "step", "weights", "matrix", of epochs before the last
+        self._validated: torch.Tensor | None = None  # (C, C) int64, of the validation under way or the last
+        self._matrices: list[dict[str, Any]] = []  # the moments that have one, once training has ended
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self._writing(trainer) as writer:
-            if writer is None:
-                return
-            writer.add_custom_scalars(lay_out(pl_module))
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": self.moments} if self.moments else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.moments = state_dict["moments"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        classes: int = pl_module.num_classes  # type: ignore[assignment]
+        wanted = self._wanted(trainer) and _is_moment(trainer) and pl_module.names_classes
+        self._validated = torch.zeros(classes, classes, dtype=torch.int64) if wanted else None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._validated is not None:
+            classes = len(self._validated)
+            cells = batch[1] * classes + outputs.argmax(dim=1)
+            self._validated += cells.bincount(minlength=classes**2).reshape(classes, classes).cpu()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        matrix, self._validated = self._validated, None
+        if not self._wanted(trainer) or not _is_moment(trainer):
+            return
+        if matrix is not None:  # all processes together
+            matrix = trainer.strategy.reduce(matrix.to(pl_module.device), reduce_op="sum").cpu()
+        weights = _first_layer(pl_module)
+        moment = {"step": trainer.global_step, "weights": None if weights is None else weights.half()}
+        self.moments.append({**moment, "matrix": matrix})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self._writing(trainer) as writer:
-            if writer is None:
-                return
-            images, labels = _split(trainer, "train")
-            names = trainer.datamodule.class_names  # type: ignore[attr-defined]
-            with _left_out_if_it_does_not_fit("training images"):
-                drawing = figures.images(
-                    images[:NUM_IMAGES].numpy(),
-                    [names[label] for label in labels[:NUM_IMAGES].tolist()],
-                    title=f"the first {min(NUM_IMAGES, len(images))} training images",
-                )
-                _add(writer, "data/images", drawing, step=0)
-            with _left_out_if_it_does_not_fit("graph of the net"):
+        if not self._wanted(trainer) or not trainer.is_global_zero:
+            return
+        earlier = [one for one in self.moments if one["step"] < trainer.global_step]
+        self._matrices = [one for one in earlier if one["matrix"] is not None]
+        images, labels = _split(trainer, "train")
+        names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        with _left_out_if_it_does_not_fit("training images"):
+            drawing = figures.images(
+                images[:NUM_IMAGES].numpy(),
+                [names[label] for label in labels[:NUM_IMAGES].tolist()],
+                title=f"the first {min(NUM_IMAGES, len(images))} training images",
+            )
+            _show(trainer, "images/training", [figures.to_array(drawing)], steps=[0])
+        with _left_out_if_it_does_not_fit("graph of the net"), writing(trainer) as writer:
+            if writer is not None:
                 seen = pl_module.preprocess(images[:1].to(pl_module.device))  # type: ignore[operator]
                 _add_graph(writer, pl_module.net, seen.cpu())  # type: ignore[arg-type]
-            with _left_out_if_it_does_not_fit("first layer"):
-                weights = next(pl_module.net.parameters()).detach().cpu()  # type: ignore[union-attr]
-                shape: tuple[int, ...] = tuple(pl_module.image_shape)  # type: ignore[arg-type]
-                if weights.ndim == 2 and weights.shape[1] == math.prod(shape):  # a unit looks at whole images
-                    pictures = weights[:NUM_UNITS].reshape(-1, *shape)
-                    count = f"{min(NUM_UNITS, len(weights))} of {len(weights)} units"
-                    drawing = figures.first_layer(
-                        (pictures[:, 0] if shape[0] == 1 else pictures.permute(0, 2, 3, 1)).numpy(),
-                        title=f"first layer after training: {count}",
-                    )
-                    _add(writer, "net/first_layer", drawing, step=trainer.global_step)
+        with _left_out_if_it_does_not_fit("first layer"):
+            weights = _first_layer(pl_module)
+            if weights is not None:
+                steps = [*(one["step"] for one in earlier), trainer.global_step]
+                shown = [*(one["weights"].float() for one in earlier), weights]
+                units = len(next(pl_module.net.parameters()))  # type: ignore[union-attr]
+                titles = [
+                    f"first layer after step {step:,}: {len(weights)} of {units} units" for step in steps
+                ]
+                drawn = figures.first_layers([one.numpy() for one in shown], titles=titles)
+                _show(trainer, "net/first_layer", drawn, steps=steps)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.names_classes:
             return
-        with self._writing(trainer) as writer:
-            if writer is None:
-                return
-            images, labels = _split(trainer, "val")
-            with _left_out_if_it_does_not_fit("confusion matrix and mistakes"):
-                probabilities = torch.softmax(compute_outputs(pl_module, images), dim=1)  # type: ignore[arg-type]
-                names = trainer.datamodule.class_names  # type: ignore[attr-defined]
-                for tag, drawing in _draw_validation(images, labels, probabilities, names).items():
-                    _add(writer, tag, drawing, step=trainer.global_step)
-            writer.flush()
+        if not self._wanted(trainer) or not trainer.is_global_zero:
+            return
+        images, labels = _split(trainer, "val")
+        with _left_out_if_it_does_not_fit("confusion matrix and mistakes"):
+            probabilities = torch.softmax(compute_outputs(pl_module, images), dim=1)  # type: ignore[arg-type]
+            names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
+            predictions = probabilities.argmax(dim=1)
+            last = torch.from_numpy(confusion_matrix(labels.numpy(), predictions.numpy(), len(names)))
+            matrices = [*(one["matrix"] for one in self._matrices), last]
+            steps = [*(one["step"] for one in self._matrices), trainer.global_step]
+            titles = [tell_mistakes(matrix) for matrix in matrices]
+            drawn = figures.confusion_matrices([one.numpy() for one in matrices], names, titles=titles)
+            _show(trainer, "val/confusion_matrix", drawn, steps=steps)
+            mistakes = _draw_mistakes(images, labels, probabilities, names, title=titles[-1])
+            _show(trainer, "val/mistakes", [mistakes], steps=steps[-1:])
+        with writing(trainer) as writer:
+            if writer is not None:
+                writer.flush()
 
-    def _writing(self, trainer: L.Trainer) -> AbstractContextManager[SummaryWriter | None]:
-        return writing(trainer) if self.enabled else nullcontext()
+    def _wanted(self, trainer: L.Trainer) -> bool:
+        """Whether any logger takes pictures; the same in all processes."""
+        return self.enabled and any(
+            isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
+            for logger in trainer.loggers
+        )
 
 
-def lay_out(pl_module: L.LightningModule) -> dict[str, dict[str, list[object]]]:
-    """TensorBoard's custom charts: each metric of training beside that of validation."""
+def tell_mistakes(matrix: torch.Tensor) -> str:
+    """How many mistakes a confusion matrix (C, C) holds."""
+    count = int(matrix.sum())
+    return f"{count - int(matrix.trace()):,} of {count:,} validation images misread"
 
-    def chart(*tags: str) -> list[object]:
-        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]  # it reads tags as regular expressions
 
-    names = [name.removeprefix("val/") for name in pl_module.val_metrics]  # type: ignore[union-attr]
-    words = {"acc": "accuracy"}
-    return {
-        "training and validation": {
-            words.get(name, name): chart(f"train/{name}", f"val/{name}")
-            for name in sorted(names, key=lambda name: name != "loss")
-        },
-        "every few steps": {"training loss": chart("train/loss_step"), "learning rate": chart("lr")},
-    }
+def _is_moment(trainer: L.Trainer) -> bool:
+    """Whether this training epoch is one of which pictures are kept: 1, 2, 4, 8 …, but not the last."""
+    epoch = trainer.current_epoch + 1
+    fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return fitting and epoch & (epoch - 1) == 0 and epoch != trainer.max_epochs
+
+
+def _first_layer(pl_module: L.LightningModule) -> torch.Tensor | None:
+    """The weights of the first units as images: (units, H, W) or (units, H, W, 3).  None where they do not
+    look at whole images."""
+    weights = next(pl_module.net.parameters(), None)  # type: ignore[union-attr]
+    shape: tuple[int, ...] = tuple(pl_module.image_shape)  # type: ignore[arg-type]
+    if weights is None or weights.ndim != 2 or weights.shape[1] != math.prod(shape):
+        return None
+    pictures = weights.detach()[:NUM_UNITS].clone().cpu().float().reshape(-1, *shape)
+    return pictures[:, 0] if shape[0] == 1 else pictures.permute(0, 2, 3, 1)
 
 
 @contextmanager
 def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
-    """A picture that somebody's own net or images do not fit is left out with a word; a run is not."""
+    """Leave out a picture that does not fit a user's net or images, with a warning; the run goes on."""
     try:
         yield
     except OSError:  # a failed write, which the logger tells
         raise
     except Exception as error:
-        log.warning("TensorBoard gets no %s: %s", what, " ".join(str(error).split())[:200])
+        log.warning("the loggers get no %s: %s", what, " ".join(str(error).split())[:200])
 
 
-def _draw_validation(
-    images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, names: list[str]
-) -> dict[str, Figure]:
-    """The confusion matrix and the most confident mistakes.  (N, …), (N,), (N, num_classes)"""
+def _draw_mistakes(
+    images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, names: list[str], *, title: str
+) -> NDArray[Any]:
+    """The most confident mistakes.  (N, …), (N,), (N, num_classes) -> (H, W, 3) uint8"""
     confidences, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero().squeeze(1)
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
-    title = f"{len(wrong):,} of {len(labels):,} validation images misread"
-    matrix = confusion_matrix(labels.numpy(), predictions.numpy(), len(names))
-    return {
-        "val/confusion_matrix": figures.confusion_matrix(matrix, names, title=title),
-        "val/mistakes": figures.mistakes(
-            images[worst].numpy(),
-            [names[label] for label in labels[worst].tolist()],
-            [names[label] for label in predictions[worst].tolist()],
-            confidences[worst].numpy(),
-            title=f"{title}, the most confident ones",
-        ),
-    }
+    drawing = figures.mistakes(
+        images[worst].numpy(),
+        [names[label] for label in labels[worst].tolist()],
+        [names[label] for label in predictions[worst].tolist()],
+        confidences[worst].numpy(),
+        title=f"{title}, the most confident ones",
+    )
+    return figures.to_array(drawing)
 
 
 def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,9 +200,15 @@ def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return split.images, split.labels
 
 
-def _add(writer: SummaryWriter, tag: str, drawing: Figure, *, step: int) -> None:
-    pixels = figures.to_array(drawing)
-    writer.add_image(tag, pixels, step, dataformats="HWC")
+def _show(trainer: L.Trainer, tag: str, pictures: Iterable[NDArray[Any]], *, steps: list[int]) -> None:
+    """Give pictures, (H, W, 3) uint8 each, to the loggers that take some."""
+    for pixels, step in zip(pictures, steps, strict=True):
+        with writing(trainer) as writer:
+            if writer is not None:
+                writer.add_image(tag, pixels, step, dataformats="HWC")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key=tag, images=[pixels], step=step)
 
 
 def _add_graph(writer: SummaryWriter, net: torch.nn.Module, images: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-KEPT = 0.99  # of the validation images that are read rightly, this share stays an answer
+KEPT = 0.99  # of the validation images that are read correctly, this share stays an answer
 LIMITS = (0.05, 20.0)  # of a temperature
 
 
@@ -82,10 +82,10 @@ def answer(classifier: DigitClassifier, images: Tensor) -> Answers:
 
 
 def fit(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What a checkpoint keeps under "confidence".
+    """Fit what a checkpoint keeps under "confidence".
 
     ``temperature``, and ``sure``, the least probability with which a class is an answer: ``KEPT`` of the
-    images that are read rightly have more.
+    images that are read correctly have more.
 
     Args:
         outputs, labels: of the validation images, see ``fit_temperature``.
@@ -100,13 +100,13 @@ def fit_likeness(
     classifier: DigitClassifier, training: Images, validation: Images, temperature: float
 ) -> dict[str, Any]:
     """What it keeps besides of a net whose pictures are drawn by hand: ``likeness``, within whose limit are
-    ``KEPT`` of the validation images that are read rightly."""
+    ``KEPT`` of the validation images that are read correctly."""
     found = likeness.fit(classifier, training, validation, temperature, KEPT)
     return {} if found is None else {"likeness": found.pack()}
 
 
 def apply(classifier: DigitClassifier, checkpoint: dict[str, Any]) -> None:
-    """Give a classifier what its checkpoint keeps; 1, 0 and None where it keeps nothing.
+    """Set what a classifier's checkpoint keeps; 1, 0 and None where it has nothing.
 
     Raises:
         ValueError: the file holds something else.

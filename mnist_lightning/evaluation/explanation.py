@@ -108,7 +108,7 @@ class Nearest:
 
 @dataclass
 class Explanation:
-    """What ``explain`` finds for one image.
+    """The explanation of one image's answer.
 
     Attributes:
         seen: (C, H, W) float32 in [0, 255], the pixels that the net sees.
@@ -158,7 +158,7 @@ class Explanation:
         return f"{told}; without its {self.erased.part} it would be read as {name} ({share:.1f} %)"
 
     def draw(self, *, title: str | None = None) -> "Figure":
-        """The figure of it.
+        """Draw the explanation as a figure.
 
         Args:
             title: None: the sentence.
@@ -341,7 +341,7 @@ def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
     label = int(ask(classifier, seen[None]).argmax())
 
     def lead(images: Tensor) -> Tensor:
-        """How far the best other answer is ahead.  (N, C, H, W) -> (N,)"""
+        """The lead of the best other answer, in logits.  (N, C, H, W) -> (N,)"""
         logits = ask(classifier, images)
         own = logits[:, label].clone()
         logits[:, label] = -torch.inf

@@ -1,4 +1,4 @@
-"""What nets of several folds say of the images that they were not trained on, joined."""
+"""Join the predictions of nets of several folds for the images that they were not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def join_folds(
     trust: Any = None,
     tta: int = 0,
 ) -> Judged:
-    """Ask each net for the images of its own fold; nets of one fold, with other seeds, are averaged.
+    """Predict each fold's images with its own net; nets of one fold, with other seeds, are averaged.
 
     Args:
         paths: of the checkpoints.
@@ -72,12 +72,13 @@ def join_folds(
                 f"{paths[0]} and {path} divide their images in other ways (data.name, data.num_folds,"
                 " data.split_seed): they can't be joined"
             )
-        said = log_probabilities(classifier, own.images, tta=tta)
-        by_fold.setdefault(int(settings["fold"]), []).append(said)
+        by_fold.setdefault(int(settings["fold"]), []).append(
+            log_probabilities(classifier, own.images, tta=tta)
+        )
     judged = torch.isin(fold_of, torch.tensor(sorted(by_fold)))
     log_probs = torch.zeros(len(fold_of), next(iter(by_fold.values()))[0].shape[1])
-    for fold, said_of_fold in by_fold.items():
-        log_probs[fold_of == fold] = average(said_of_fold)
+    for fold, of_its_nets in by_fold.items():
+        log_probs[fold_of == fold] = average(of_its_nets)
     indices = judged.nonzero().squeeze(1)
     return Judged(
         images=Images(whole.images[indices], whole.labels[indices]),

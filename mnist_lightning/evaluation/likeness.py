@@ -101,13 +101,13 @@ def unpack(kept: Mapping[str, Any], classifier: DigitClassifier) -> Likeness:
 def fit(
     classifier: DigitClassifier, training: Images, validation: Images, temperature: float, kept: float
 ) -> Likeness | None:
-    """Learn what images of each class look like; None where no validation image is read rightly.
+    """Learn what images of each class look like; None where no validation image is read correctly.
 
     Args:
         training: from whose first images of each class it is learned.
         validation: on which the limit is set.
         temperature: of the probabilities.
-        kept: share of the validation images read rightly that are within the limit.
+        kept: share of the validation images read correctly that are within the limit.
     """
     chosen = torch.cat([(training.labels == k).nonzero()[:IMAGES, 0] for k in range(classifier.num_classes)])
     images, labels = training.images[chosen], training.labels[chosen]

@@ -80,7 +80,7 @@ def class_scores(confusion: NDArray[np.int64]) -> ClassScores:
 
 
 def calibration(confidences: Floats, hits: NDArray[np.bool_], *, num_bins: int = NUM_BINS) -> Calibration:
-    """How far confidence is from accuracy.
+    """Compare confidence with accuracy in equal bins.
 
     The expected calibration error is the mean over equal bins of |accuracy - confidence|, weighted by
     the bins' counts.  Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks"

@@ -16,7 +16,7 @@ def sign_flip(differences: "np.ndarray") -> float:
 
     Args:
         differences: (N,) integers, an image each: the number of seeds with which the first setting
-            names it rightly, less that of the second.
+            names it correctly, less that of the second.
     """
     import numpy as np
 

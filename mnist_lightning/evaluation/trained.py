@@ -1,7 +1,6 @@
-"""A trained net, read back from what its run left, and asked."""
+"""Read a trained net back from its run's files, and compute its outputs."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mnist_lightning import threads
 from mnist_lightning.classifier import DigitClassifier, rebuild
@@ -19,25 +19,17 @@ from mnist_lightning.evaluation import confidence
 from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_text, as_word
 from mnist_lightning.targets import PARTS, TargetError, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
 
-OPERATIONS_OF_A_WEIGHT = 1_000  # of torch, for each tensor of weights: to build its layer takes some tens
+OPERATIONS = 10_000  # of torch, to try a net: a recurrent one takes some for each row of an image
+OPERATIONS_OF_A_WEIGHT = 1_000  # more for each tensor of weights
+BUILDING = 10  # operations that one counts for which makes a weight: there are some tens for each
 LARGEST = 2**30  # bytes of a tensor
 MOST_PIXELS = 2**26  # of an image
 MOST_CLASSES = 10_000
 MOST_VALUES = 10_000  # in the settings of a net, a loss and metrics
-FACTORIES = (
-    torch.zeros,
-    torch.ones,
-    torch.empty,
-    torch.full,
-    torch.arange,
-    torch.eye,
-    torch.rand,
-    torch.randn,
-)
 
 
 def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, dict[str, Any]]:
@@ -61,7 +53,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
         except OSError:
             raise error from None
         raise OSError(
-            f"{error}; another net is never taken in silence: checkpoint={shlex.quote(str(other))} is whole"
+            f"{error}; another net is never taken in silence: checkpoint={as_word(str(other))} is whole"
         ) from error
     recipe = checkpoint["hyper_parameters"]
     if recipe.get("model") is None:
@@ -74,42 +66,74 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     recipe["class_names"] = [as_text(name) for name in recipe["class_names"]]
     ours = not strange_modules({group: recipe[group] for group in PARTS})
-    most = OPERATIONS_OF_A_WEIGHT * (1 + len(checkpoint["state_dict"]))
+    most = OPERATIONS + OPERATIONS_OF_A_WEIGHT * len(checkpoint["state_dict"])
+    bounds = Bounded(most)
     try:
-        with Bounded(most) if ours else nullcontext():
+        with bounds if ours else nullcontext():
             classifier = rebuild(recipe, checkpoint["state_dict"]).eval()
+        with Bounded(most) if ours else nullcontext():  # another: the first one tells what the net takes
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:  # whatever a class raises that is given what it does not expect
         cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
+    batch = eval_batch_size(classifier.image_shape)
+    wanted = bounds.largest // 2 * batch  # it was tried on two images
+    if wanted > threads.free_memory():
+        raise OSError(
+            f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {batch} images, more than the memory"
+            " that is free"
+        )
     return classifier, checkpoint
 
 
-class Bounded(TorchFunctionMode):
-    """A stretch in which torch is asked no more than so often, and for no tensor beyond ``LARGEST``.
+class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
+    tensors without content, before any memory is taken.
 
     What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
+
+    Attributes:
+        largest: bytes of the largest tensor that an operation has given.
 
     Raises:
         MemoryError: it was to do more.
     """
 
     def __init__(self, most: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.left = most
+        self.largest = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.left -= 1
+        kwargs = kwargs or {}
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        is_building = any(one.is_meta for one in given) or kwargs.get("device") == torch.device("meta")
+        self.left -= BUILDING if is_building else 1
         if self.left < 0:
             raise MemoryError("it describes a far larger net than it holds")
-        kwargs = kwargs or {}
-        if func in FACTORIES and func(*args, **{**kwargs, "device": "meta"}).nbytes > LARGEST:
-            raise MemoryError("it describes a net that asks for too large a tensor")
+        if not is_building:
+            self.look_ahead(func, args, kwargs, most=max([LARGEST, *(one.nbytes for one in given)]))
         return func(*args, **kwargs)
+
+    def look_ahead(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], *, most: int) -> None:
+        """
+        Args:
+            most: bytes that a result may take: what is no more than what is there already is no danger.
+        """
+        where = {"device": "meta"} if "device" in kwargs else {}
+        try:
+            empty = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs | where))
+            results = tree_leaves(func(*empty[0], **empty[1]))
+        except RuntimeError:  # it depends on the content, or fails with it too
+            return
+        size = max((one.nbytes for one in results if isinstance(one, Tensor)), default=0)
+        if size > most:
+            raise MemoryError("it describes a net that asks for too large a tensor")
+        self.largest = max(self.largest, size)
 
 
 def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
@@ -199,7 +223,7 @@ def find_split(datamodule: MNISTDataModule, split: str) -> Images:
 
 
 def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
-    """That all these runs have the same images in the split of this name.
+    """Check that all runs have the same images in the split of this name.
 
     Raises:
         OSError: two have others.
@@ -224,8 +248,32 @@ def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, want
     return threads.choose(max(flops), wanted=wanted)
 
 
+def choose_device(name: str) -> torch.device:
+    """
+    Args:
+        name: torch's, or "auto": CUDA where there is one, else the CPU, as in training.
+
+    Raises:
+        OSError: torch has no such device here.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # of another kind for each kind of device
+        cause = as_text(f"{error}".partition("\n")[0])
+        raise OSError(f"device={name} can't be used here: {cause}") from error
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The kind of device, with what decides how it rounds."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
 def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
-    """What a net gives for each image.
+    """The net's outputs for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
 
@@ -272,7 +320,7 @@ def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dic
         parts = torch.split(outputs, size), torch.split(labels, size)
         classifier.test_metrics.reset()
         for batch, its_labels in zip(*parts, strict=True):
-            classifier.measure("test", batch, its_labels)
+            classifier.measure("test", batch.to(classifier.device), its_labels.to(classifier.device))
         values = classifier.test_metrics.compute()
     return {name.removeprefix("test/"): value.item() for name, value in values.items()}
 

@@ -3,9 +3,17 @@
 They open no window, touch no global state of pyplot and know nothing of trainers or runs.
 """
 
-from mnist_lightning.figures.charts import Curve, curves, heat_map, learning_curves, parameter
+from mnist_lightning.figures.charts import (
+    Curve,
+    curves,
+    heat_map,
+    learning_curves,
+    learning_rates,
+    parameter,
+)
 from mnist_lightning.figures.counts import (
     class_counts,
+    confusion_matrices,
     confusion_matrix,
     pixel_histogram,
     reliability_diagram,
@@ -13,20 +21,31 @@ from mnist_lightning.figures.counts import (
 )
 from mnist_lightning.figures.explanations import explanation
 from mnist_lightning.figures.film import film_frames
-from mnist_lightning.figures.sheets import first_layer, images, mean_images, mistakes, prediction, several
+from mnist_lightning.figures.sheets import (
+    first_layer,
+    first_layers,
+    images,
+    mean_images,
+    mistakes,
+    prediction,
+    several,
+)
 from mnist_lightning.figures.style import save, save_animation, show, to_array
 
 __all__ = [
     "Curve",
     "class_counts",
+    "confusion_matrices",
     "confusion_matrix",
     "curves",
     "explanation",
     "film_frames",
     "first_layer",
+    "first_layers",
     "heat_map",
     "images",
     "learning_curves",
+    "learning_rates",
     "mean_images",
     "mistakes",
     "parameter",

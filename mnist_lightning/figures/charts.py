@@ -172,6 +172,33 @@ def learning_curves(metric: str, curves: Sequence[tuple[str, Sequence[int], Sequ
     return figure
 
 
+@styled
+def learning_rates(
+    rates: Array, losses: Array, smooth: Array, suggestion: float | None, *, title: str
+) -> Figure:
+    """The loss while the learning rate rises.
+
+    Args:
+        rates: (steps,) of each step.
+        losses, smooth: (steps,) what each step's batch gave, and the smoothed curve.
+    """
+    figure = Picture(figsize=(WIDTH, 4.2))
+    axes = figure.subplots()
+    shown = np.isfinite(losses)
+    axes.plot(rates[shown], losses[shown], ".", color=LIGHT_GREY, markersize=4, label="loss of a batch")
+    axes.plot(rates[shown], smooth[shown], color=BLUE, label="smoothed")
+    if suggestion is not None:
+        axes.axvline(suggestion, linestyle="--", color=VERMILION, label=f"suggested: {suggestion:g}")
+    low, high = float(np.nanmin(losses[shown])), float(np.max(losses[: max(10, len(losses) // 4)]))
+    axes.set_ylim(max(0.0, low - 0.05 * (high - low)), high + 0.4 * (high - low))
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.set_title(title)
+    axes.legend(loc="lower left")
+    return figure
+
+
 def _label(metric: str) -> str:
     words = metric.replace("val/", "validation ").replace("acc", "accuracy")
     return f"{words} (%)" if metric.endswith("acc") else words

@@ -1,8 +1,10 @@
 """Numbers of a data set, and scores of a net on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
@@ -17,8 +19,11 @@ from mnist_lightning.figures.style import (
     WIDTH,
     Array,
     Picture,
+    escape,
     font_size,
     name_classes,
+    redraw,
+    retitle,
     shorten,
     styled,
 )
@@ -98,12 +103,7 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
     axes.set_facecolor("#ececec")
     axes.grid(False)
     size = font_size(count, 0.8 * side)
-    for (row, column), number in np.ndenumerate(matrix):
-        color = "black" if row == column or number < 0.6 * most else "white"
-        if number and count <= MOST_NUMBERED:
-            text = f"{number:,}"
-            fitting = min(9, 1.9 * size, 6.4 * size / len(text))
-            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=fitting)
+    _write_numbers(axes, matrix, size=size, most=most)
     name_classes(axes, class_names, width=0.8 * side)
     axes.set_yticks(range(count), [shorten(name, LONGEST) for name in class_names], fontsize=size)
     axes.set_xlabel("prediction")
@@ -111,6 +111,51 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
     axes.set_title(title)
     figure.colorbar(picture, ax=axes, label="mistakes (grey diagonal: right)", shrink=0.85)
     return figure
+
+
+def confusion_matrices(
+    matrices: Sequence[Array], class_names: Sequence[str], *, titles: Sequence[str]
+) -> Iterator[Array]:
+    """The confusion matrix at several moments, in the colours of the last one's scale.
+
+    Args:
+        matrices: (C, C) int each.
+
+    Returns:
+        (H, W, 3) uint8 each.
+    """
+    figure = confusion_matrix(matrices[-1], class_names, title=titles[-1])
+    axes = figure.axes[0]
+    (picture,) = axes.images
+    size = font_size(len(class_names), 0.8 * float(figure.get_size_inches()[0]))
+
+    def change(matrix: Array, title: str) -> None:
+        mistakes = np.array(matrix, dtype=float)
+        np.fill_diagonal(mistakes, np.nan)
+        picture.set_data(mistakes)
+        for text in list(axes.texts):
+            text.remove()
+        _write_numbers(axes, matrix, size=size, most=float(picture.get_clim()[1] or 1.0))
+        retitle(axes, escape(title))
+
+    changes = [partial(change, *moment) for moment in zip(matrices, titles, strict=True)]
+    yield from redraw(figure, axes, changes)
+
+
+def _write_numbers(axes: Axes, matrix: Array, *, size: float, most: float) -> None:
+    """The counts that are not 0, each in its cell.
+
+    Args:
+        size: points of the texts beside the axes.
+        most: the number of mistakes that is coloured darkest.
+    """
+    for (row, column), number in np.ndenumerate(matrix):
+        if number and len(matrix) <= MOST_NUMBERED:
+            text = f"{number:,}"
+            color = "black" if row == column or number < 0.6 * most else "white"
+            fitting = min(9, 1.9 * size, 6.4 * size / len(text))
+            written = axes.text(column, row, text, ha="center", va="center", color=color, fontsize=fitting)
+            written.set_in_layout(False)  # it lies inside, and looking takes longer than drawing
 
 
 @styled

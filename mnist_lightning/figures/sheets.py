@@ -1,7 +1,8 @@
 """Images: sheets of many, and one beside what a net says of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +19,10 @@ from mnist_lightning.figures.style import (
     WIDTH,
     Array,
     Picture,
+    escape,
     percent,
+    redraw,
+    retitle,
     shorten,
     styled,
 )
@@ -99,6 +103,28 @@ def first_layer(weights: Array, *, title: str, columns: int = 10) -> Figure:
     return figure
 
 
+def first_layers(weights: Sequence[Array], *, titles: Sequence[str], columns: int = 10) -> Iterator[Array]:
+    """The first layer at several moments, in the colours of the last one's scale.
+
+    Args:
+        weights: (units, H, W) or (units, H, W, 3) each.
+
+    Returns:
+        (H, W, 3) uint8 each.
+    """
+    figure = first_layer(weights[-1], title=titles[-1], columns=columns)
+    axes = figure.axes[0]
+    (picture,) = axes.images
+    limit = float(np.quantile(np.abs(weights[-1]), 0.999)) or 1.0
+
+    def change(moment: Array, title: str) -> None:
+        picture.set_data(tile(moment, columns, limits=(-limit, limit)))
+        retitle(axes, escape(title))
+
+    changes = [partial(change, *moment) for moment in zip(weights, titles, strict=True)]
+    yield from redraw(figure, axes, changes)
+
+
 @styled
 def prediction(
     given: Array, seen: Array, probabilities: Array, class_names: Sequence[str], *, title: str
@@ -177,33 +203,58 @@ def draw_sheet(
         captions: N texts, of one line or more.
         limits: the values that are shown darkest and brightest.
     """
-    height, width = images.shape[1:3]
-    rows, gap = math.ceil(len(images) / columns), max(1, round(0.1 * width))
-    pixels_per_inch = columns * (width + gap) / WIDTH
+    width = images.shape[2]
+    pixels_per_inch = columns * (width + gap_of(width)) / WIDTH
     lines = max(caption.count("\n") + 1 for caption in captions) if captions else 0
     band = math.ceil(lines * LINE_HEIGHT * pixels_per_inch)
-    sheet = np.full((rows * (height + gap + band), columns * (width + gap), *images.shape[3:]), np.nan)
-    places = [
-        (number // columns * (height + gap + band) + band, number % columns * (width + gap))
-        for number in range(len(images))
-    ]
-    for image, (top, left) in zip(images, places, strict=True):
-        sheet[top : top + height, left : left + width] = image
+    sheet = tile(images, columns, band=band, limits=limits)
     figure = Picture(figsize=(WIDTH, sheet.shape[0] / pixels_per_inch + 0.4))
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_title(title)
+    places = place_tiles(images, columns, band=band)
     for caption, (top, left) in zip(captions or [], places, strict=False):
         most = int(WIDTH / columns / LETTER_WIDTH)
         text = "\n".join(shorten(line, most) for line in caption.split("\n"))
-        axes.text(
+        written = axes.text(
             *(left + width / 2, top - 0.5 - 0.03 * pixels_per_inch, text),
             ha="center",
             va="bottom",
             fontsize=8,
             linespacing=1.0,
         )
-    if images.ndim == 4:
-        sheet = np.nan_to_num((sheet - limits[0]) / (limits[1] - limits[0]), nan=1.0).clip(0, 1)
+        written.set_in_layout(False)  # it lies inside, and looking takes longer than drawing
     picture = axes.imshow(sheet, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     return figure, axes, picture
+
+
+def tile(images: Array, columns: int, *, limits: tuple[float, float], band: int = 0) -> Array:
+    """Images side by side in one array, what is between them NaN, or white where they are in colour.
+
+    Args:
+        images: (N, H, W), or (N, H, W, 3), which is brought from ``limits`` into [0, 1].
+        band: rows that are left free above each.
+    """
+    height, width = images.shape[1:3]
+    rows, gap = math.ceil(len(images) / columns), gap_of(width)
+    sheet = np.full((rows * (height + gap + band), columns * (width + gap), *images.shape[3:]), np.nan)
+    for image, (top, left) in zip(images, place_tiles(images, columns, band=band), strict=True):
+        sheet[top : top + height, left : left + width] = image
+    if images.ndim == 4:
+        sheet = np.nan_to_num((sheet - limits[0]) / (limits[1] - limits[0]), nan=1.0).clip(0, 1)
+    return sheet
+
+
+def place_tiles(images: Array, columns: int, *, band: int) -> list[tuple[int, int]]:
+    """Top and left of each image in what ``tile`` makes."""
+    height, width = images.shape[1:3]
+    gap = gap_of(width)
+    return [
+        (number // columns * (height + gap + band) + band, number % columns * (width + gap))
+        for number in range(len(images))
+    ]
+
+
+def gap_of(width: int) -> int:
+    """Pixels between two images of a sheet."""
+    return max(1, round(0.1 * width))

@@ -1,4 +1,4 @@
-"""Images and labels as arrays: what a data set of one's own must be, and reading it from an npz file."""
+"""Images and labels as arrays: what a user's data set must be, and reading it from an npz file."""
 
 import hashlib
 import zipfile

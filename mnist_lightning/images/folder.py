@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 
 class Picture(NamedTuple):
-    """A file of the folder, as it lies there."""
+    """A picture's file in the folder."""
 
     part: str  # "train", "test" or "all"
     label: int

@@ -80,7 +80,7 @@ def find_ink(picture: Image.Image) -> Floats:
 
 
 def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
-    """All ink of a picture, whatever it is of, and the picture's scale in it.
+    """All ink of a picture, digits or not, and the scale at which it was read.
 
     Args:
         side: pixels that the longer side has at most.

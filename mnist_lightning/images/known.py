@@ -1,4 +1,4 @@
-"""What is known of the data sets that have a name, before they are read."""
+"""The named data sets: sizes and classes, known before they are read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

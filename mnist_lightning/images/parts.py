@@ -99,7 +99,7 @@ def find_runs(mask: Mask) -> tuple[Ints, Ints, Ints]:
 
 
 def widen(mask: Mask, reach: int) -> Mask:
-    """All pixels that are at most so far away, along rows and columns."""
+    """All pixels at most this far away, along rows and columns."""
     for _ in range(2):  # rows, then columns
         if reach:
             sums = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))).astype(np.int64), axis=1)
@@ -141,7 +141,7 @@ def _count(parts: Parts, mask: Mask) -> Ints:
 
 
 def find_foreign(parts: Parts) -> Mask:
-    """Which parts are no digit but what is beside one on its paper.  -> (N,)
+    """Find the parts that are no digit but lie beside one on its paper.  -> (N,)
 
     Frames and lines: straight, and around the digit or across most of the picture.  Edges of the paper, sides
     of a box, a neighbour's stroke: along the picture's border.  Only where another part is large enough to be

@@ -93,7 +93,7 @@ def is_grey(path: Path) -> bool:
 def find_files(name: str) -> list[Path]:
     """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
 
-    A name that matches nothing stands for itself, so that it is told with the files that fail.
+    A name that matches nothing stands for itself, so that it is reported with the files that fail.
     """
     path = expand_home(name)
     if path.is_dir():

@@ -18,7 +18,7 @@ MOST_PARTS = 500  # of ink that are looked at, the largest
 
 @dataclass(frozen=True)
 class Found:
-    """A digit among others.
+    """A digit in a picture of several.
 
     Attributes:
         ink: (H, W) in [0, 1], of this digit alone.

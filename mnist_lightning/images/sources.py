@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH
-from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, replace, write_atomic
 from mnist_lightning.rundir.outside import open_file, read_file
 
 if TYPE_CHECKING:
@@ -65,19 +65,19 @@ DOWNLOADS = {  # of some size, told before they are fetched
 
 
 class Source(Protocol):
-    """Where a data set lies."""
+    """A data set's files."""
 
     def __hash__(self) -> int: ...
 
     def make_whole(self) -> None:
-        """Put what is missing where ``read`` will look for it.
+        """Fetch or unpack missing files, where ``read`` looks for them.
 
         Raises:
             OSError: it can't be fetched, or the place can't be written.
         """
 
     def is_whole(self) -> bool:
-        """Whether ``read`` can do with what is there; nothing is written."""
+        """Whether ``read`` finds all it needs; writes nothing."""
 
     def stamp(self) -> Hashable:
         """Changes when what ``read`` gives may have changed."""
@@ -99,7 +99,7 @@ def find_source(
     grey: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Source:
-    """What the settings of ``data=`` name.
+    """Find the source that the settings of ``data=`` name.
 
     Args:
         name: a key of ``KNOWN``, "folder" or "npz"; with ``source``, any.
@@ -107,7 +107,7 @@ def find_source(
         path: of "folder" and "npz".
         size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
         grey: whether coloured pictures of "folder" become grey.
-        source: ``_target_`` and arguments of a function of one's own.
+        source: ``_target_`` and arguments of a user's function.
 
     Raises:
         ValueError: there is no such data set, or it lies nowhere.
@@ -313,7 +313,7 @@ class Npz:
 
 @dataclass(frozen=True)
 class Own:
-    """A function of somebody's own that gives arrays, as ``arrays.check_arrays`` takes them.
+    """A user's function that gives arrays, as ``arrays.check_arrays`` takes them.
 
     Args:
         recipe: ``_target_`` and arguments, as JSON.
@@ -373,7 +373,7 @@ def unpack(data_dir: Path) -> None:
                 continue
             log.warning("%s %s: replaced by the copy in this package", path, fault)
             if path.is_dir() and not path.is_symlink():
-                path.rename(f"{path}.aside")  # whose it is, nobody knows
+                path.rename(f"{path}.aside")  # it may be the user's
         with gzip.open(PACKAGED / f"{file}.gz") as packed:
             write_atomic(path, packed.read())
 
@@ -410,7 +410,7 @@ def download(source: Idx | Cifar10) -> None:
         if not source.has_right_files(fetched):
             raise OSError(f"data={name}: the server gave files that are not {name}'s")
         for file in files:
-            os.replace(fetched / file.name, file)
+            replace(fetched / file.name, file)
 
 
 def make_raw_folder(raw: Path) -> None:

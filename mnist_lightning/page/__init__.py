@@ -1,1 +1,1 @@
-"""The page on which one draws and looks into a net."""
+"""The page to draw on, which shows the inside of a net."""

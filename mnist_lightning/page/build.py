@@ -1,14 +1,11 @@
 """A trained net as one HTML file that needs nothing else: its weights, images to try, script and style."""
 
 import base64
-import functools
-import html
+import copy
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +16,8 @@ from torch import Tensor, nn
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.likeness import POOL, UNITS, Likeness
 from mnist_lightning.network import ACTIVATIONS, FeedForward
+from mnist_lightning.page.assemble import assemble, encode
 
-FOLDER = Path(__file__).parent
 SCRIPTS = ("core.js", "net.js", "page.js", "film.js")
 LEVELS = 127  # of a weight of 8 bits, on each side of 0
 SAMPLE_BYTES = 100_000  # for the images to try
@@ -68,7 +65,7 @@ def read_layers(classifier: DigitClassifier) -> list[Layer]:
     if not classifier.names_classes:
         raise NotDrawable("the page is for nets that name classes, and this one gives a number")
     found: list[Layer] = []
-    for linear, *others in _group(net.layers):
+    for linear, *others in _group(copy.deepcopy(net.layers).cpu()):  # Apple's GPUs know no float64
         weights, biases = linear.weight.detach().double(), linear.bias.detach().double()
         norm, activation = None, "none"
         for other in others:
@@ -116,7 +113,7 @@ def _to_array(tensor: Tensor) -> Floats:
 
 
 def run_layers(layers: Sequence[Layer], pixels: Floats) -> Floats:
-    """What the page computes, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) logits"""
+    """Compute what the page computes, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) logits"""
     values = torch.from_numpy(np.asarray(pixels, dtype=np.float32))
     for layer in layers:
         weights = torch.from_numpy(layer.weights).float() * torch.from_numpy(layer.scales)[:, None]
@@ -219,12 +216,7 @@ def make_page(
         "film": film,
         "live": live,
     }
-    # "<" would let a class named </script> end the data
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = _read("page.html").replace("<!-- title -->", html.escape(title))
-    page = page.replace("<!-- style -->", _read("page.css"))
-    page = page.replace("<!-- script -->", "\n".join(map(_read, SCRIPTS)))
-    return page.replace("<!-- data -->", text).encode()
+    return assemble("page", SCRIPTS, title=title, data=data)
 
 
 def _pack_layer(layer: Layer) -> dict[str, Any]:
@@ -267,14 +259,3 @@ def squeeze(array: NDArray[np.uint8]) -> bytes:
             part = min(255, count - start)
             squeezed += bytes([value]) * part if value else bytes([0, part])
     return bytes(squeezed)
-
-
-def encode(array: NDArray[Any]) -> str:
-    """An array's bytes in base64, little-endian as in every browser's typed arrays."""
-    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    return base64.b64encode(little.tobytes()).decode()
-
-
-@functools.cache
-def _read(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")

@@ -3,8 +3,6 @@
 
 const FIELD = 256;  // pixels of a side, on which strokes become ink
 const MOST_BARS = 12;
-const $ = id => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
 if (data.likeness) {
   data.likeness.rows = new Int8Array(bytes(data.likeness.rows).buffer);
   data.likeness.steps = floats(data.likeness.steps);
@@ -129,8 +127,6 @@ function update() {
   keep();
 }
 
-function color(name) { return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim(); }
-
 function rgb(name) {
   const hex = color(name).slice(1);
   return [0, 2, 4].map(at => parseInt(hex.slice(at, at + 2), 16));
@@ -158,12 +154,6 @@ function percent(share) {
   if (share > 0.999 && share < 1) return "> 99.9 %";
   if (share < 0.001 && share > 0) return "< 0.1 %";
   return `${(100 * share).toFixed(1)} %`;
-}
-
-function make(kind, {text = "", ...rest} = {}, ...children) {
-  const element = Object.assign(document.createElement(kind), rest);
-  element.append(...(text ? [text] : []), ...children);
-  return element;
 }
 
 function showField() {

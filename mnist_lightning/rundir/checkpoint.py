@@ -9,8 +9,10 @@ import hashlib
 import io
 import logging
 import os
+import traceback
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +34,13 @@ LENGTH = COMMENT_SIZE.to_bytes(2, "little")
 MAGIC = b"PK\x03\x04"  # what it begins with; torch takes other files for a format of its own, an old one
 MOST_PLAIN = 2**22  # bytes of plain data: a net's take some thousands
 DEEPEST = 100  # levels of lists in lists
+STATE = (  # of a run, beside its net
+    *("callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "environment", "MNISTDataModule"),
+)
+TAKEN_UP = (  # where a checkpoint's state becomes a run's: a module, a function
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "mnist_lightning.classifier.on_train_start",
+)
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -51,7 +60,7 @@ def check_readable(content: bytes, checkpoint: dict[str, Any]) -> None:
         checkpoint: what it holds.
 
     Raises:
-        OSError: it will not, for the state of somebody's own callback, say.
+        OSError: ``load`` would refuse it, for example for the state of a user's callback.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         plain = count_plain(archive.infolist())
@@ -246,8 +255,45 @@ def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any
     return path, checkpoint
 
 
+def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        OSError: the checkpoint holds a net, but not all that a run needs to go on.
+    """
+    missing = [name for name in STATE if name not in checkpoint]
+    if missing:
+        raise OSError(f"{path} can't be gone on with: it has no {missing[0]}")
+
+
+@contextmanager
+def taking_up(path: Path | None) -> Iterator[None]:
+    """A stretch in which a run goes on from a checkpoint, or from none.
+
+    Raises:
+        OSError: what a whole file holds, a stranger's, say, is not the state of this run.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        places = {*frames, *(f"{place}.{name}" for place, name in zip(frames, names, strict=True))}
+        if path is None or not (places & set(TAKEN_UP) or frames[-1].startswith("torch.optim.")):
+            raise
+        cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+        raise OSError(f"{path} can't be gone on with: it does not hold this run's state ({cause})") from error
+
+
 class LocalCheckpointIO(CheckpointIO):
-    """Lightning's way to ``serialize`` and ``load``: local files, written whole, checked when read."""
+    """Lightning's way to ``serialize`` and ``load``: local files, written whole, checked when read.
+
+    Args:
+        folder: the run's; of what is not in it nothing is removed, but for what this object has written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -258,6 +304,7 @@ class LocalCheckpointIO(CheckpointIO):
         check_readable(content, checkpoint)
         for target in (path, *(storage_options or {}).values()):
             write_atomic(Path(target), content)
+        self.written.add(Path(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -265,4 +312,7 @@ class LocalCheckpointIO(CheckpointIO):
         return load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        """Remove what a callback has written; by the word of a checkpoint, it may be any file."""
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
+        if inside or Path(path) in self.written:
+            Path(path).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 import sys
 import tempfile
 import traceback
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning.cli import CommandError, quote
 from mnist_lightning.config import ConfigError, Train, check
-from mnist_lightning.rundir.outside import check_run, check_sweep
+from mnist_lightning.rundir.outside import as_word, check_run, check_sweep
 from mnist_lightning.rundir.resume import check_place, check_resumption
 from mnist_lightning.rundir.status import hold, is_main_process
 
@@ -114,13 +113,13 @@ def check_unused(folder: Path) -> None:
         for path in folder.glob(pattern):
             raise CommandError(
                 f"{folder} holds an earlier run ({path.relative_to(folder)}):"
-                f" resume={shlex.quote(str(folder))} goes on with it, and a new run needs another"
+                f" resume={as_word(str(folder))} goes on with it, and a new run needs another"
                 " hydra.run.dir"
             )
 
 
 def claim(folder: Path) -> Path:
-    """Make a folder that nobody else has: this one, or the first free of ``<name>-2``, ``<name>-3``, …
+    """Make a folder that did not exist before: this one, or the first free of ``<name>-2``, ``<name>-3``, …
 
     Raises:
         OSError: it can't be made.

@@ -2,14 +2,13 @@
 
 import contextlib
 import logging
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
 
-from mnist_lightning.rundir.outside import expand_home
+from mnist_lightning.rundir.outside import as_word, expand_home
 from mnist_lightning.rundir.status import FILE
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path
         sweep = next(parent for parent in passed.parents if (parent / MULTIRUN).is_file())
         raise FileNotFoundError(
             f"latest: there are only jobs of sweeps under {logs.absolute()}: python -m"
-            f" mnist_lightning.train -m resume={shlex.quote(str(sweep))} goes on with the latest"
+            f" mnist_lightning.train -m resume={as_word(str(sweep))} goes on with the latest"
         )
     raise FileNotFoundError(
         f"latest: no run under {logs.absolute()} has a checkpoint yet; python -m mnist_lightning.train"

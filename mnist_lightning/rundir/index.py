@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
 from mnist_lightning.rundir.outside import expand_home, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
-from mnist_lightning.settings_help import flatten
+from mnist_lightning.settings_help import WHERE, flatten
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ MULTIRUN = "multirun.yaml"
 LARGEST = 4_000_000  # bytes of a status or settings file that is read
 MANY = 300  # runs to read, from which on a bar is drawn
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
-# Settings that say where and how, not what is trained: they are told apart nowhere
-WHERE = ("seed", "resume", "reproduce", "trust", "test", "threads", "data.data_dir", "data.num_workers")
 
 Record = dict[str, Any]
 Stamp = list[int]  # when a file was written, its size and its number on the disk
@@ -63,7 +61,30 @@ def list_runs(under: str | Path = "logs") -> list[Record]:
         raise FileNotFoundError(f"{under} holds no runs: there is no such folder")
     base, entries = update_index(under)
     defaults, choices = find_defaults()
-    records = [make_record(under, place, one, base, defaults, choices) for place, one in entries.items()]
+    return complete(
+        [make_record(under, place, one, base, defaults, choices) for place, one in entries.items()]
+    )
+
+
+def read_runs(folders: Iterable[Path]) -> list[Record]:
+    """The records of these runs alone, see ``list_runs``.
+
+    Raises:
+        FileNotFoundError: one is no run's folder, or its status can't be read.
+    """
+    defaults, choices = find_defaults()
+    records = []
+    for folder in folders:
+        entry = read_entry(folder)
+        if entry is None:
+            raise FileNotFoundError(f"{folder} is no run's folder: it has no {FILE} that can be read")
+        entry |= {"settings": pack(entry["settings"], {}), "in_sweep": (folder.parent / MULTIRUN).is_file()}
+        records.append(make_record(folder.parent, folder.name, entry, {}, defaults, choices))
+    return complete(records)
+
+
+def complete(records: list[Record]) -> list[Record]:
+    """The same keys in all records, and the newest first."""
     names: set[str] = set()
     for record in records:
         names |= record.keys()
@@ -104,7 +125,7 @@ def make_record(
 
 
 def tell_changes(overrides: Sequence[str], defaults: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
-    """Of a run's command line what differs from the defaults, as it is typed."""
+    """The part of a run's command line that differs from the defaults, as typed."""
     told = []
     for override in overrides:
         key, sign, text = override.lstrip("+").partition("=")
@@ -145,7 +166,7 @@ def equals(value: Any, other: Any) -> bool:
 
 @functools.cache
 def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``train`` takes when nothing is said: each setting, and each group's choice."""
+    """The defaults of ``train``: each setting, and each group's choice."""
     register()
     started = contextlib.nullcontext() if GlobalHydra.instance().is_initialized() else None
     with started or initialize_config_dir(CONF_DIR, version_base="1.3"):
@@ -159,7 +180,7 @@ def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What is known of each run, by its place under the folder.
+    """Update the index and return each run's entry, by its place under the folder.
 
     The index is written anew where it was not up to date, and done without where it can't be written.
 
@@ -221,7 +242,7 @@ def find_folders(under: Path) -> Iterator[tuple[str, list[Stamp | None], bool]]:
 
 
 def read_stamp(path: str) -> Stamp | None:
-    """None where there is no plain file."""
+    """A file's inode, time and size; None where it is no plain file."""
     try:
         found = os.lstat(path)
     except (OSError, ValueError):
@@ -232,7 +253,7 @@ def read_stamp(path: str) -> Stamp | None:
 
 
 def read_entry(folder: Path) -> dict[str, Any] | None:
-    """What a run's files tell; None where its status can't be read."""
+    """A run's entry, from its files; None where its status can't be read."""
     status = read_object(folder / FILE)
     if status is None or status.get("state") not in STATES:
         return None
@@ -262,7 +283,7 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
-    """A file's content, None where it is no plain file of a sensible size that holds a JSON object."""
+    """Read a JSON object; None where the file is not plain, is too large or holds something else."""
     try:
         content = json.loads(read_file(path, most=most)) if not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
@@ -318,7 +339,7 @@ def save_index(path: Path, base: Mapping[str, Any], entries: Mapping[str, Mappin
 
 
 def pack(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
-    """What differs from the settings that most runs share, and which of those are missing."""
+    """The differences from the settings that most runs share, and those that are missing."""
     others = {key: value for key, value in settings.items() if key not in base or base[key] != value}
     return [others, [key for key in base if key not in settings]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MOST_CURVES = 2**30  # bytes of a metrics.csv: a hundred bytes for each of ten million rows
 ENDING = ".ending"  # at the end of the name of a run's second event file
+SPLITS = ("train", "val", "test")  # each is a run of its own for TensorBoard
+BY_STEP = {"train/loss_step": "step/loss", "lr": "step/lr"}  # what is measured every few steps
 
 
 def is_failed_write(error: BaseException | None) -> bool:
@@ -34,7 +37,7 @@ def is_failed_write(error: BaseException | None) -> bool:
 
 
 class Silent:
-    """Takes the place of a writer that can't be made: whatever is asked of it, it does nothing."""
+    """Stands in for a writer that can't be made, and does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -87,30 +90,81 @@ class Forgiving:
 class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
     """Lightning's TensorBoardLogger in ``<save_dir>/tensorboard/``.
 
+    What training, validation and test measure lies in folders of its own below that one, under the same
+    tags: TensorBoard draws "epoch/loss" of all three in one chart, and each in the same colour everywhere.
+
     Args:
         save_dir: the run's folder.
     """
 
     def __init__(self, *, save_dir: str) -> None:
-        # The final metrics are written with the hyper-parameters at the end (train.py), not -1 at the start.
+        # The final metrics are written with the hyper-parameters at the end, not -1 at the start.
         super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
+        self.purge_step: int | None = None
+        self.writers: dict[str, SummaryWriter] = {}  # of the splits
 
     def resume_from(self, step: int) -> None:
+        self.purge_step = step
         workarounds.drop_from(self, step)
-        for path in Path(self.log_dir).glob(f"events.*{ENDING}"):
+        for path in Path(self.log_dir).glob(f"**/events.*{ENDING}"):
             path.unlink()
 
-    @contextmanager
-    def ending(self) -> Iterator[SummaryWriter | None]:
-        """A writer for what belongs to a run's end, in a file of its own: a resumption writes that anew."""
-        writer: SummaryWriter | None = None
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a split's values where that split's are, others as they are; not the epoch, which the step
+        tells."""
+        others: dict[str, float] = {}
+        for name, value in metrics.items():
+            split, _, tag = ("train/" + name if name in BY_STEP else name).partition("/")
+            if split in SPLITS:
+                with self.forgiving():
+                    if not self.failed:
+                        self._writer(split).add_scalar(BY_STEP.get(name, f"epoch/{tag}"), value, step)
+            elif name != "epoch":
+                others[name] = value
+        super().log_metrics(others, step)
+
+    def _writer(self, split: str) -> SummaryWriter:
+        if split not in self.writers:
+            self.writers[split] = SummaryWriter(Path(self.log_dir) / split, purge_step=self.purge_step)
+        return self.writers[split]
+
+    @rank_zero_only
+    def log_end(
+        self, name: str, settings: Mapping[str, bool | float | str], metrics: Mapping[str, float], step: int
+    ) -> None:
+        """Log settings and final metrics for the HParams tab, in files of their own: a resumption writes
+        them anew.
+
+        No summary of the whole experiment is written, of which TensorBoard would believe the first run's:
+        without one it finds out itself what differs between the runs, and shows that first.
+
+        Args:
+            name: of the run in that tab.
+            metrics: "val/…" of the net that was kept, "test/…".
+        """
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
+        _, start, end = hparams(dict(settings), {})  # type: ignore[no-untyped-call]
+        metadata = start.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(metadata.content)
+        content.session_start_info.group_name = name
+        metadata.content = content.SerializeToString()
         with self.forgiving():
-            writer = SummaryWriter(self.log_dir, filename_suffix=ENDING)
-        with self.forgiving():
-            try:
-                yield writer
-            finally:
-                if writer is not None:
+            if self.failed:
+                return
+            for split, folder in (("val", Path(self.log_dir)), ("test", Path(self.log_dir) / "test")):
+                values = {key: value for key, value in metrics.items() if key.startswith(f"{split}/")}
+                if not values and split == "test":
+                    continue
+                writer = SummaryWriter(folder, filename_suffix=ENDING)
+                try:
+                    for summary in (start, end) if split == "val" else ():
+                        workarounds.add_summary(writer, summary)
+                    for key, value in values.items():
+                        writer.add_scalar(f"epoch/{key.partition('/')[2]}", value, step)
+                finally:
                     writer.close()
 
     @property
@@ -124,11 +178,18 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         return Silent()
 
     def save(self) -> None:
-        """Bring all that was logged to disk; a checkpoint must not be ahead of its curves."""
+        """Write everything logged to disk: a checkpoint must not be ahead of its curves."""
         super().save()
         with self.forgiving():
             if not self.failed:
-                self.experiment.flush()
+                for writer in (self.experiment, *self.writers.values()):
+                    writer.flush()
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        with self.forgiving():
+            for writer in self.writers.values():
+                writer.close()
 
 
 @contextmanager

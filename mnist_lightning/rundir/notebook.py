@@ -1,4 +1,4 @@
-"""What a notebook shows of a run while it goes on."""
+"""Show a run's progress in a notebook."""
 
 import html
 import sys

@@ -1,4 +1,4 @@
-"""Where commands write what they found: folders in which nothing of the user's is overwritten."""
+"""Write what commands found into folders without overwriting a user's files."""
 
 import os
 from collections.abc import Collection
@@ -10,11 +10,12 @@ from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
 LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
 WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
+MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of our pages
 LOGS = "logs"  # what lies there is this project's
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
-    """Make the folder that ``output=`` names, and see that what is to be written there replaces nothing else.
+    """Make the folder that ``output=`` names, and check that writing there replaces no other file.
 
     Args:
         command: "evaluate", say.
@@ -43,6 +44,27 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
         )
     write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*lines, *wanted])).encode())
     return folder
+
+
+def check_file(target: Path, name: str) -> None:
+    """Whether a file may be written there, as far as nothing is overwritten that no command has written.
+
+    Args:
+        target: the file to write.
+        name: of such files, say "report.html".
+
+    Raises:
+        CommandError: it is a folder, or a file of another kind.
+    """
+    if target.is_dir():
+        raise CommandError(f"output={target} is a folder: name a file, say {target / name}")
+    kind = Path(name).suffix
+    if os.path.lexists(target) and target.suffix != kind:
+        raise CommandError(f"output={target} is there already and no *{kind}: name another file")
+    if kind == ".html" and target.is_file():
+        with target.open("rb") as file:
+            if MADE_HERE not in file.read(1_000):
+                raise CommandError(f"output={target} is there already, and of something else: name another")
 
 
 def shorten_stem(stem: str) -> str:

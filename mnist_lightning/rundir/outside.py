@@ -1,4 +1,4 @@
-"""What comes from outside: files that may be damaged or a stranger's, and the texts in them.
+"""Read files that may be damaged or a stranger's, and the texts in them.
 
 Reading is bounded before it begins, writing follows no link out of a folder, and a text is shown as text.
 """
@@ -6,6 +6,7 @@ Reading is bounded before it begins, writing follows no link out of a folder, an
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,11 +17,13 @@ import yaml
 SMALL = 2**24  # bytes: far more than any file of settings, numbers or curves that a run writes
 MOST_YAML = 2**20  # bytes of settings, which take longer to parse
 DEEPEST = 100  # levels of lists in lists
+SOFTWARE = "mnist_lightning"  # what draws a figure, in the PNG file's own words (PNG specification, 11.3.4)
 FORMULA = ("=", "+", "-", "@")  # what a spreadsheet calculates, at the beginning of a cell
 # What a run opens in its folder and does not replace whole
 OF_A_RUN = (
     *("train.log", "output.log", "fit-profile.txt", ".lock", ".hydra", "checkpoints", "tensorboard"),
-    *("csv", "csv/metrics.csv", "csv/hparams.yaml"),
+    *("tensorboard/train", "tensorboard/val", "tensorboard/test"),
+    *("csv", "csv/metrics.csv", "csv/hparams.yaml", "wandb"),
 )
 OF_A_SWEEP = (".lock", ".report.lock", "figures", "optuna.journal")
 
@@ -93,7 +96,7 @@ def read_yaml(path: Path) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number that can be computed with; NaN is one."""
+    """Whether a value is a number, NaN included."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
@@ -152,6 +155,15 @@ def check_sweep(folder: Path) -> None:
             check_run(path)
 
 
+def is_our_figure(path: Path) -> bool:
+    """Whether a file is a figure that this project has drawn, as it says itself near its beginning."""
+    try:
+        with open_file(path) as file:
+            return f"Software\0{SOFTWARE}".encode() in file.read(200)
+    except OSError:
+        return False
+
+
 def as_text(text: str, *, lines: bool = False) -> str:
     """A text with what a terminal would obey, and what is no letter at all, written out: "\\x1b[2J".
 
@@ -183,3 +195,26 @@ def as_code(text: str) -> str:
     fence = "`" * (longest + 1)
     padding = " " if longest and (text[0] == "`" or text[-1] == "`") else ""
     return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def as_word(text: str, *, windows: bool = os.name == "nt") -> str:
+    """A text as one word of a command that is typed in the user's shell.
+
+    On Windows as cmd.exe and PowerShell both read it.  Where they have no form in common (a "$", a backtick,
+    a double quote) it is PowerShell's.
+
+    Args:
+        windows: whether the shell is one of these two, else one of POSIX.
+    """
+    if not windows:
+        return shlex.quote(text)
+    if re.fullmatch(r"[\w+./\\:=][\w+./\\:=-]*|-[\w-]*", text):
+        return text
+    if re.search('[$`"“”„]', text):  # which PowerShell reads within double quotes
+        return "'" + re.sub("(['‘’‚‛])", r"\1\1", text) + "'"
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'  # a program takes \" for a quote of the text
+
+
+def as_command(words: Iterable[str], *, windows: bool = os.name == "nt") -> str:
+    """A command as it is typed in the user's shell, see ``as_word``."""
+    return " ".join(as_word(word, windows=windows) for word in words)

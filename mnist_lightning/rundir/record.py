@@ -1,4 +1,4 @@
-"""What a run keeps of itself for later comparison: its settings in JSON, and code that no commit holds."""
+"""Keep what a later comparison with a run needs: its settings in JSON, and code that no commit holds."""
 
 import contextlib
 import importlib.util
@@ -41,7 +41,7 @@ def write_settings(run_dir: Path, settings: Train, choices: Mapping[str, Any]) -
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
-    """What ``write_settings`` has left: "choices" and "settings"; empty where nothing can be read."""
+    """Read what ``write_settings`` wrote: "choices" and "settings"; empty where nothing can be read."""
     try:
         saved = read_json(run_dir / SETTINGS)
     except OSError:
@@ -50,7 +50,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> None:
-    """Write ``code.patch``: what of this package and of the user's modules no commit holds.
+    """Write ``code.patch``: changes of this package and of the user's modules that no commit holds.
 
     ``git apply`` brings a checkout of the run's commit to the code that the run had.
 
@@ -63,7 +63,7 @@ def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> Non
         return
     places = [Path(__file__).parents[1]] if package else []
     for name in modules:
-        with contextlib.suppress(ImportError, ValueError):  # what can't be found is told when it is built
+        with contextlib.suppress(ImportError, ValueError):  # the build reports what can't be found
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
                 places.append(Path(spec.origin))

@@ -17,7 +17,7 @@ from mnist_lightning.rundir.record import PATCH
 from mnist_lightning.rundir.resume import BASE, load_settings
 
 KEY = "reproduce="
-TOLD = "++reproduce="  # how Hydra is told it
+TOLD = "++reproduce="  # the form in which Hydra gets it
 MULTIRUN = "multirun.yaml"
 # What may be said beside it: where and on what to compute, and whose modules to follow
 FREE = (
@@ -70,7 +70,7 @@ def give_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> N
 
 
 def tell_changes(folder: Path, now: Mapping[str, Any]) -> str:
-    """What differs from a run, in a line.
+    """Report in one line what differs from an earlier run.
 
     Args:
         folder: of the run.

@@ -52,7 +52,7 @@ FIXED = (
 # What an attempt that is begun anew would take for its own
 LEFT = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.json"),
-    *("csv/metrics.csv", "tensorboard/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
+    *("csv/metrics.csv", "tensorboard/**/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
 )
 FREE = ("data.data_dir", "data.path", "data.num_workers")
 # Of Trainer's arguments, those that end a run, and those that decide no weight but in its last bits; all
@@ -136,7 +136,7 @@ def load_settings(
 
 
 def find_resumptions(folder: Path) -> list[Path]:
-    """Where a run's resumptions have left their settings, in their order."""
+    """The settings files of a run's resumptions, in their order."""
     found = [path for path in folder.glob(".hydra/resume-*") if re.fullmatch(r"resume-\d{1,9}", path.name)]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
@@ -156,7 +156,7 @@ def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
 
 
 def stamp(folder: Path) -> dict[str, int]:
-    """When each of a run's checkpoints was written."""
+    """The times at which a run's checkpoints were written."""
     with contextlib.suppress(OSError):
         return {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("*.ckpt")}
     return {}
@@ -182,7 +182,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def find_gone(settings: dict[str, Any]) -> str | None:
-    """What an earlier version of this project has saved and this one no longer knows."""
+    """Names in saved settings that an earlier version knew and this one does not."""
     model = settings.get("model")
     if isinstance(model, dict) and TARGET not in model:
         return "model without a _target_"
@@ -191,7 +191,7 @@ def find_gone(settings: dict[str, Any]) -> str | None:
 
 
 def is_default(data_dir: str) -> bool:
-    """Whether it is the data folder of ``conf/``."""
+    """Whether a path is the data folder of ``conf/``."""
     default = OmegaConf.load(Path(CONF_DIR) / "data" / "mnist.yaml")
     return bool(OmegaConf.select(default, "data_dir") == data_dir)
 
@@ -214,7 +214,7 @@ def find_stops(settings: Train) -> list[str]:
 
 
 def resume_job(job_dir: Path) -> str | None:
-    """What a job of a sweep goes on with: its own folder where it was interrupted or requeued and has
+    """Find what a job of a sweep resumes from: its own folder where it was interrupted or requeued and has
     a checkpoint, else nothing, and what an earlier attempt has written is removed, but its log."""
     status = read(job_dir)
     checkpoints = job_dir / "checkpoints"
@@ -295,7 +295,7 @@ def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a run can't go on with another value of this key, whatever it is."""
+    """Whether a run can go on with no other value of this key."""
     group, _, name = key.partition(".")
     if group == "trainer":
         return name.split(".")[0] not in (*LIMITS, *TRAINER_FREE)

@@ -17,7 +17,7 @@ from types import FrameType
 
 _received: int | None = None  # signal number
 _deferring = False
-_ends_process = True  # a second signal: in somebody else's process it only raises KeyboardInterrupt
+_ends_process = True  # a second signal: in a process that is not ours it only raises KeyboardInterrupt
 _requeue: Callable[[int, FrameType | None], object] | None = None  # submitit's handler
 
 
@@ -53,7 +53,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """A stretch in which Ctrl-C is this module's, in a process that is somebody else's: a notebook's, say.
+    """Handle Ctrl-C within the block, in a process that is not ours, such as a notebook's.
 
     Outside the main thread, which alone hears of signals, nothing is changed.
     """
@@ -76,8 +76,15 @@ def received() -> bool:
     return _received is not None
 
 
+def name_received() -> str:
+    """The signal that has come, as people call it: "Ctrl-C", "SIGTERM"; empty where none has."""
+    if _received is None:
+        return ""
+    return "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
+
+
 def ask() -> None:
-    """Let this process stop as others do that have got a signal."""
+    """Ask this process to stop, as a signal would."""
     global _received
     if _received is None:
         _received = signal.SIGTERM
@@ -103,7 +110,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A stretch in which a first signal waits until ``stop_if_asked`` is called, at its end at the latest."""
+    """Let a first signal wait until ``stop_if_asked`` is called, or until the block ends."""
     global _deferring
     _deferring = True
     try:

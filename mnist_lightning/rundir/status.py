@@ -1,4 +1,4 @@
-"""What became of a run: ``status.json`` in its folder."""
+"""Read and write ``status.json``, a run's state, in its folder."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ class Status:
     mode: str | None = None
 
     def write(self, run_dir: Path) -> None:
-        """Nobody ever sees half a file.
+        """Write atomically: readers see the old file or the new one.
 
         Raises:
             OSError: the folder can't be written.
@@ -96,7 +96,7 @@ def read(run_dir: Path) -> Status | None:
 
 
 def parse(saved: dict[str, Any]) -> Status:
-    """What a ``status.json`` says, its texts as text.
+    """Parse a ``status.json``; control characters in its texts are escaped.
 
     Raises:
         TypeError: it says what no run does.
@@ -169,7 +169,7 @@ def track(
 
 
 def forget(error: BaseException | None) -> None:
-    """Let go of the frames of an exception and of those before it, and so of their tensors."""
+    """Drop the frames of an exception and of those before it, and with them their tensors."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
@@ -180,7 +180,7 @@ def describe(error: BaseException) -> tuple[str, str]:
     # submitit has queued its job again: on SLURM, and where it plays the cluster itself
     requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code in (-1, 144)
     if signals.received() or requeued:
-        return "interrupted", "stopped by a signal"
+        return "interrupted", f"interrupted by {signals.name_received() or 'its cluster'}"
     if isinstance(error, Pruned):
         return "pruned", str(error)
     line = " ".join(str(error).split())
@@ -198,7 +198,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for as long as this process lives at most: the system lets go of it by itself.
+    """Hold a folder, at most until this process ends: the system then releases it.
 
     A forked child (a sweep's worker, a loader's) does not inherit it: filelock closes the child's copies, so
     that a folder is free as soon as the process that held it is gone.
@@ -208,7 +208,7 @@ def lock(folder: Path) -> Iterator[None]:
         OSError: what is to hold it is a link that leads elsewhere.
     """
     hold(folder)
-    mutex = _held.pop(folder.absolute(), None)  # so that nobody else in this process has it too
+    mutex = _held.pop(folder.absolute(), None)  # so that no other thread of this process has it too
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Sweeps: what their jobs leave, and what is told of them."""
+"""Sweeps: what their jobs leave, and the reports made of it."""

@@ -37,7 +37,7 @@ class AutoLauncher(Launcher):
         self.config = config
 
     def choose(self, count: int) -> Launcher:
-        """The launcher for so many jobs, and for all that follow."""
+        """Choose the launcher for this many jobs, and for all that follow."""
         if self.chosen is None:
             self.chosen = self.processes if self._side_by_side(count) else self.basic
         return self.chosen

@@ -1,11 +1,10 @@
-"""Hydra's own sweeper, made careful: mistakes are told before the first job starts, one job's failure
+"""Hydra's own sweeper, made careful: mistakes are reported before the first job starts, one job's failure
 is its own, and the sweep ends with a report."""
 
 import contextlib
 import json
 import logging
 import pickle
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.status import Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
@@ -161,7 +161,7 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def job_dir(self, number: int, job: Job) -> Path:
-        """Where Hydra has a job leave what it leaves."""
+        """The folder that Hydra gives a job."""
         assert self.config is not None
         subdir = OmegaConf.to_container(self.config.hydra.sweep)["subdir"]  # type: ignore[call-overload, index]
         if subdir == "${hydra.job.num}":
@@ -237,7 +237,7 @@ class GridSweeper(BasicSweeper):
             sys.exit(
                 f"a job has ended without a word ({told}); the others go on by"
                 " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
-                f" resume={shlex.quote(str(self.sweep_dir))}\ntakes up what is left"
+                f" resume={as_word(str(self.sweep_dir))}\ntakes up what is left"
             )
         for (number, job), job_return in zip(jobs, returns, strict=True):
             self.note_lost(number, job, job_return)
@@ -261,14 +261,14 @@ class GridSweeper(BasicSweeper):
         Raises:
             SystemExit: jobs failed, or the report can't be written.
         """
-        from mnist_lightning.sweeps.report import summarize, write_report
+        from mnist_lightning.sweeps.report import summarize, tell_next, write_report
 
         unwritten: OSError | None = None
         try:
             sweep = write_report(self.sweep_dir)
-        except OSError as error:  # a full disk: what the jobs have left is told all the same
+        except OSError as error:  # a full disk: the jobs' results are still reported
             unwritten, sweep = error, read_sweep(self.sweep_dir)
-        print(summarize(sweep), flush=True)
+        print(f"{summarize(sweep)}\n{tell_next(sweep)}", flush=True)
         if unwritten:
             print(f"the report is not of this moment: {unwritten}", file=sys.stderr)
         names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
@@ -359,7 +359,7 @@ def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
 
             with contextlib.suppress(OSError):
                 write_tables(sweep_dir)
-            folder = shlex.quote(str(sweep_dir))
+            folder = as_word(str(sweep_dir))
             print(
                 f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
                 file=sys.stderr,

@@ -1,12 +1,13 @@
 """Which parameters of a sweep mattered, and which mattered less than luck."""
 
 import logging
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.sweeps.results import FOLD, NUM_FOLDS, SEED, Setting, Sweep, read_space
+from mnist_lightning.sweeps.results import FOLD, NUM_FOLDS, SEED, Results, Setting, Sweep, read_space
 from mnist_lightning.sweeps.study import to_distribution
 
 if TYPE_CHECKING:
@@ -22,38 +23,41 @@ class Importance:
     """Shares by parameter, the largest first.
 
     Attributes:
-        shares: of each parameter, in [0, 1]; together with ``luck`` and ``rest`` 1.
+        shares: of each parameter, in [0, 1]; together with ``luck`` and ``rest`` 1 where they are whole.
         luck: what differs between runs of one setting, with other seeds or folds; None: not known.
         rest: what parameters do together and not alone; of a search 0.
         method: "variance" or "PED-ANOVA".
+        is_whole: whether all values were combined with each other as often; else shares overlap.
     """
 
     shares: dict[str, float]
     luck: float | None
     rest: float
     method: str
+    is_whole: bool = True
 
 
-def find_importance(sweep: Sweep) -> Importance | None:
+def find_importance(results: Results) -> Importance | None:
     """Of a grid the shares of variance, of a search Optuna's PED-ANOVA; None where too little is done."""
-    keys = find_keys(sweep)
+    keys = find_keys(results)
     if not keys:
         return None
-    if sweep.is_search:
-        return search_importance(sweep)
-    groups = [[job.status.metrics[sweep.metric] for job in setting.jobs] for setting in sweep.settings]
-    levels = {key: [setting.params[key] for setting in sweep.settings] for key in keys}
+    if isinstance(results, Sweep) and results.is_search:
+        return search_importance(results)
+    groups = [[job.status.metrics[results.metric] for job in setting.jobs] for setting in results.settings]
+    levels = {key: [setting.params[key] for setting in results.settings] for key in keys}
     return share_variance(levels, groups)
 
 
-def find_keys(sweep: Sweep) -> list[str]:
+def find_keys(results: Results) -> list[str]:
     """The parameters that differ between settings that have finished."""
-    if len(sweep.settings) < 2:
+    if len(results.settings) < 2:
         return []
     return [
         key
-        for key in sweep.settings[0].params
-        if key not in (SEED, FOLD, NUM_FOLDS) and len({setting.params[key] for setting in sweep.settings}) > 1
+        for key in results.settings[0].params
+        if key not in (SEED, FOLD, NUM_FOLDS)
+        and len({setting.params[key] for setting in results.settings}) > 1
     ]
 
 
@@ -93,7 +97,9 @@ def share_variance(levels: dict[str, list[str]], groups: Sequence[Sequence[float
         shares[key] = max(0.0, (between(parts) - (len(names) - 1) * within) / total)
     luck = min(1.0, within * (len(values) - 1) / total) if repeated else None
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
-    return Importance(ordered, luck, max(0.0, 1 - sum(shares.values()) - (luck or 0.0)), "variance")
+    rest = max(0.0, 1 - sum(shares.values()) - (luck or 0.0))
+    full = math.prod(len(set(column)) for column in levels.values()) == len(groups)
+    return Importance(ordered, luck, rest, "variance", is_whole=full and len({*map(len, groups)}) == 1)
 
 
 def search_importance(sweep: Sweep) -> Importance | None:

@@ -25,7 +25,7 @@ Parts = dict[str, Any]
 
 
 def find_parts(settings: Train) -> Parts:
-    """What of a job's settings has to be imported to be checked."""
+    """The parts of a job's settings that have to be imported to be checked."""
     everything = asdict(settings)
     named = {group: everything[group] for group in ("model", "loss", "optimizer", "scheduler")}
     named["data.source"] = everything["data"]["source"]
@@ -49,7 +49,7 @@ def find_parts(settings: Train) -> Parts:
 
 @functools.cache
 def known() -> dict[str, set[str]]:
-    """What ``conf/`` names, with the arguments that it gives there."""
+    """The targets that ``conf/`` names, with the arguments given there."""
     found: dict[str, set[str]] = {}
 
     def walk(value: Any) -> None:
@@ -69,7 +69,7 @@ def is_ours(settings: dict[str, Any]) -> bool:
 
 
 def check_parts(parts: Parts) -> str | None:
-    """Whether what is named can be imported, and takes the arguments that it is given.
+    """Check that the named targets can be imported and take the given arguments.
 
     Returns:
         "max" or "min", what the monitored metric says of itself, if it was asked.
@@ -98,7 +98,7 @@ def check_parts(parts: Parts) -> str | None:
 
 
 def answer(parts: Parts, connection: Connection) -> None:
-    """In the process that is asked: send the mode of the monitored metric and what is wrong, or None."""
+    """In the child process: send the mode of the monitored metric and what is wrong, or None."""
     from mnist_lightning.targets import check_arguments, choose_mode, make
 
     mode: str | None = None
@@ -110,7 +110,7 @@ def answer(parts: Parts, connection: Connection) -> None:
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
             metric = make(parts["settings"][key], key, num_classes=2)  # of any number: it is only asked
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
-    except BaseException as error:  # whatever a module of somebody's own does when it is imported
+    except BaseException as error:  # whatever a user's module does when it is imported
         told = " ".join(str(error).split())
         ours = isinstance(error, CompactHydraException)
         connection.send((None, told if ours else f"{type(error).__name__}: {told}"))

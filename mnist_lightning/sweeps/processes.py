@@ -95,7 +95,7 @@ class ProcessesLauncher(Launcher):
     a second.
 
     A job knows its number of threads once its net is built, and asks for them.  Unless ``n_jobs`` says how
-    many run at a time, it begins when so many cores are free: a large one alone, small ones side by side.
+    many run at a time, it begins when that many cores are free: a large one alone, small ones side by side.
 
     Args:
         n_jobs: number of workers; None: one for each usable core or, where jobs run on GPUs, ``jobs_per_gpu``
@@ -378,7 +378,7 @@ def run_task(config: DictConfig, task_function: TaskFunction, hydra_context: Hyd
         )
     except Exception as error:  # the folder or the log file can't be made
         return failure(f"{type(error).__name__}: {error}", task)
-    job_return.cfg = job_return.hydra_cfg = None  # nobody asks
+    job_return.cfg = job_return.hydra_cfg = None  # not used
     return job_return
 
 
@@ -397,7 +397,7 @@ def leave_with(parent: int) -> None:
 
 
 def redirect_output(path: Path) -> None:
-    """What a job prints goes to a file: the terminal would show several jobs' lines at once."""
+    """Send what a job prints to a file: the terminal would show several jobs' lines at once."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,12 +1,12 @@
-"""What came out of a sweep: results.csv, report.md, figures, and the top of the table for a terminal."""
+"""Report a sweep's results: results.csv, report.md, figures, and the top of the table for a terminal."""
 
 import csv
 import functools
 import io
 import logging
 import math
+import os
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +18,25 @@ from omegaconf import DictConfig
 
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
-from mnist_lightning.rundir.outside import OF_A_SWEEP, as_cell, as_code, as_text, check_inside, read_file
+from mnist_lightning.rundir.outside import (
+    OF_A_SWEEP,
+    as_cell,
+    as_code,
+    as_command,
+    as_text,
+    as_word,
+    check_inside,
+    is_our_figure,
+    read_file,
+)
+from mnist_lightning.rundir.record import read_settings
 from mnist_lightning.rundir.status import show_value
 from mnist_lightning.sweeps.importance import Importance, find_importance
 from mnist_lightning.sweeps.results import (
     FOLD,
     SEED,
     Job,
+    Results,
     Setting,
     Sweep,
     join_folds,
@@ -38,11 +50,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OF_THE_IMAGES = tuple(
+    f"data.{key}" for key in ("name", "path", "source", "val_size", "split_seed", "num_folds", "size", "grey")
+)
 TOLD_APART = 0.05  # level of the paired tests
+ABOUT_P = (
+    "p: would a difference in accuracy as large as the one to the best come from chance alone? (Exact paired"
+    " sign-flip test on the validation images, McNemar's test with one seed; Holm's correction for the number"
+    " of settings. It knows the images' chance, not that of other seeds.)"
+)
 MAX_HEAT_MAP_CELLS = 400
 MAX_FIGURES = 12
 MOST_EPOCHS = 10**9  # more are a damaged file's
 LONGEST_NAME = 200  # letters of a file's name, with room for what is put before and behind it
+
+Curve = tuple[list[int], list[float]]  # epochs and values
 
 
 class ReportEachJob(Callback):
@@ -130,7 +152,7 @@ def format_markdown(sweep: Sweep) -> str:
     lines = [
         f"# Sweep {as_name(sweep.folder.name)}",
         "",
-        *code(shlex.join(["python", "-m", "mnist_lightning.train", *sweep.command])),
+        *code(as_command(["python", "-m", "mnist_lightning.train", *sweep.command])),
         f"{len(states)} jobs: {counts}.",
         "",
     ]
@@ -147,7 +169,7 @@ def format_markdown(sweep: Sweep) -> str:
         lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
-    drawn = [name for name in name_figures(sweep) if (sweep.folder / "figures" / f"{name}.png").is_file()]
+    drawn = [name for name in name_figures(sweep) if is_our_figure(sweep.folder / "figures" / f"{name}.png")]
     if drawn:
         lines += ["## Figures", ""]
         lines += [line for name in drawn for line in (f"![{name}](figures/{name}.png)", "")]
@@ -177,10 +199,7 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         *table(header, rows),
         "",
         f"{words} of the best epoch's {as_name(sweep.metric)} on the validation images over n jobs that"
-        " differ in nothing but the seed; beside it the last epoch's. Seconds are per job. p: would a"
-        " difference in accuracy as large as the one to the winner come from chance alone? (Exact paired"
-        " sign-flip test on the validation images, McNemar's test with one seed; Holm's correction for the"
-        " number of settings. It knows the images' chance, not that of other seeds.)",
+        f" differ in nothing but the seed; beside it the last epoch's. Seconds are per job. {ABOUT_P}",
         "",
     ]
 
@@ -191,35 +210,39 @@ def show_p(p: float | None) -> str:
 
 def format_folds(sweep: Sweep) -> list[str]:
     """The accuracy over all folds of each setting that has some, and which folds are missing."""
-    from mnist_lightning.evaluation.scores import wilson_interval
-
-    rows = []
-    for rank, setting in enumerate(sweep.settings, start=1):
-        if (joined := join_folds(setting)) is not None:
-            low, high = wilson_interval(round(joined.correct), joined.images)
-            missing = ", ".join(map(str, joined.missing))
-            rows.append(
-                [
-                    str(rank),
-                    f"{100 * joined.accuracy:.2f}",
-                    f"{100 * low:.2f} to {100 * high:.2f}",
-                    f"{joined.images:,}",
-                    f"**fold {missing}**" if missing else "none",
-                ]
-            )
+    header, rows = tabulate_folds(sweep)
     if not rows:
         return []
     return [
         "## All folds together",
         "",
-        *table(["", "accuracy (%)", "95 % interval", "images", "missing"], rows),
+        *table(
+            header, [[f"**{cell}**" if cell.startswith("fold ") else cell for cell in row] for row, _ in rows]
+        ),
         "",
         "Each image is judged by the nets that were not trained on it; accuracies of several seeds are"
         " averaged. The interval is Wilson's: it knows the images' chance, not that of other training"
         " images.",
         "",
-        *code(f"python -m mnist_lightning.evaluate folds={shlex.quote(str(sweep.folder))} labels=true"),
+        *code(f"python -m mnist_lightning.evaluate folds={as_word(str(sweep.folder))} labels=true"),
     ]
+
+
+def tabulate_folds(results: Results) -> tuple[list[str], list[tuple[list[str], list[int]]]]:
+    """A heading, and a row for each setting with folds; no row stands for runs."""
+    from mnist_lightning.evaluation.scores import wilson_interval
+
+    rows: list[tuple[list[str], list[int]]] = []
+    for rank, setting in enumerate(results.settings, start=1):
+        if (joined := join_folds(setting)) is not None:
+            low, high = wilson_interval(round(joined.correct), joined.images)
+            missing = ", ".join(map(str, joined.missing))
+            cells = [
+                *(str(rank), f"{100 * joined.accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}"),
+                *(f"{joined.images:,}", f"fold {missing}" if missing else "none"),
+            ]
+            rows.append((cells, []))
+    return ["", "accuracy (%)", "95 % interval", "images", "missing"], rows
 
 
 def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
@@ -229,28 +252,39 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
         [as_code(key), f"{100 * share:.0f} %", tell_luck(share, importance)]
         for key, share in importance.shares.items()
     ]
-    words = (
-        f"How much of {sweep.metric} each parameter decides, over all values that the search tried: Optuna's"
-        " PED-ANOVA (Watanabe and others 2023). It does not know how much of it is luck: a grid with several"
-        " seeds does."
-    )
     if importance.method == "variance":
         if importance.luck is not None:
-            repeated = [key for key in (SEED, FOLD) if key in sweep.varied]
-            rows.append(
-                [f"{' and '.join(map(as_code, repeated))}: luck", f"{100 * importance.luck:.0f} %", ""]
-            )
+            rows.append([f"{tell_repeated(sweep)}: luck", f"{100 * importance.luck:.0f} %", ""])
         name = "together, not alone" if importance.luck is not None else "together, and luck"
         rows.append([name, f"{100 * importance.rest:.0f} %", ""])
-        words = (
-            f"The share of each parameter in the variance of {sweep.metric} over all jobs, less what chance"
+    words = explain_importance(importance, sweep)
+    return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
+
+
+def tell_repeated(results: Results) -> str:
+    """What differs between jobs of one setting."""
+    return " and ".join(key for key in (SEED, FOLD) if key in results.varied)
+
+
+def explain_importance(importance: Importance, results: Results) -> str:
+    if importance.method != "variance":
+        return (
+            f"How much of {results.metric} each parameter decides, over all values that the search tried:"
+            " Optuna's PED-ANOVA (Watanabe and others 2023). It does not know how much of it is luck: a grid"
+            " with several seeds does."
+        )
+    return (
+        (
+            f"The share of each parameter in the variance of {results.metric} over all jobs, less what chance"
             " would give it (epsilon squared). "
-        ) + (
+        )
+        + (
             "Luck is what differs between jobs of one setting."
             if importance.luck is not None
-            else "With one seed nobody knows how much of it is luck: try `seed=1,2,3`."
+            else "One seed does not show how much of it is luck: try seed=1,2,3."
         )
-    return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
+        + ("" if importance.is_whole else " Not all values were combined with each other: shares overlap.")
+    )
 
 
 def tell_luck(share: float, importance: Importance) -> str:
@@ -279,7 +313,7 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
         "- the test images have not been read in this sweep. This is the one time to do so, with the"
         " winner alone:",
         "",
-        *code(f"python -m mnist_lightning.evaluate run={shlex.quote(str(job.folder))}"),
+        *code(f"python -m mnist_lightning.evaluate run={as_word(str(job.folder))}"),
     ]
     if len(sweep.settings) > 1:
         if alike:
@@ -296,7 +330,7 @@ def evaluate_together(sweep: Sweep) -> str | None:
     folders = [str(job.folder) for job in sweep.in_state("completed")]
     if len(folders) < 2:
         return None
-    return shlex.join(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
+    return as_command(["python", "-m", "mnist_lightning.evaluate", f"runs=[{','.join(folders)}]"])
 
 
 def format_failures(sweep: Sweep) -> list[str]:
@@ -314,7 +348,7 @@ def format_failures(sweep: Sweep) -> list[str]:
         "",
         "The full story is in each job's `train.log`. Run them again:",
         "",
-        *code(f"python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}"),
+        *code(f"python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}"),
     ]
 
 
@@ -334,16 +368,17 @@ def format_time(sweep: Sweep) -> list[str]:
     ]
 
 
-def compare_with_winner(sweep: Sweep) -> "list[float | None]":
+def compare_with_winner(results: Results) -> "list[float | None]":
     """Holm-adjusted p-values of each setting against the first; None where there is nothing to compare."""
     from mnist_lightning.evaluation.significance import holm, sign_flip
 
-    winner = read_correct(sweep.settings[0])
+    winner, images = read_correct(results.settings[0]), find_images(results.settings[0])
     p_values: list[float | None] = [None]
-    for setting in sweep.settings[1:]:
+    for setting in results.settings[1:]:
         other = read_correct(setting)
         pairs = sorted(winner.keys() & other.keys())
-        if not pairs or any(winner[pair].shape != other[pair].shape for pair in pairs):
+        same = find_images(setting) == images
+        if not pairs or not same or any(winner[pair].shape != other[pair].shape for pair in pairs):
             p_values.append(None)
             continue
         p_values.append(sign_flip(join_differences({pair: winner[pair] - other[pair] for pair in pairs})))
@@ -352,6 +387,12 @@ def compare_with_winner(sweep: Sweep) -> "list[float | None]":
     for position, p in zip(known, adjusted, strict=True):
         p_values[position] = p
     return p_values
+
+
+def find_images(setting: Setting) -> tuple[str, ...]:
+    """What decides which validation images a setting's jobs have, as far as their settings tell."""
+    saved = read_settings(setting.jobs[0].folder).get("settings", {})
+    return tuple(repr(saved.get(key)) for key in OF_THE_IMAGES)
 
 
 def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
@@ -388,7 +429,7 @@ def load_correct(path: Path, started: float) -> "np.ndarray | None":
     return np.unpackbits(packed).astype(np.int8)
 
 
-def draw(sweep: Sweep, folder: Path) -> None:
+def draw(sweep: Results, folder: Path) -> None:
     """The metric against each varied parameter, a heat map for two, all learning curves."""
     from mnist_lightning import figures
 
@@ -412,10 +453,15 @@ def draw(sweep: Sweep, folder: Path) -> None:
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
-    figures.save({to_file_name(title): one for title, one in pictures.items()}, folder)
+    named = {to_file_name(title): one for title, one in pictures.items()}
+    for path in (folder / f"{name}.png" for name in list(named)):
+        if os.path.lexists(path) and not is_our_figure(path):
+            log.warning("%s is not drawn by this project and stays: rename it to have ours", path)
+            del named[path.stem]
+    figures.save(named, folder)
 
 
-def find_drawn(sweep: Sweep) -> list[str]:
+def find_drawn(sweep: Results) -> list[str]:
     """The settings that have a figure: those whose values differ."""
     params = [setting.params for setting in sweep.settings]
     return [key for key in params[0] if len({its[key] for its in params}) > 1]
@@ -434,35 +480,42 @@ def to_file_name(title: str) -> str:
     return name[:LONGEST_NAME]
 
 
-def read_curve(job: Job, metric: str) -> tuple[list[int], list[float]]:
+def read_curve(job: Job, metric: str) -> Curve:
     """Epochs, from 1, and the metric's value after each; empty where none were logged."""
-    epochs, values = [], []
+    return read_curves(job).get(metric, ([], []))
+
+
+def read_curves(job: Job) -> dict[str, Curve]:
+    """The curve of each metric that was logged by epoch, by its name; see ``read_curve``."""
+    curves: dict[str, Curve] = {}
     if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
-        return [], []
+        return {}
     try:
         text = read_file(job.folder / "csv" / "metrics.csv").decode()
         for row in csv.DictReader(io.StringIO(text, newline="")):
-            if row.get(metric):
-                epoch, value = int(row["epoch"]), float(row[metric])
-                if 0 <= epoch < MOST_EPOCHS and math.isfinite(value):
-                    epochs.append(epoch)
-                    values.append(value)
-    except (OSError, ValueError, TypeError, KeyError, csv.Error):
-        return [], []
-    return epochs, values
+            for metric in row:
+                if row[metric] and metric.startswith(("train/", "val/")) and metric != "train/loss_step":
+                    epoch, value = int(row["epoch"]), float(row[metric])
+                    if 0 <= epoch < MOST_EPOCHS and math.isfinite(value):
+                        epochs, values = curves.setdefault(metric, ([], []))
+                        epochs.append(epoch)
+                        values.append(value)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error):
+        return {}
+    return curves
 
 
-def summarize(sweep: Sweep, top: int = 5) -> str:
-    """The top of the table, for a terminal, and what to type next."""
+def summarize(sweep: Results, top: int = 5) -> str:
+    """The top of the table, for a terminal."""
     lines = [""]
     if sweep.settings:
-        keys = list(sweep.settings[0].params)
         p_values = compare_with_winner(sweep)
+        keys, names = tell_settings(sweep)
         header = ["", *keys, sweep.metric, "n", "against the first" if len(sweep.settings) > 1 else ""]
         rows = [
             [
                 str(rank),
-                *setting.params.values(),
+                *names[rank - 1],
                 show_value(sweep.metric, setting.mean, setting.std),
                 str(len(setting.jobs)),
                 "" if rank == 1 else judge(p),
@@ -484,13 +537,31 @@ def summarize(sweep: Sweep, top: int = 5) -> str:
         lines.append(f"job {job.name} {job.status.state}: {job.status.error}")
     if len(unfinished) > top:
         lines.append(f"… {len(unfinished) - top} more jobs did not finish")
-    lines += ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
-    if unfinished:
-        lines.append(f"  python -m mnist_lightning.train -m resume={shlex.quote(str(sweep.folder))}")
-    lines.append(f"  tensorboard --logdir {shlex.quote(str(sweep.folder))}")
+    return "\n".join(lines)
+
+
+def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Of a sweep a column for each of its parameters; of runs from anywhere what was changed in each.
+
+    Returns:
+        The headings, and the texts of each setting.
+    """
+    if isinstance(results, Sweep):
+        keys = list(results.settings[0].params) if results.settings else []
+        return keys, [list(setting.params.values()) for setting in results.settings]
+    return ["changed"], [[setting.jobs[0].changed or "default"] for setting in results.settings]
+
+
+def tell_next(sweep: Sweep) -> str:
+    """Where the report is, and what to type next."""
+    lines = ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
+    if sweep.in_state("failed", "interrupted"):
+        lines.append(f"  python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}")
+    if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
+        lines.append(f"  tensorboard --logdir {as_word(str(sweep.folder))}")
     if sweep.settings:
         best = sweep.best_job(sweep.settings[0])
-        lines.append(f"  python -m mnist_lightning.evaluate run={shlex.quote(str(best.folder))}")
+        lines.append(f"  python -m mnist_lightning.evaluate run={as_word(str(best.folder))}")
     elif together := evaluate_together(sweep):
         lines.append(f"  {together}")
     return "\n".join(lines)
@@ -504,7 +575,7 @@ def judge(p: float | None) -> str:
     return f"can't be told apart, {shown}" if p >= TOLD_APART else f"worse, {shown}"
 
 
-def summarize_folds(sweep: Sweep) -> list[str]:
+def summarize_folds(sweep: Results) -> list[str]:
     from mnist_lightning.evaluation.scores import wilson_interval
 
     lines = []
@@ -525,7 +596,8 @@ def summarize_importance(importance: Importance) -> str:
     shares = [f"{key} {100 * share:.0f} %" for key, share in importance.shares.items()]
     if importance.luck is not None:
         shares.append(f"luck (seeds, folds) {100 * importance.luck:.0f} %")
-    return f"what mattered ({importance.method}): {', '.join(shares)}"
+    overlap = "" if importance.is_whole else ", shares overlap"
+    return f"what mattered ({importance.method}{overlap}): {', '.join(shares)}"
 
 
 def describe(setting: Setting) -> str:

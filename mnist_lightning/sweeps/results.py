@@ -1,10 +1,12 @@
 """What the jobs of a sweep have left in its folder, read without torch."""
 
+import collections
+import dataclasses
 import functools
+import json
 import math
 import os
 import re
-import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,32 +16,42 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mnist_lightning.rundir.find import MULTIRUN, newest_first
-from mnist_lightning.rundir.outside import as_text, expand_home, read_yaml
+from mnist_lightning.rundir.index import Record
+from mnist_lightning.rundir.outside import as_command, as_text, expand_home, read_yaml
+from mnist_lightning.rundir.records import is_decisive, is_measured
 from mnist_lightning.rundir.status import FILE, Status, read
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 SEED, FOLD = "seed", "data.fold"
+EXPERIMENT = "experiment"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # of a metric that can be ranked
+LONGEST_NUMBER = 6  # digits of a fold
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job's folder, its status, the settings of its command line by key, and its folder's place in the
-    sweep's."""
+    """One job of a sweep, or a single run.
+
+    Attributes:
+        params: the settings of its command line by key; of a run from anywhere all its settings.
+        name: its folder's place in the sweep's, or in the folder that all runs are in.
+        changed: of a run from anywhere, what is told of its settings.
+    """
 
     folder: Path
     status: Status
     params: dict[str, str]
     name: str
+    changed: str = ""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Completed jobs that differ in nothing but the seed and the fold.
+    """Completed jobs that differ in nothing but the seed and the fold, one for each pair of these.
 
     Attributes:
         params: what varied between the settings of the sweep.
@@ -56,7 +68,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """What the nets of a setting say of images that they were not trained on, all folds together.
+    """Predictions of a setting's nets for images that they were not trained on, all folds together.
 
     Attributes:
         images: that were judged, each by one net of each seed.
@@ -78,7 +90,10 @@ def join_folds(setting: Setting) -> OutOfFold | None:
     jobs = [job for job in setting.jobs if FOLD in job.params]
     if not jobs:
         return None
-    wanted = max([int(job.params.get(NUM_FOLDS, 0)) for job in jobs])
+    told = [job.params.get(key, "0") for job in jobs for key in (FOLD, NUM_FOLDS)]
+    if not all(text.isdecimal() and len(text) < LONGEST_NUMBER for text in told):  # a damaged file's
+        return None
+    wanted = max(int(job.params.get(NUM_FOLDS, 0)) for job in jobs)
     sizes: dict[int, int] = {}
     correct: dict[int, list[float]] = {}
     for job in jobs:
@@ -96,21 +111,19 @@ def join_folds(setting: Setting) -> OutOfFold | None:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """
+class Results:
+    """Jobs, and the settings that they are grouped into.
+
     Attributes:
         varied: the keys whose values differ between jobs, in the order of the command line.
         settings: the best first.
     """
 
-    folder: Path
-    command: list[str]
     metric: str
     maximize: bool
     jobs: list[Job]
     varied: list[str]
     settings: list[Setting]
-    is_search: bool
 
     def best_job(self, setting: Setting) -> Job:
         choose = max if self.maximize else min
@@ -118,6 +131,70 @@ class Sweep:
 
     def in_state(self, *states: str) -> list[Job]:
         return [job for job in self.jobs if job.status.state in states]
+
+
+@dataclass(frozen=True)
+class Sweep(Results):
+    """What the jobs of one sweep have left."""
+
+    folder: Path
+    command: list[str]
+    is_search: bool
+
+
+def collect(records: Sequence[Record]) -> Results:
+    """Runs from anywhere, single ones and jobs of sweeps, grouped by the settings that decide their weights.
+
+    ``varied`` has the keys that were typed for one of them, and of all others those without which runs of
+    different settings would look alike.
+
+    Args:
+        records: see ``list_runs``, the newest first: of two runs of one setting, seed and fold the first
+            counts.
+    """
+    jobs, typed = [], {EXPERIMENT: None}
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(record["run"])) for record in records])
+    for record in records:
+        status = read(Path(record["run"]))
+        if status is not None:
+            params = {
+                key: show_setting(value)
+                for key, value in record.items()
+                if not is_measured(key) and not (value is None and key in (FOLD, NUM_FOLDS))
+            }
+            name = os.path.relpath(record["run"], parent)
+            jobs.append(Job(Path(record["run"]), status, params, as_text(name), as_text(record["changed"])))
+            typed |= dict.fromkeys(key.lstrip("~") for key in split_overrides(status.overrides))
+    chosen = [record for record in records if record["state"] == "completed"]
+    decisive = {key for record in chosen for key, value in record.items() if is_decisive(key, value)}
+    different = {key for key in decisive | {EXPERIMENT} if len({job.params.get(key) for job in jobs}) > 1}
+    varied = [key for key in typed if key in different]
+    alike: dict[tuple[str | None, ...], list[Job]] = {}
+    for key in sorted(different - set(varied)):
+        alike.clear()
+        for job in jobs:
+            alike.setdefault(tuple(map(job.params.get, varied)), []).append(job)
+        if any(len({job.params.get(key) for job in group}) > 1 for group in alike.values()):
+            varied.append(key)
+            jobs = [
+                dataclasses.replace(job, changed=f"{job.changed} {key}={job.params.get(key)}".strip())
+                for job in jobs
+            ]
+    varied += [key for key in (SEED, FOLD) if len({job.params.get(key) for job in jobs}) > 1]
+    monitors = collections.Counter(
+        (job.status.monitor, job.status.mode) for job in jobs if job.status.monitor and job.status.mode
+    )
+    metric, mode = monitors.most_common(1)[0][0] if monitors else ("val/acc", "max")
+    assert metric is not None
+    maximize = mode == "max"
+    return Results(metric, maximize, jobs, varied, _group(jobs, varied, metric, maximize))
+
+
+def show_setting(value: Any) -> str:
+    """As it is typed."""
+    if isinstance(value, str):
+        return as_text(value)
+    return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -182,7 +259,7 @@ def read_multirun(folder: Path) -> dict[str, Any]:
 
 
 def own_overrides(saved: dict[str, Any]) -> list[str]:
-    """The arguments that a person gave to a sweep, less the folder and the mode."""
+    """The sweep's own overrides, without the folder and mode that Hydra adds."""
     told = saved["hydra"]["overrides"]
     implied = ("hydra.mode=", "hydra.sweep.dir=")
     return [*told["task"], *(override for override in told["hydra"] if not override.startswith(implied))]
@@ -228,7 +305,7 @@ def count_jobs(folder: Path) -> int | None:
 
 def reproduce(job: Job) -> str:
     """The command that trains the job's net again, outside of a sweep."""
-    return shlex.join(["python", "-m", "mnist_lightning.train", *job.status.overrides])
+    return as_command(["python", "-m", "mnist_lightning.train", *job.status.overrides])
 
 
 def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
@@ -254,14 +331,16 @@ def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
 
 
 def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> list[Setting]:
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    groups: dict[tuple[str, ...], dict[tuple[str | None, str | None], Job]] = {}
     keys = [key for key in varied if key not in (SEED, FOLD)]
     for job in jobs:
         value = job.status.metrics.get(metric, math.nan)
         if job.status.state == "completed" and abs(value) < LARGEST:
-            groups.setdefault(tuple(job.params.get(key, "") for key in keys), []).append(job)
+            group = groups.setdefault(tuple(job.params.get(key, "") for key in keys), {})
+            group.setdefault((job.params.get(SEED), job.params.get(FOLD)), job)  # a net twice is one net
     settings = []
-    for values, members in groups.items():
+    for values, group in groups.items():
+        members = list(group.values())
         results = [job.status.metrics[metric] for job in members]
         lasts = [job.status.metrics.get(f"last/{metric}", math.nan) for job in members]
         settings.append(

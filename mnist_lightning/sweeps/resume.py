@@ -1,4 +1,4 @@
-"""What a command line of ``train`` is made into before Hydra reads it.
+"""Rewrite a command line of ``train`` before Hydra reads it.
 
 ``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
 """
@@ -23,7 +23,7 @@ from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
 
-PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "init_from")  # typed as they are
+PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "hydra.sweep.dir", "init_from")  # typed as they are
 MOVED = {"label_smoothing": "loss.label_smoothing"}  # names of the first edition
 SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
 FLAGS = ("-cd", "--config-dir")  # where the user's own files lie: typed again, never saved
@@ -75,7 +75,7 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
 
 
 def expand_folds(arguments: Sequence[str]) -> list[str]:
-    """``-m folds=3`` as Hydra is told it: ``data.num_folds=3 data.fold=0,1,2``.
+    """Expand ``-m folds=3`` for Hydra: ``data.num_folds=3 data.fold=0,1,2``.
 
     Raises:
         ConfigError: it is no whole number, or there is no -m.
@@ -92,6 +92,12 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
                 " data.fold=0 for one of them"
+            )
+        beside = [one for one in arguments if one.lstrip("+").startswith(("data.num_folds=", "data.fold="))]
+        if beside:
+            raise ConfigError(
+                f"folds={value} stands for data.num_folds={value} and all values of data.fold: give no"
+                f" {beside[0].lstrip('+')} beside it"
             )
         folds = ",".join(map(str, range(int(value))))
         expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]

@@ -1,6 +1,7 @@
 """An Optuna study and where a trial's folder says that it belongs to it; without torch."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,14 @@ def find_storage(storage: str | None, sweep_dir: Path) -> str:
 
 def mend_journal(sweep_dir: Path) -> None:
     """Undo what a kill, or a full disk, can leave of a search's own journal: a last line without its end, and
-    a lock that nobody holds.  The sweep's folder is locked: no other process writes there.
+    a lock that no process holds.  The sweep's folder is locked: no other process writes there.
 
     Raises:
         OSError: it can't be read or written.
     """
     journal = sweep_dir / JOURNAL
     lock = journal.with_name(f"{JOURNAL}.lock")
-    if lock.is_symlink():  # Optuna waits for ever for one that names a place where nothing is
+    if os.path.lexists(lock):  # Optuna waits half a minute for it
         with contextlib.suppress(OSError):
             lock.unlink()
     if not journal.is_file():
@@ -48,12 +49,14 @@ def mend_journal(sweep_dir: Path) -> None:
 def open_storage(name: str) -> Any:
     """An Optuna storage: of the URL of a database, or of a journal file."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in name:
         return optuna.storages.RDBStorage(name)
-    return optuna.storages.JournalStorage(JournalFileBackend(name))
+    # Optuna's other lock is a symbolic link, which not every system and disk has; they have one name and so
+    # respect each other
+    return optuna.storages.JournalStorage(JournalFileBackend(name, JournalFileOpenLock(name)))
 
 
 def to_distribution(override: Override) -> "BaseDistribution":
