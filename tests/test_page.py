@@ -101,7 +101,9 @@ def test_a_thousand_images_get_the_answers_of_the_net(
     with torch.inference_mode():
         wanted = classifier.to_probabilities(classifier(images)).numpy()
     distances = confidence.answer(classifier, images[:100]).distances
-    np.testing.assert_allclose(ask_distances(page, images[:100]), distances, atol=0.02)
+    shown = ask_distances(page, images[:100])
+    np.testing.assert_allclose(shown, distances, atol=0.1)  # 0.07 for seed 1: weights and rows of 8 bits
+    assert ((shown > 1) == (distances > 1)).sum() >= 98
     assert (told.argmax(axis=1) == wanted.argmax(axis=1)).sum() >= 999
     assert np.abs(told - wanted).max() < 0.05  # 0.028 for the default net of seed 1
 
@@ -338,7 +340,7 @@ def test_any_net_of_grey_images_runs(
     told = ask_page(page, images)
     assert np.abs(told - wanted).max() < 0.02
     distances = confidence.answer(classifier, images).distances
-    np.testing.assert_allclose(ask_distances(page, images), distances, atol=0.02 * np.max(distances))
+    np.testing.assert_allclose(ask_distances(page, images), distances, atol=0.1 * np.max(distances))
     assert page.title() == "A net"
     page.locator("#samples button").nth(1).click()
     best = names[int(wanted[1].argmax())]
