@@ -431,7 +431,7 @@ class DigitClassifier(L.LightningModule):
 
     def glance(self) -> dict[str, float]:
         """Mean loss of the training steps that are not counted yet, and the share of their images that is
-        named rightly, as "acc", where the net names classes; empty where all are counted.  Of this process
+        named correctly, as "acc", where the net names classes; empty where all are counted.  Of this process
         alone."""
         if not self._outputs:
             return {}

@@ -115,8 +115,8 @@ class FeedForward(nn.Module):
 
 @contextmanager
 def on_trial(module: nn.Module) -> Iterator[None]:
-    """A stretch in which a net can be tried: in eval mode, without gradients; neither it nor the random
-    state is changed by that."""
+    """Try a net within the block, in eval mode and without gradients; restore it and the random state
+    afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -253,8 +253,8 @@ def short_errors() -> Iterator[None]:
 
 @contextmanager
 def told(file: Path) -> Iterator[None]:
-    """A stretch in which this project's and Lightning's messages are printed and written to a file, as the
-    command does it; the loggers of the process stay as they are."""
+    """Print this project's and Lightning's messages within the block and write them to a file, as the
+    command does; the loggers of the process stay as they are."""
     handlers: list[logging.Handler] = [
         logging.StreamHandler(sys.stdout),
         logging.FileHandler(file, encoding="utf-8"),

@@ -19,11 +19,7 @@ from omegaconf import DictConfig
 from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.index import (
-    STATES,
-    Record,
-    list_runs,
-)
+from mnist_lightning.rundir.index import STATES, Record, list_runs
 from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
 from mnist_lightning.rundir.records import (
     average,

@@ -101,7 +101,7 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def drop_places(overrides: Iterable[str]) -> list[str]:
-    """Of what was typed, what says how the net is trained; the seed among it."""
+    """The typed settings that decide how the net is trained, the seed included."""
     keys = {override: override.lstrip("+~").partition("=")[0] for override in overrides}
     return [
         override

@@ -55,6 +55,7 @@ Metrics = dict[str, float | int | str | None]
 def main() -> None:
     begin()
     signals.install()
+    signals.follow_parent()
     workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
         sys.argv[1:] = rewrite_arguments(sys.argv[1:])
@@ -246,8 +247,11 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     for logger in trainer.loggers:
         logger.log_hyperparams(list_parameters(unplaced))
     number = choose_threads(settings, flops, trainer)
+    alone = trainer.world_size == 1
+    if not alone:
+        signals.listen()
     with threads.use(number):
-        with signals.deferred(), compiler_errors(), taking_up(newest):
+        with signals.deferred(at_once=alone), compiler_errors(), taking_up(newest):
             trainer.fit(classifier, datamodule=datamodule, ckpt_path=newest, weights_only=True)
 
         kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None

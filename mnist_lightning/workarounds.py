@@ -265,8 +265,8 @@ def process_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def hydra_as_it_was() -> Iterator[None]:
-    """A stretch in which Hydra 1.3 is used beside an application that uses it too: its version base, name of
-    the job and config come back."""
+    """Use Hydra 1.3 within an application that uses it too: restore its version base, name of the job and
+    config after the block."""
     from hydra import version
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime, setup_globals
@@ -306,6 +306,17 @@ def usual_torch() -> Iterator[None]:
         torch.set_grad_enabled(grad)
         if moved:
             torch.set_default_device(device)
+
+
+def operation_tools() -> tuple[Any, Any, Any]:
+    """What sees each operation of torch, and what walks through its arguments.
+
+    torch 2.14 documents the first, ``TorchDispatchMode``, and has public names for none of them.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    return TorchDispatchMode, tree_leaves, tree_map_only
 
 
 def compiler_failure() -> type[Exception]:

@@ -39,6 +39,18 @@ class Fault(Callback):
                 time.sleep(1)
 
 
+class KillAt(Callback):
+    """SIGKILL in the first call of a hook after ``last.ckpt`` was written; no hook: never."""
+
+    def __init__(self, hook: str | None = None) -> None:
+        if hook is not None:
+            setattr(self, hook, self.kill)
+
+    def kill(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        if (Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Witness(Callback):
     """Leaves in a file when a job has computed, on how many threads, and which GPU it may see."""
 

@@ -1,7 +1,9 @@
 """Runs of several processes: one decides, the others are told, and none is left behind."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -15,7 +17,7 @@ from keep_checkpoints import Keep
 from processes import wait_for
 from test_resume import differences
 
-from mnist_lightning.rundir.checkpoint import load
+from mnist_lightning.rundir.checkpoint import find_newest, load
 
 FAULTS = {"PYTHONPATH": str(Path(__file__).parent)}
 DDP = ("trainer=ddp", "model.hidden=8", "test=false", "logger=csv", NO_PICTURES)
@@ -58,6 +60,48 @@ def test_ctrl_c_ends_all_processes_after_a_saved_step(times: int, start: Start, 
     if times == 1:
         assert f"saved at step {load(last)['global_step']};" in process.stdout
     wait_until(lambda: not find_group(tmp_path))
+
+
+MOMENTS = {  # what is there in the folder when a run is stopped, and seconds after it at most
+    "its processes are starting": (".hydra/config.yaml", 3.0),
+    "it trains": ("checkpoints/last.ckpt", 1.0),
+    "it is at its end": ("val_correct.npy", 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(n, marks=pytest.mark.reliability) for n in range(1, 7))]
+)
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("killed", [False, True], ids=["Ctrl-C", "SIGKILL"])
+def test_stopped_at_any_moment_none_is_left(
+    killed: bool, moment: str, number: int, start: Start, tmp_path: Path
+) -> None:
+    """Ctrl-C goes to all processes, as from a terminal, SIGKILL to the main one alone."""
+    file, most = MOMENTS[moment]
+    epochs = 1 if "end" in moment else 2000
+    arguments = (*DDP, f"trainer.max_epochs={epochs}", "checkpoint.every_n_seconds=0.5", "hydra.run.dir=run")
+    process = start("train", *arguments, cwd=tmp_path)
+    wait_for((tmp_path / "run" / file).exists, process)
+    if "start" in moment:
+        wait_for(lambda: len(find_group(tmp_path)) > 1, process)
+    time.sleep(random.Random(number).uniform(0, most))
+    if killed:
+        process.kill()
+    else:
+        for pid in find_group(tmp_path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+    code = process.wait(60)
+    wait_until(lambda: not find_group(tmp_path))
+    if (
+        not killed and "start" in moment
+    ):  # Lightning kills the main process where it sees an added one end first
+        assert code in (130, -signal.SIGKILL), process.stdout + process.stderr
+    elif not killed:
+        assert code == 130 or ("end" in moment and code == 0), process.stdout + process.stderr
+    if "start" not in moment:
+        assert find_newest(tmp_path / "run" / "checkpoints")[1]["global_step"] > 0
 
 
 def test_resumed_within_an_epoch_it_reports_what_the_whole_run_does(command: Run, tmp_path: Path) -> None:

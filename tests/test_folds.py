@@ -1,6 +1,7 @@
 """Folds and training sets of any size: how images are divided, and what is made of nets that left some out."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -141,6 +142,13 @@ def test_a_sweep_over_folds_is_one_setting(swept: Path) -> None:
     assert count_jobs(swept / "sweep") == 6
 
 
+def test_a_fold_that_is_none_costs_the_joined_accuracy_alone(swept: Path) -> None:
+    (setting,) = read_sweep(swept / "sweep").settings
+    for fold in ("x", "9" * 5_000, "-1"):
+        job = dataclasses.replace(setting.jobs[0], params=setting.jobs[0].params | {"data.fold": fold})
+        assert join_folds(dataclasses.replace(setting, jobs=[job])) is None
+
+
 def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
     swept: Path, tmp_path: Path, command: Run
 ) -> None:
@@ -226,6 +234,9 @@ def test_shares_of_variance_are_known_where_the_truth_is() -> None:
     together = share_variance({"a": ["x", "x", "y", "y"], "b": ["p", "q"] * 2}, [[0.0], [1.0], [1.0], [0.0]])
     assert together is not None
     assert (together.shares, together.luck, together.rest) == ({"a": 0.0, "b": 0.0}, None, 1.0)
+    one_by_one = share_variance({"a": ["x", "y", "x"], "b": ["p", "p", "q"]}, [[0.0], [1.0], [2.0]])
+    assert one_by_one is not None
+    assert (together.is_whole, one_by_one.is_whole) == (True, False)
     assert share_variance({"a": ["x", "y"]}, [[0.5], [0.5]]) is None
 
 

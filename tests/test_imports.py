@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "rundir": {"cli", "config", "images", "settings_help", "targets", "threads", "trust", "workarounds"},
     "evaluation": {
         *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
+        "workarounds",
     },
     "page": {"classifier", "evaluation", "network"},
     "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps", "workarounds"},

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import NO_PICTURES, Once, Run, Start, settle
 from keep_checkpoints import Keep
+from omegaconf import OmegaConf
 from processes import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import differences
@@ -144,6 +146,91 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(
         assert differences(last, load(folder / "checkpoints" / "last.ckpt")) == [], moment
         assert differences(whole, again) == []
         assert read_rows(folder) == read_rows(tmp_path / "whole")
+
+
+HOOKS = (
+    *("on_test_batch_end", "setup", "on_fit_start", "on_train_start", "on_load_checkpoint"),
+    *("on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad", "on_before_backward"),
+    *("on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_train_epoch_end"),
+    *("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start"),
+    *("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_save_checkpoint"),
+    *("on_train_end", "on_fit_end", "on_test_start", "on_test_epoch_start", "on_test_batch_start"),
+    *("on_test_epoch_end", "on_test_end", "teardown"),
+)
+BEFORE = ("on_fit_start", "on_train_start", "on_load_checkpoint")  # the training: in a resumption alone
+
+
+@pytest.mark.parametrize(
+    "hook", [HOOKS[0], *(pytest.param(one, marks=pytest.mark.reliability) for one in HOOKS[1:])]
+)
+def test_killed_in_any_hook_it_ends_the_same(hook: str, command: Run, once: Once, tmp_path: Path) -> None:
+    settings = (*SMALL, TEN, NO_PICTURES, "trainer.max_epochs=2", "model.dropout=0.2", "hydra.run.dir=run")
+    fault, paths = "+callbacks.fault._target_=faults.KillAt", {"PYTHONPATH": str(Path(__file__).parent)}
+
+    def make(cwd: Path) -> None:
+        done = command("train", *settings, fault, "+callbacks.fault.hook=null", cwd=cwd, **paths)
+        assert done.returncode == 0, done.stderr
+
+    first = "on_train_epoch_start" if hook in BEFORE else hook
+    again = ("train", "resume=run", "trust=faults")
+    killed = command("train", *settings, fault, f"+callbacks.fault.hook={first}", cwd=tmp_path, **paths)
+    if hook in BEFORE:
+        killed = command(*again, f"callbacks.fault.hook={hook}", cwd=tmp_path, **paths)
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    done = command(*again, "callbacks.fault.hook=null", cwd=tmp_path, **paths)
+    assert done.returncode == 0, done.stderr
+    one, two = once("twin of the killed", make) / "run", tmp_path / "run"
+    checkpoints = [load(run / "checkpoints" / "last.ckpt") for run in (one, two)]
+    assert differences(*checkpoints) == []
+    reports = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    assert differences(*({**report, "git_commit": None} for report in reports)) == []
+    assert read_rows(one) == read_rows(two)
+    assert not list(two.rglob(".writing-*"))
+
+
+WEIGHING = (  # what decides the weights, each with another value than usual
+    *("+trainer.accumulate_grad_batches=3", "+trainer.gradient_clip_val=0.1", "trainer.precision=bf16-mixed"),
+    *("+trainer.overfit_batches=3", "+trainer.limit_val_batches=1", "+trainer.val_check_interval=3"),
+    *("+trainer.check_val_every_n_epoch=2", "+trainer.reload_dataloaders_every_n_epochs=1", "seed=7"),
+    *("ema_decay=0.9", "decay_biases=false", "data.batch_size=100", "data.deskew=true", "data.val_size=1000"),
+    *("data/augment=elastic", "data.num_workers=2", "model.norm=batch", "model.input_noise=0.3"),
+    *("optimizer=sgd", "optimizer.weight_decay=0.3", "optimizer.fused=false", "loss.label_smoothing=0.1"),
+    *("scheduler=none", "scheduler=onecycle", "scheduler=plateau", "monitor.metric=val/loss"),
+    "callbacks=early_stopping",
+)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("argument", WEIGHING)
+def test_whatever_decides_the_weights_is_resumed_and_kept(
+    argument: str, fit: Fit, tmp_path: Path, data_dir: Path
+) -> None:
+    """From within an epoch to the same end; and with its usual value, it is refused."""
+    common = (*SMALL, TEN, "trainer.max_epochs=2", "checkpoint.every_n_steps=2", KEEP)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    whole = fit(*common, argument, f"+callbacks.keep.folder='{kept}'", folder="whole")
+    last = load(tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    moments = sorted(kept.iterdir())
+    moment = moments[len(moments) // 2]
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(moment.read_bytes())
+    again = fit(*common, argument, f"resume='{tmp_path / 'run'}'")
+    parts = [
+        {key: one[key] for key in ("state_dict", "optimizer_states", "measured")}
+        for one in (last, load(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    ]
+    assert differences(*parts) == []
+    assert again["steps"] == whole["steps"]
+    if argument in ("data.num_workers=2", "callbacks=early_stopping"):
+        return  # decides no weight; may only end a run
+    settings = settle(tmp_path / "run", *common, argument)
+    (tmp_path / "run" / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(asdict(settings)), tmp_path / "run" / ".hydra" / "config.yaml")
+    with pytest.raises(ConfigError, match="can't be resumed"):
+        check_resumption(settle(tmp_path / "run", *common, f"resume='{tmp_path / 'run'}'"), [])
 
 
 def test_an_early_stopped_run_stays_stopped_until_it_may_go_on(fit: Fit, tmp_path: Path) -> None:

@@ -733,7 +733,7 @@ def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_comma
 
 SETTINGS = {
     "callbacks=null": "callbacks=null chooses nothing: callbacks is one of default, early_stopping, histograms",
-    "logger=null": "logger=null chooses nothing: logger is one of csv, none, tensorboard",
+    "logger=null": "logger=null chooses nothing: logger is one of csv, none, tensorboard, wandb",
     "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs?",
     "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': no YAML file has it; "
     "+trainer.gradient_clip_val=… adds it",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import REPOSITORY, Run
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 from test_sweeps import find_children, wait_until_gone
@@ -52,6 +52,15 @@ def replace(source, target):
 seen["os"].replace = replace
 
 
+def open_file(path, *arguments):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return os.open(path, *arguments)
+
+
+seen["os"].open = open_file
+
+
 def importing(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__", "")
     if (globals or {}).get("__spec__") is not None and importer == "__main__":
@@ -79,14 +88,25 @@ runpy.run_module("mnist_lightning.train", run_name="__main__", alter_sys=True)
 
 
 def test_the_simulation_simulates(python: Run, tmp_path: Path) -> None:
-    code = "import mnist_lightning.threads as t; print(hasattr(t.os, 'fork')); import os; print(hasattr(os, 'fork'))"
+    code = """
+import mnist_lightning.threads as t, os
+print(hasattr(t.os, "fork"), hasattr(os, "fork"))
+from mnist_lightning.rundir.outside import Path, read_file
+try:
+    read_file(Path("."))
+except OSError as error:
+    print(error)
+"""
     done = python("-c", f"{SITE}\n{code}", cwd=tmp_path)
-    assert done.stdout == "False\nTrue\n", done.stderr
+    assert done.stdout == "False True\n. is no file\n", done.stderr
 
 
 # with the quotes that cmd.exe passes on
 RUN = ((*SHORT, "hydra.run.dir='a run'", "scheduler=none"), ("resume='a run'", "trainer.max_epochs=2"))
-SWEEP = (("-m", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep"), ("-m", "resume=sweep"))
+SWEEP = (
+    ("-m", "seed=1,2", *SHORT, "hydra.sweep.dir='a (sweep)'"),
+    ("-m", "resume='a (sweep)'"),
+)
 
 
 @pytest.mark.parametrize("commands", [RUN, pytest.param(SWEEP, marks=pytest.mark.slow)], ids=["run", "sweep"])
@@ -99,9 +119,9 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(
         assert "plugin" not in done.stderr, "Hydra tells of plugins that can't be imported"
     if commands == RUN:
         assert json.loads((tmp_path / "a run" / "metrics.json").read_text())["epochs"] == 2
-        assert 'mnist_lightning.train resume="a run"   # if interrupted' in done.stdout
+        assert 'mnist_lightning.export format=html run="a run"   # a page' in done.stdout
         return
-    states = [json.loads((tmp_path / "sweep" / job / "status.json").read_text())["state"] for job in "01"]
+    states = [json.loads((tmp_path / "a (sweep)" / job / "status.json").read_text())["state"] for job in "01"]
     assert states == ["completed", "completed"]
 
 
@@ -199,6 +219,16 @@ def test_commands_are_quoted_for_the_shell(text: str, posix: str, windows: str) 
     assert as_word(text, windows=False) == posix
     assert as_word(text, windows=True) == windows
     assert as_command(["python", text], windows=True) == f"python {windows}"
+
+
+def test_one_place_quotes_commands() -> None:
+    """The one that knows the user's shell."""
+    using = [
+        path.name
+        for path in (REPOSITORY / "mnist_lightning").rglob("*.py")
+        if "shlex" in path.read_text(encoding="utf-8")
+    ]
+    assert using == ["outside.py"]
 
 
 def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

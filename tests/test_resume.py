@@ -53,7 +53,7 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """By split and tag."""
     curves = {}
-    for split in ("", "train", "val", "test"):
+    for split in filter(lambda split: (run / "tensorboard" / split).is_dir(), ("", "train", "val", "test")):
         events = EventAccumulator(str(run / "tensorboard" / split), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:

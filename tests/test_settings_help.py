@@ -9,7 +9,9 @@ from mnist_lightning.config import CONF_DIR
 from mnist_lightning.settings_help import read_comments
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare", "export", "visualize"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "compare", "export", "visualize", "report", "runs"]
+)
 def test_help_tells_what_each_setting_means(name: str, command: Run, tmp_path: Path) -> None:
     """Each line of conf/<command>.yaml, and of the choices that are in force, with its comment."""
     needed = ["model.dropout=0.3", "optimizer=sgd"] if name == "train" else []

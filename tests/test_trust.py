@@ -10,11 +10,15 @@ import pytest
 import torch
 import yaml
 from conftest import DefaultRun, Once, Run
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from test_own_parts import CONF, OWN, TINY, retyped
 
 from mnist_lightning import trust
+from mnist_lightning.config import register
 from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.rundir.checkpoint import serialize
+from mnist_lightning.rundir.resume import BASE, load_settings
 from mnist_lightning.targets import KINDS, make, strange_modules
 
 SECRET = "a-secret-of-the-environment"
@@ -175,6 +179,14 @@ def test_saved_settings_run_nothing_write_nowhere_and_learn_nothing(
     assert [path for path in after if path not in before and ".hydra" not in path.parts] == []
     assert not Path(ABROAD).exists()
     assert not Path("~/canary").expanduser().exists()
+
+
+def test_a_trainer_without_a_place_writes_into_the_runs_folder(strange: Path) -> None:
+    edit(strange / "run" / ".hydra" / "config.yaml", {"trainer.default_root_dir": None})
+    register()
+    load_settings(strange / "run", [], ())
+    node = ConfigStore.instance().load(f"{BASE}.yaml").node
+    assert OmegaConf.to_container(node, resolve=False)["trainer"]["default_root_dir"] == "${run_dir:}"
 
 
 def test_what_an_earlier_resumption_saved_is_checked_as_well(strange: Path, command: Run) -> None:

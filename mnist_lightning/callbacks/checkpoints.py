@@ -133,6 +133,7 @@ class Checkpoints(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         signals.install()  # Lightning has put its own handler before ours
+        signals.defer()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -200,6 +201,8 @@ class Checkpoints(Checkpoint):
                 folder = as_word(str(as_typed(self.folder.parent)))
                 told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
             log.warning("%s", told)  # a sweep says itself how it goes on
+        else:
+            signals.wait_for_parent()
         signals.stop_if_asked()
 
     def _save(self, trainer: L.Trainer, name: str) -> None:

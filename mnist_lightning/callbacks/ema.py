@@ -88,7 +88,7 @@ class ExponentialMovingAverage(Callback):
 
 
 def _weights(pl_module: L.LightningModule) -> dict[str, Tensor]:
-    """What is averaged: the net's parameters and batch norm's statistics, not its count of batches."""
+    """The averaged tensors: the net's parameters and batch norm's statistics, not its count of batches."""
     prefix = "net."
     state = pl_module.net.state_dict(prefix=prefix)  # type: ignore[union-attr]
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 NUM_IMAGES = 40
 NUM_MISTAKES = 24
 NUM_UNITS = 60  # of the first layer that are drawn
+MOMENTS = [4**power for power in range(16)]  # epochs of which pictures are kept
 
 
 class TensorBoardPictures(Callback):
     """Digits, graph, weights, confusion matrix and mistakes, drawn after training, so that nobody waits for
     them.
 
-    The first layer and the confusion matrix are kept at the ends of the epochs 1, 2, 4, 8 … too, which costs
+    The first layer and the confusion matrix are kept at the ends of the epochs 1, 4, 16 … too, which costs
     no step anything; the matrix then counts what validation has given.  The last pictures of the validation
     images belong to the net that ``trainer.validate`` is called with after training, the one whose metrics
     are published.  No random number is drawn.  Every logger that takes pictures gets them: TensorBoard's,
@@ -149,10 +150,10 @@ def tell_mistakes(matrix: torch.Tensor) -> str:
 
 
 def _is_moment(trainer: L.Trainer) -> bool:
-    """Whether this training epoch is one of which pictures are kept: 1, 2, 4, 8 …, but not the last."""
+    """Whether this training epoch is one of which pictures are kept: 1, 4, 16 …, but not the last."""
     epoch = trainer.current_epoch + 1
     fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-    return fitting and epoch & (epoch - 1) == 0 and epoch != trainer.max_epochs
+    return fitting and epoch in MOMENTS and epoch != trainer.max_epochs
 
 
 def _first_layer(pl_module: L.LightningModule) -> torch.Tensor | None:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mnist_lightning import threads
+from mnist_lightning import threads, workarounds
 from mnist_lightning.classifier import DigitClassifier, rebuild
 from mnist_lightning.data import Images, MNISTDataModule, eval_batch_size
 from mnist_lightning.evaluation import confidence
@@ -88,7 +86,10 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     return classifier, checkpoint
 
 
-class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()
+
+
+class Bounded(DispatchMode):  # type: ignore[misc]
     """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
     tensors without content, before any memory is taken.
 
@@ -102,7 +103,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, most: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.left = most
         self.largest = 0
 

@@ -176,7 +176,7 @@ def take_state(pictures: Sequence[Picture]) -> str:
 
 
 def read_state(path: Path) -> str | None:
-    """Of which pictures ``keep_folder`` has kept the arrays; None where there are none."""
+    """The state of the pictures whose arrays ``keep_folder`` has kept; None where there are none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return str(file["state"])

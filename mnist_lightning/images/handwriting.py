@@ -180,7 +180,7 @@ def _separate(pixels: Floats) -> tuple[Floats, float]:
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    """What is left of a picture when a smooth background is taken away.
+    """Subtract a smooth background from a picture.
 
     The background is the border's median colour where most of the border has it, else a quadratic
     surface for each channel, fitted to the border first and then to all that is not ink.

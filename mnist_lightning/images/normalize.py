@@ -112,7 +112,7 @@ def _round(value: float) -> int:
 
 
 def _weights(size: int, new_size: int) -> Floats:
-    """Of the old pixels in the new ones, along an axis.  -> (new_size, size), rows sum to 1
+    """The weights of the old pixels in the new ones, along an axis.  -> (new_size, size), rows sum to 1
 
     Fewer pixels: each new one is the mean of what it covers.  More: linear between the two nearest centres,
     and beyond the last centre its value.

@@ -422,7 +422,7 @@ def make_raw_folder(raw: Path) -> None:
 
 
 def find_fault(path: Path, checksum: str) -> str | None:
-    """What is wrong with a file, as a predicate ("is …"), or None where its content is right.
+    """Find what is wrong with a file, as a predicate ("is …"), or None where its content is right.
 
     Args:
         checksum: SHA-256 or, as torchvision has it, MD5 of the right content, in hexadecimal.

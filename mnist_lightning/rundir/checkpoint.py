@@ -267,7 +267,7 @@ def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
 @contextmanager
 def taking_up(path: Path | None) -> Iterator[None]:
-    """A stretch in which a run goes on from a checkpoint, or from none.
+    """Let a run go on from a checkpoint, or from none, within the block.
 
     Raises:
         OSError: what a whole file holds, a stranger's, say, is not the state of this run.

@@ -1,4 +1,4 @@
-"""What is asked of the records of runs: filters, which settings decide the weights, means over seeds."""
+"""Query the records of runs: filters, which settings decide the weights, means over seeds."""
 
 import difflib
 import math

@@ -132,6 +132,9 @@ def load_settings(
             )
         trust.check_settings(settings, folder, trusted, typed=keys)
     settings |= others or {}
+    trainer = settings.get("trainer")
+    if isinstance(trainer, dict) and not trainer.get("default_root_dir"):
+        trainer["default_root_dir"] = "${run_dir:}"  # else Lightning would write where the command is typed
     ConfigStore.instance().store(name=BASE, node=settings, provider="mnist_lightning")
 
 
@@ -143,8 +146,8 @@ def find_resumptions(folder: Path) -> list[Path]:
 
 @contextmanager
 def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
-    """A stretch in which a resumption that fails before it has saved anything leaves no settings, which
-    would be the next one's base."""
+    """Remove a resumption's settings if it fails before it has saved anything: they would be the base of
+    the next one."""
     before = stamp(folder)
     try:
         yield

@@ -3,6 +3,10 @@
 While training (``deferred``), a signal only sets a flag, which ``Checkpoints`` reads at the end of
 a step.  At any other time it ends the process at once, as does a second one.
 
+Of a run of several processes, each may wait in C++ for the others, where Python's handlers don't run: a
+thread then ends it (``listen``).  The processes that such a run adds end with the one that has added them
+(``follow_parent``).
+
 In a job of submitit, which runs on a cluster, the signal that tells of the end of its time or of a
 pre-emption is deferred in the same way: the newest step is saved before submitit's own handler queues
 the job again.  SIGTERM, which such a job must survive (SLURM sends it before), only saves there.
@@ -11,13 +15,18 @@ the job again.  SIGTERM, which such a job must survive (SLURM sends it before), 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _received: int | None = None  # signal number
-_deferring = False
+_deferring: bool | None = False  # None: in a stretch that defers from ``defer`` on
 _ends_process = True  # a second signal: in a process that is not ours it only raises KeyboardInterrupt
+_listening = False
+PARENT = "MNIST_LIGHTNING_PARENT"  # the variable that tells added processes who has added them
+PAUSE = 0.5  # seconds between two looks at the parent
+PATIENCE = 1.0  # seconds that a process has to end by itself where it need not finish a step
 _requeue: Callable[[int, FrameType | None], object] | None = None  # submitit's handler
 
 
@@ -76,6 +85,59 @@ def received() -> bool:
     return _received is not None
 
 
+def listen() -> None:
+    """In a run of several processes: end this one where a signal finds it waiting for the others.
+
+    A second signal always does; a first one does where no step is to be finished and saved.  The processes
+    that this one adds are told of it.
+    """
+    global _listening
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[PARENT] = str(os.getpid())
+    if _listening or threading.current_thread() is not threading.main_thread():
+        return
+    _listening = True
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # Python's C handler writes a signal's number
+    if hasattr(os, "register_at_fork"):  # a loader's worker would write there too
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def end() -> None:
+        count = 0
+        while number := os.read(reading, 1)[0]:
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            count += 1
+            if count == 1 and not _deferring:
+                time.sleep(PATIENCE)
+            if count > 1 or not _deferring:
+                os._exit(128 + number)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def follow_parent() -> None:
+    """In a process that a run of several has added: end as soon as the one that has added it is gone."""
+    if PARENT not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    parent = int(os.environ[PARENT])
+
+    def end() -> None:
+        while os.getppid() == parent:
+            time.sleep(PAUSE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def wait_for_parent() -> None:
+    """In an added process: let the one that has added it end first, which Lightning would kill otherwise as
+    soon as it sees that another has ended."""
+    if PARENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(30 * PATIENCE)  # follow_parent ends it before
+
+
 def name_received() -> str:
     """The signal that has come, as people call it: "Ctrl-C", "SIGTERM"; empty where none has."""
     if _received is None:
@@ -108,11 +170,21 @@ def stop_if_asked() -> None:
     raise SystemExit(128 + number)
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """Let a first signal wait until ``stop_if_asked`` is called, or until the block ends."""
+def defer() -> None:
+    """Let a first signal wait from here on, to the end of the stretch that is ``deferred``, if it is one."""
     global _deferring
-    _deferring = True
+    _deferring = _deferring is not False
+
+
+@contextmanager
+def deferred(*, at_once: bool = True) -> Iterator[None]:
+    """Let a first signal wait until ``stop_if_asked`` is called, or until the block ends.
+
+    Args:
+        at_once: False: it does so from ``defer`` on.
+    """
+    global _deferring
+    _deferring = True if at_once else None
     try:
         yield
     finally:

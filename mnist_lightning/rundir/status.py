@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FILE, LOCK = "status.json", ".lock"
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
+GONE = "its process is gone"  # of a run that was killed, or could not write its end
 LATEST = 2**34  # seconds since 1970, in the year 2514
 GLANCE = 0.02  # seconds that a look at a lock may hold it
 _held: dict[Path, "FileLock"] = {}  # see hold
@@ -91,7 +92,7 @@ def read(run_dir: Path) -> Status | None:
     except (OSError, TypeError):
         status = Status("interrupted", f"its {FILE} is damaged")
     if status.state == "running" and not is_locked(run_dir):
-        status.state, status.error = "interrupted", "its process is gone"
+        status.state, status.error = "interrupted", GONE
     return status
 
 

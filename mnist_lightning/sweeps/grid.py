@@ -27,7 +27,7 @@ from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.outside import as_word
-from mnist_lightning.rundir.status import Status, lock, read
+from mnist_lightning.rundir.status import GONE, Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
@@ -244,10 +244,13 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
-        """A job that ended before it could leave a status, killed or without a folder, has failed."""
+        """A job that ended before it could leave a status, killed or without a folder, has failed; one that
+        could not leave its end, on a full disk, has it told here."""
         job_dir = self.job_dir(number, job)
-        if read(job_dir) is None:
-            error = getattr(job_return, "_return_value", None)
+        error, left = getattr(job_return, "_return_value", None), read(job_dir)
+        if left is not None and left.error == GONE and isinstance(error, Exception):
+            log.error("job %3d failed  %s", number, error)
+        if left is None:
             status = Status(state="failed", error=str(error or "left no status"), overrides=job)
             log.error("job %3d failed  %s", number, status.error)
             try:

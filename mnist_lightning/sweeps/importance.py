@@ -38,7 +38,7 @@ class Importance:
 
 
 def find_importance(results: Results) -> Importance | None:
-    """Of a grid the shares of variance, of a search Optuna's PED-ANOVA; None where too little is done."""
+    """Shares of variance for a grid, Optuna's PED-ANOVA for a search; None where too few jobs are done."""
     keys = find_keys(results)
     if not keys:
         return None

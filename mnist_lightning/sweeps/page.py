@@ -4,7 +4,6 @@ import base64
 import io
 import logging
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist_lightning.rundir.find import find_checkpoint
-from mnist_lightning.rundir.outside import as_text
+from mnist_lightning.rundir.outside import as_command, as_text
 from mnist_lightning.rundir.status import show_value, show_with_unit
 from mnist_lightning.sweeps.importance import Importance, find_importance
 from mnist_lightning.sweeps.report import (
@@ -188,7 +187,7 @@ def show_importance(importance: Importance, results: Results) -> dict[str, Any]:
     ]
     if importance.luck is not None:
         rows.append((f"{tell_repeated(results)}: luck", importance.luck, "", True))
-    if importance.method == "variance":
+    if importance.method == "variance" and importance.is_whole:
         rest = "together, not alone" if importance.luck is not None else "together, and luck"
         rows.append((rest, importance.rest, "", True))
     return {"rows": rows, "words": explain_importance(importance, results)}
@@ -292,10 +291,10 @@ def to_png(image: "NDArray[np.uint8]") -> str:
 def list_commands(results: Results, command: Sequence[str]) -> list[tuple[str, str]]:
     """What each command does, and the command."""
     train = ["python", "-m", "mnist_lightning.train"]
-    commands = [("the whole sweep", shlex.join([*train, *command]))] if command else []
+    commands = [("the whole sweep", as_command([*train, *command]))] if command else []
     if isinstance(results, Sweep) and results.in_state("failed", "interrupted"):
         commands.append(
-            ("the jobs that did not finish", shlex.join([*train, "-m", f"resume={results.folder}"]))
+            ("the jobs that did not finish", as_command([*train, "-m", f"resume={results.folder}"]))
         )
     for rank, setting in enumerate(results.settings[:MOST_COMMANDS], start=1):
         job = results.best_job(setting)
@@ -305,7 +304,7 @@ def list_commands(results: Results, command: Sequence[str]) -> list[tuple[str, s
         commands.append(
             (
                 "the best net on the test images, which is to be done once, with one net",
-                shlex.join(["python", "-m", "mnist_lightning.evaluate", f"run={best.folder}"]),
+                as_command(["python", "-m", "mnist_lightning.evaluate", f"run={best.folder}"]),
             )
         )
     return commands

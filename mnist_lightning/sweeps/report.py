@@ -255,8 +255,9 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
     if importance.method == "variance":
         if importance.luck is not None:
             rows.append([f"{tell_repeated(sweep)}: luck", f"{100 * importance.luck:.0f} %", ""])
-        name = "together, not alone" if importance.luck is not None else "together, and luck"
-        rows.append([name, f"{100 * importance.rest:.0f} %", ""])
+        if importance.is_whole:
+            name = "together, not alone" if importance.luck is not None else "together, and luck"
+            rows.append([name, f"{100 * importance.rest:.0f} %", ""])
     words = explain_importance(importance, sweep)
     return ["## What mattered", "", *table(["", "share", ""], rows), "", words, ""]
 
@@ -396,7 +397,7 @@ def find_images(setting: Setting) -> tuple[str, ...]:
 
 
 def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
-    """Of each image of each fold, the sum over seeds.  By fold and seed: (N,) -> (all images,)"""
+    """Sum the differences of each image of each fold over seeds.  By fold and seed: (N,) -> (all images,)"""
     import numpy as np
 
     sums: dict[str, np.ndarray] = {}
@@ -417,7 +418,7 @@ def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
 
 @functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
-    """None where there is no such file, or none of a net's: it may be a stranger's."""
+    """Read which images a net named correctly; None where the file is missing or is not a net's."""
     import numpy as np
 
     try:
@@ -541,7 +542,7 @@ def summarize(sweep: Results, top: int = 5) -> str:
 
 
 def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Of a sweep a column for each of its parameters; of runs from anywhere what was changed in each.
+    """A column for each of a sweep's parameters; for other runs, one column of changes.
 
     Returns:
         The headings, and the texts of each setting.
@@ -554,12 +555,16 @@ def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def tell_next(sweep: Sweep) -> str:
     """Where the report is, and what to type next."""
-    lines = ["", f"the report is in {as_text(str(sweep.folder / 'report.md'))}", "", "next:"]
+    report = sweep.folder / "report.md"
+    lines = ["", f"the report is in {as_text(str(report))}"] * report.is_file() + ["", "next:"]
     if sweep.in_state("failed", "interrupted"):
         lines.append(f"  python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}")
     if any((job.folder / "tensorboard").is_dir() for job in sweep.jobs):
         lines.append(f"  tensorboard --logdir {as_word(str(sweep.folder))}")
-    if sweep.settings:
+    if sweep.settings and join_folds(sweep.settings[0]) is not None:
+        folds = as_word(str(sweep.folder))
+        lines.append(f"  python -m mnist_lightning.evaluate folds={folds} labels=true")
+    elif sweep.settings:
         best = sweep.best_job(sweep.settings[0])
         lines.append(f"  python -m mnist_lightning.evaluate run={as_word(str(best.folder))}")
     elif together := evaluate_together(sweep):

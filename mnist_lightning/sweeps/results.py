@@ -86,7 +86,7 @@ class OutOfFold:
 
 
 def join_folds(setting: Setting) -> OutOfFold | None:
-    """None of a setting without folds, and where its jobs do not tell accuracies and numbers of images."""
+    """Join a setting's folds; None without folds, or without accuracies and numbers of images."""
     jobs = [job for job in setting.jobs if FOLD in job.params]
     if not jobs:
         return None
