@@ -331,7 +331,8 @@ def test_any_net_of_grey_images_runs(
     classifier.check()
     images = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
     drawn = Images(images, classifier.eval()(images).argmax(dim=1))
-    found = likeness.fit(classifier, drawn, drawn, 1.0, 0.9)
+    others = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
+    found = likeness.fit(classifier, Images(others, torch.arange(40) % 3), drawn, 1.0, 0.9)
     assert found
     classifier.likeness = dataclasses.replace(found, limit=100 * found.limit)  # all are far within it
     page = show(write_page(tmp_path / "page.html", classifier, images))
@@ -391,7 +392,8 @@ def test_what_is_no_digit_is_told(
 ) -> None:
     classifier, images = small
     labels = classifier(images).argmax(dim=1)
-    found = likeness.fit(classifier, Images(images, labels), Images(images, labels), 1.0, 0.9)
+    others = torch.randint(0, 256, (9, 9, 7), dtype=torch.uint8)
+    found = likeness.fit(classifier, Images(others, torch.arange(9) % 3), Images(images, labels), 1.0, 0.9)
     assert found
     classifier.likeness = dataclasses.replace(found, limit=1e-3 * found.limit)
     page = show(write_page(tmp_path / "page.html", classifier, images))
