@@ -13,17 +13,24 @@ folder) and ``label`` (a class name), and may have ``kind`` and ``source``, say 
     python benchmarks/handwriting.py checkpoint.ckpt --folder my_pictures --apart printed,clipart
 
 Pictures of one source are alike, so the intervals draw sources, not pictures, with replacement.
+
+Or of how many letters it is told that they are no digits, or not surely ones.  They are drawn in fonts that
+matplotlib brings, or in those of a folder; letters that digits look like are left out:
+
+    python benchmarks/handwriting.py checkpoint.ckpt --letters
+    python benchmarks/handwriting.py checkpoint.ckpt --letters /usr/share/fonts/truetype/liberation
 """
 
 import argparse
 import csv
+import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 Digit = NDArray[np.uint8]  # (28, 28), ink is high
 Render = Callable[[Digit, np.random.Generator], Image.Image]
@@ -141,6 +148,7 @@ KINDS: dict[str, Render] = {
 
 
 NUM_RESAMPLES = 10_000
+LETTERS = [letter for letter in string.ascii_letters if letter not in "lIioOsSzZbgq"]
 
 
 def through_predict(picture: Image.Image, folder: Path) -> Digit:
@@ -213,8 +221,61 @@ def read_labels(folder: Path) -> list[dict[str, str]]:
     ]
 
 
+def draw_letters(font: Path) -> list[Image.Image]:
+    """``LETTERS``, black on white, each on a picture of its own."""
+    drawn = []
+    for letter in LETTERS:
+        picture = Image.new("RGB", (300, 300), "white")
+        whole = ImageFont.truetype(str(font), 150)
+        ImageDraw.Draw(picture).text((150, 150), letter, font=whole, fill="black", anchor="mm")
+        drawn.append(picture)
+    return drawn
+
+
+def report_letters(checkpoint: Path, folder: Path | None) -> str:
+    """What is told of letters, by font, and how many of the validation images read correctly stay answers, as
+    lines of text.
+
+    Args:
+        folder: of fonts; None: matplotlib's DejaVu.  With its others, STIX and Computer Modern, it was chosen
+            how letters are told.
+    """
+    import matplotlib
+    import torch
+
+    from mnist_lightning.evaluation.confidence import answer
+    from mnist_lightning.evaluation.trained import load_classifier, load_split
+    from mnist_lightning.images.handwriting import to_mnist
+
+    classifier, loaded = load_classifier(checkpoint)
+    fonts = sorted((folder or Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf"))
+    if folder is None:
+        fonts = [font for font in fonts if font.stem.startswith("DejaVu") and "Display" not in font.stem]
+    if not fonts:
+        sys.exit(f"{folder}: no *.ttf lies in it")
+    width = max(len(font.stem) for font in fonts)
+    lines, told = [f"{'font':{width}}  letters  no digit  not sure"], []
+    for font in fonts:
+        seen = np.stack([to_mnist(picture) for picture in draw_letters(font)])
+        told.append(np.array(answer(classifier, torch.from_numpy(seen)).told))
+    for name, words in (
+        *zip((font.stem for font in fonts), told, strict=True),
+        ("all", np.concatenate(told)),
+    ):
+        shares = (f"{100 * np.mean(words == word):6.1f} %" for word in ("no digit", "not sure"))
+        lines.append(f"{name:{width}}  {len(words):7}  {'  '.join(shares)}")
+    val = load_split(checkpoint, loaded, "val", data_dir=None)
+    said = answer(classifier, val.images)
+    right = said.probabilities.argmax(axis=1) == val.labels.numpy()
+    kept = np.array(said.told)[right] == "sure"
+    return "\n".join(
+        [*lines, f"of the validation images read correctly {100 * kept.mean():.1f} % stay answers"]
+    )
+
+
 def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
-    """Accuracy by kind of a folder's pictures, as lines of text.
+    """Accuracy by kind of a folder's pictures, and of how many it is told, right or wrong, that they are not
+    sure or no digit; as lines of text.
 
     Args:
         apart: kinds that do not count in the total.
@@ -222,7 +283,8 @@ def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
     rows = read_labels(folder)
     import torch
 
-    from mnist_lightning.evaluation.trained import load_classifier, log_probabilities
+    from mnist_lightning.evaluation.confidence import answer
+    from mnist_lightning.evaluation.trained import load_classifier
 
     classifier, _ = load_classifier(checkpoint)
     strange = sorted({row["label"] for row in rows} - {*classifier.class_names})
@@ -234,23 +296,28 @@ def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
             seen.append(prepare(folder / row["file"]))
         except OSError as error:
             sys.exit(f"{folder / row['file']}: {error}")
-    read = log_probabilities(classifier, torch.from_numpy(np.stack(seen))).argmax(dim=1)
+    said = answer(classifier, torch.from_numpy(np.stack(seen)))
+    read = said.probabilities.argmax(axis=1)
     right = np.array([classifier.class_names[i] == row["label"] for i, row in zip(read, rows, strict=True)])
+    doubted = np.array(said.told) != "sure"
     kinds = sorted({row["kind"] for row in rows})
     groups = {kind: [row["kind"] == kind for row in rows] for kind in kinds}
     if len(kinds) > 1:
         counted = f"all but {', '.join(apart)}" if apart else "all"
         groups[counted] = [row["kind"] not in apart for row in rows]
     width = max(map(len, groups))
-    lines = [f"{'kind':{width}}  pictures  sources    right  95 % interval over sources"]
+    lines = [f"{'kind':{width}}  pictures  sources    right  doubted  95 % interval over sources"]
     for name, members in groups.items():
         chosen = np.array(members)
         if chosen.any():
             sources = [row["source"] for row, member in zip(rows, members, strict=True) if member]
             low, high = interval_over_sources(right[chosen], sources)
             share = f"{100 * right[chosen].mean():.1f} %"
+            told = f"{100 * doubted[chosen].mean():.1f} %"  # right or wrong
             ends = f"{100 * low:.1f} to {100 * high:.1f} %" if len({*sources}) > 1 else "one source"
-            lines.append(f"{name:{width}}  {chosen.sum():8}  {len({*sources}):7}  {share:>7}  {ends}")
+            lines.append(
+                f"{name:{width}}  {chosen.sum():8}  {len({*sources}):7}  {share:>7}  {told:>7}  {ends}"
+            )
     return "\n".join(lines)
 
 
@@ -264,7 +331,13 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a picture of what the net saw")
     parser.add_argument("--folder", type=Path, help="read the pictures that its labels.csv names instead")
     parser.add_argument("--apart", default="", help="kinds of the folder that the total leaves out, a,b,c")
+    parser.add_argument(
+        "--letters", nargs="?", const="", help="read letters instead, of matplotlib's fonts or of a folder's"
+    )
     arguments = parser.parse_args()
+    if arguments.letters is not None:
+        print(report_letters(arguments.checkpoint, Path(arguments.letters) if arguments.letters else None))
+        return
     if arguments.folder:
         apart = [kind for kind in arguments.apart.split(",") if kind]
         print(report_folder(arguments.checkpoint, arguments.folder, apart))

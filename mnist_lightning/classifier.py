@@ -76,6 +76,7 @@ class DigitClassifier(L.LightningModule):
         num_outputs: of the net for each image; known once ``check`` has run.
         temperature: by which logits are divided where probabilities are made of them; see ``confidence``.
         sure: the least probability with which a class is an answer, in [0, 1].
+        likeness: what images of each class look like, a ``likeness.Likeness``; None where it is not known.
         logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
             Lightning does, and return them.  A run of ``train`` writes the test's itself.
         may_diverge: whether training goes on where a loss is NaN or infinite, whose step is then not counted.
@@ -128,6 +129,7 @@ class DigitClassifier(L.LightningModule):
         self.measured: dict[str, float] = {}
         self.temperature = 1.0
         self.sure = 0.0
+        self.likeness: object = None
         self._is_checked = False
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler

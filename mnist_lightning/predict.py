@@ -19,14 +19,22 @@ from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.output import claim_output, shorten_stem
 from mnist_lightning.rundir.outside import as_cell, as_text
+from mnist_lightning.rundir.signals import time_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from mnist_lightning.images.several import Found
 
 log = logging.getLogger(__name__)
 
+MOST_SECONDS = 20  # for a file to be read and its digits to be found
+MARKS = {"sure": "", "not sure": "?"}  # behind a digit among several
 BOX = ("left", "top", "right", "bottom")  # columns of predictions.csv: of one digit among several, in pixels
 
 
@@ -55,10 +63,8 @@ def predict(settings: Predict) -> int:
     Raises:
         OSError: no checkpoint can be read, or the output can't be written.
     """
-    from mnist_lightning.images.handwriting import read_pixels
-    from mnist_lightning.images.normalize import NoDigit, normalize
+    from mnist_lightning.images.normalize import NoDigit
     from mnist_lightning.images.pictures import find_files
-    from mnist_lightning.images.several import read_several
 
     path = find_checkpoint(settings.run, settings.checkpoint)
     files = [file for name in settings.images for file in find_files(name)]
@@ -67,6 +73,7 @@ def predict(settings: Predict) -> int:
     import torch
 
     from mnist_lightning import figures
+    from mnist_lightning.evaluation import confidence
     from mnist_lightning.evaluation.trained import (
         choose_device,
         choose_threads,
@@ -76,10 +83,10 @@ def predict(settings: Predict) -> int:
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     names, classes = classifier.class_names, classifier.names_classes
-    data = checkpoint["datamodule_hyper_parameters"]
-    as_mnist = draws_like_mnist(data)
+    as_mnist = draws_like_mnist(checkpoint["datamodule_hyper_parameters"])
     if settings.layout == "many" and not (as_mnist and classes):
         raise OSError("layout=many finds handwritten characters, and this net reads others: use layout=one")
+    layout = settings.layout if classes else "one"
     figure_names = [f"{number:03}_{shorten_stem(file.stem)}" for number, file in enumerate(files, start=1)]
     written = ["predictions.csv", *(f"{name}.png" for name in figure_names if classes)]
     folder = claim_output(settings.output, "predict", written)
@@ -91,72 +98,52 @@ def predict(settings: Predict) -> int:
     device = choose_device(settings.device)
     with computing, write_table(folder / "predictions.csv") as writer:
         classifier.to(device)
-        header = ["file", "prediction", "probability", "answer", *(f"p({name})" for name in names), *BOX]
+        header = ["file", "prediction", "probability", "answer", "distance"]
+        header += [*(f"p({name})" for name in names), *BOX]
         writer.writerow(map(as_cell, header) if classes else ["file", "output"])
         for file, figure_name in zip(files, figure_names, strict=True):
             shown = as_text(str(file))
             try:
-                several = read_several(file, settings.layout) if as_mnist and classes else None
-                if several is None:
-                    picture, seen = read_pixels(file, classifier.image_shape, as_mnist=as_mnist)
+                with time_limit(MOST_SECONDS):
+                    picture, seen, digits = look(file, classifier.image_shape, layout, as_mnist=as_mnist)
             except (OSError, NoDigit, MemoryError) as error:
                 failures += 1
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 print(f"{shown}: {as_text(reason) or type(error).__name__}", file=sys.stderr, flush=True)
                 continue
-            if several is not None:
-                picture, digits = several
-                stored = torch.from_numpy(np.stack([normalize(digit.ink) for digit in digits]))
-                each = classifier.to_probabilities(compute_outputs(classifier, stored)).numpy()
-                answers = [names[one] for one in each.argmax(axis=1)]
-                sure = each.max(axis=1) >= classifier.sure
-                marked = [answer + "?" * (not one) for answer, one in zip(answers, sure, strict=True)]
-                for row in range(digits[-1].row + 1):
-                    texts = [text for text, digit in zip(marked, digits, strict=True) if digit.row == row]
-                    print(f"{'' if row else shown:{width}}  {as_text(' '.join(texts))}", flush=True)
-                for digit, answer, one, row_of in zip(digits, answers, sure, each, strict=True):
-                    told = (f"{row_of.max():.6f}", "sure" if one else "not sure")
-                    numbers = [f"{p:.6f}" for p in row_of]
-                    writer.writerow([as_cell(str(file)), as_cell(answer), *told, *numbers, *digit.box])
-                boxes = [digit.box for digit in digits]
-                title = f"{file.name}: {len(digits)} digits"
-                drawing = figures.several(np.asarray(picture), boxes, marked, title=title)
-                figures.save({figure_name: drawing}, folder)
-                if settings.show:
-                    drawings[str(file)] = drawing
-                continue
-            outputs = compute_outputs(classifier, torch.from_numpy(seen)[None])[0]
             if not classes:
-                print(f"{shown:{width}}  {outputs.item():.4f}", flush=True)
-                writer.writerow([as_cell(str(file)), f"{outputs.item():.6f}"])
+                output = compute_outputs(classifier, torch.from_numpy(seen)).item()
+                print(f"{shown:{width}}  {output:.4f}", flush=True)
+                writer.writerow([as_cell(str(file)), f"{output:.6f}"])
                 continue
-            probabilities = classifier.to_probabilities(outputs[None])[0].numpy()
-            best = int(probabilities.argmax())
-            line = f"{names[best]}  {100 * probabilities[best]:5.1f} %"
-            is_sure = bool(probabilities[best] >= classifier.sure)
-            if not is_sure:
-                second = int(probabilities.argsort()[-2])
-                line += f"  not sure: perhaps {names[second]}, {100 * probabilities[second]:.1f} %"
-            print(f"{shown:{width}}  {line}", flush=True)
-            numbers = [f"{p:.6f}" for p in probabilities]
-            answer = "sure" if is_sure else "not sure"
-            writer.writerow(
-                [
-                    as_cell(str(file)),
-                    as_cell(names[best]),
-                    f"{probabilities[best]:.6f}",
-                    answer,
-                    *numbers,
-                    "",
-                    "",
-                    "",
-                    "",
-                ]
-            )
-            picture.thumbnail((480, 480))
-            drawing = figures.prediction(
-                np.asarray(picture), seen, probabilities, names, title=f"{file.name}: {line}"
-            )
+            said = confidence.answer(classifier, torch.from_numpy(seen))
+            read = [names[label] for label in said.probabilities.argmax(axis=1)]
+            for number, (name, told, probabilities) in enumerate(
+                zip(read, said.told, said.probabilities, strict=True)
+            ):
+                distance = "" if said.distances is None else f"{said.distances[number]:.4f}"
+                box = digits[number].box if digits else ("", "", "", "")
+                row = [as_cell(str(file)), as_cell(name), f"{probabilities.max():.6f}", told, distance]
+                writer.writerow([*row, *(f"{p:.6f}" for p in probabilities), *box])
+            if digits:
+                marked = [name + MARKS.get(told, "??") for name, told in zip(read, said.told, strict=True)]
+                for row_number in range(digits[-1].row + 1):
+                    texts = [
+                        text for text, digit in zip(marked, digits, strict=True) if digit.row == row_number
+                    ]
+                    print(f"{'' if row_number else shown:{width}}  {as_text(' '.join(texts))}", flush=True)
+                boxes, title = [digit.box for digit in digits], f"{file.name}: {len(digits)} digits"
+                drawing = figures.several(np.asarray(picture), boxes, marked, title=title)
+            else:
+                probabilities = said.probabilities[0]
+                line = f"{read[0]}  {100 * probabilities.max():5.1f} %"
+                if said.told[0] != "sure":
+                    second = int(probabilities.argsort()[-2])
+                    line += f"  {said.told[0]}: perhaps {names[second]}, {100 * probabilities[second]:.1f} %"
+                print(f"{shown:{width}}  {line}", flush=True)
+                picture.thumbnail((480, 480))
+                title = f"{file.name}: {line}"
+                drawing = figures.prediction(np.asarray(picture), seen[0], probabilities, names, title=title)
             figures.save({figure_name: drawing}, folder)
             if settings.show:
                 drawings[str(file)] = drawing
@@ -166,6 +153,38 @@ def predict(settings: Predict) -> int:
     if settings.show:
         figures.show(drawings.values())
     return failures
+
+
+def look(
+    file: Path, image_shape: "Sequence[int]", layout: str, *, as_mnist: bool
+) -> "tuple[Image.Image, NDArray[np.uint8], list[Found]]":
+    """A picture, for people to look at, and what the net is to see of it.
+
+    Args:
+        image_shape: (C, H, W) of the net's images.
+        layout: see ``read_several``.
+        as_mnist: see ``read_pixels``.
+
+    Returns:
+        The picture, RGB; (N, H, W) or (1, H, W, 3) uint8; and the digits that were found, none where the
+        picture is read as one.
+
+    Raises:
+        OSError: the file can't be read.
+        NoDigit: nothing stands out from the background.
+    """
+    import numpy as np
+
+    from mnist_lightning.images.handwriting import read_pixels
+    from mnist_lightning.images.normalize import normalize
+    from mnist_lightning.images.several import read_several
+
+    several = read_several(file, layout) if as_mnist else None
+    if several is None:
+        picture, pixels = read_pixels(file, image_shape, as_mnist=as_mnist)
+        return picture, pixels[None], []
+    picture, digits = several
+    return picture, np.stack([normalize(digit.ink) for digit in digits]), digits
 
 
 @contextmanager

@@ -285,11 +285,13 @@ class Prediction:
         labels: (N,) int64, the most probable class of each image; for one image an int.
         probabilities: (N, num_classes) float32; for one image (num_classes,).
         class_names: of the classes, in their order.
+        told: of each image "sure", "not sure" or "no digit", as ``predict`` says it; for one image a str.
     """
 
     labels: "NDArray[np.int64] | int"
     probabilities: "NDArray[np.float32]"
     class_names: tuple[str, ...]
+    told: Sequence[str] | str = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.labels, self.probabilities))
@@ -299,9 +301,10 @@ class Prediction:
 
         labels = np.atleast_1d(self.labels)
         largest = np.atleast_2d(self.probabilities).max(axis=1) if len(labels) else []
+        each = [self.told] if isinstance(self.told, str) else self.told or ["sure"] * len(labels)
         return [
-            (self.class_names[label], f"{100 * probability:.1f} %")
-            for label, probability in zip(labels, largest, strict=True)
+            (self.class_names[label], f"{100 * probability:.1f} %" + f", {told}" * (told != "sure"))
+            for label, probability, told in zip(labels, largest, each, strict=True)
         ]
 
     def __repr__(self) -> str:
@@ -400,21 +403,20 @@ class TrainedNet:
         import numpy as np
         import torch
 
-        from mnist_lightning.evaluation.trained import compute_outputs
+        from mnist_lightning.evaluation.confidence import answer
 
         if not self.classifier.names_classes:
             raise ValueError(f"{self.path} gives a number for each image, no classes: net.classifier(images)")
         stored, single = self._prepare(images)
-        if len(stored):
-            with self._computing(len(stored)):
-                outputs = compute_outputs(self.classifier, torch.from_numpy(stored))
-                probabilities = self.classifier.to_probabilities(outputs).numpy()
-        else:
-            probabilities = np.empty((0, len(self.class_names)), np.float32)
-        labels = probabilities.argmax(axis=1)
+        if not len(stored):
+            nothing = np.empty((0, len(self.class_names)), np.float32)
+            return Prediction(nothing.argmax(axis=1), nothing, self.class_names)
+        with self._computing(len(stored)):
+            said = answer(self.classifier, torch.from_numpy(stored))
+        labels = said.probabilities.argmax(axis=1)
         if single:
-            return Prediction(int(labels[0]), probabilities[0], self.class_names)
-        return Prediction(labels, probabilities, self.class_names)
+            return Prediction(int(labels[0]), said.probabilities[0], self.class_names, said.told[0])
+        return Prediction(labels, said.probabilities, self.class_names, said.told)
 
     @contextmanager
     def _computing(self, num_images: int) -> Iterator[None]:

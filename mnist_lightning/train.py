@@ -280,7 +280,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
             classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
-                save_confidence(ckpt_path, outputs, images.labels)
+                save_confidence(ckpt_path, classifier, outputs, datamodule)
         metrics |= last
         if trainer.limit_val_batches == 1.0:
             metrics |= {f"{split}_images": len(datamodule.splits[split]) for split in evaluated}
@@ -505,21 +505,29 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
     return outputs
 
 
-def save_confidence(path: Path, outputs: "Tensor", labels: "Tensor") -> None:
+def save_confidence(
+    path: Path, classifier: "DigitClassifier", outputs: "Tensor", datamodule: "MNISTDataModule"
+) -> None:
     """Keep in a checkpoint how sure its net may be, fitted on its validation images.  It is replaced whole.
 
     Args:
         path: of the checkpoint.
+        classifier: with its weights.
         outputs: (N, C) float, of the validation images.
-        labels: (N,) int64.
 
     Raises:
         OSError: the file can't be read or written.
     """
     from mnist_lightning.evaluation import confidence
+    from mnist_lightning.images.known import draws_like_mnist
     from mnist_lightning.rundir.checkpoint import load, serialize
 
-    write_atomic(path, serialize(load(path) | {"confidence": confidence.fit(outputs, labels)}))
+    checkpoint, splits = load(path), datamodule.splits
+    kept = confidence.fit(outputs, splits["val"].labels)
+    if draws_like_mnist(checkpoint["datamodule_hyper_parameters"]):
+        temperature = kept["temperature"]
+        kept |= confidence.fit_likeness(classifier, splits["train"], splits["val"], temperature)
+    write_atomic(path, serialize(checkpoint | {"confidence": kept}))
 
 
 def find_versions() -> dict[str, str | None]:

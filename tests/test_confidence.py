@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 
-from mnist_lightning.evaluation import confidence
+from benchmarks.handwriting import draw_letters
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.data import Images
+from mnist_lightning.evaluation import confidence, likeness
 from mnist_lightning.evaluation.scores import score
 from mnist_lightning.evaluation.trained import compute_outputs, load_classifier, load_split
+from mnist_lightning.images.handwriting import to_mnist
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import load, serialize
 
 
@@ -70,14 +76,56 @@ def test_a_run_keeps_it_in_its_best_checkpoint_and_old_files_are_at_1(
     assert checkpoint["confidence"]["temperature"] == classifier.temperature != 1
     images = load_split(path, checkpoint, "val", data_dir=None)
     outputs = compute_outputs(classifier, images.images)
-    assert confidence.fit(outputs, images.labels) == pytest.approx(checkpoint["confidence"], rel=1e-3)
+    kept = checkpoint["confidence"]
+    for name, value in confidence.fit(outputs, images.labels).items():
+        assert value == pytest.approx(kept[name], rel=1e-3)
     probabilities = classifier.to_probabilities(outputs)
     torch.testing.assert_close(probabilities, (outputs / classifier.temperature).softmax(dim=1))
     old = {name: value for name, value in load(path).items() if name != "confidence"}
     (tmp_path / "old.ckpt").write_bytes(serialize(old))
     before, _ = load_classifier(tmp_path / "old.ckpt")
     assert (before.temperature, before.sure) == (1, 0)
-    for wrong in ({"temperature": float("nan"), "sure": 0.5}, {"temperature": 1.0}, 7, {"temperature": "x"}):
+    assert confidence.answer(before, images.images[:3]).distances is None
+    wrongs: list[object] = [{"temperature": float("nan"), "sure": 0.5}, {"temperature": 1.0}, 7]
+    wrongs += [
+        {"temperature": "x"},
+        kept | {"likeness": 7},
+        kept | {"likeness": kept["likeness"] | {"limit": 0}},
+    ]
+    for name, other in (("means", kept["likeness"]["means"][:, 1:]), ("directions", torch.zeros(10, 32))):
+        wrongs.append(kept | {"likeness": kept["likeness"] | {name: other}})
+    for wrong in wrongs:
         (tmp_path / "old.ckpt").write_bytes(serialize(old | {"confidence": wrong}))
         with pytest.raises(OSError, match="can be rebuilt"):
             load_classifier(tmp_path / "old.ckpt")
+
+
+def test_letters_are_told_and_digits_are_not(trained_run: Path) -> None:
+    """Of fonts with which nothing was chosen; the benchmark has more of them."""
+    path = trained_run / "checkpoints" / "best.ckpt"
+    classifier, checkpoint = load_classifier(path)
+    images = load_split(path, checkpoint, "val", data_dir=None)
+    said = confidence.answer(classifier, images.images)
+    right = said.probabilities.argmax(axis=1) == images.labels.numpy()
+    assert said.distances is not None
+    assert (said.distances <= 1)[right].mean() == pytest.approx(confidence.KEPT, abs=0.001)
+    assert (np.array(said.told) == "sure")[right].mean() > 0.98
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    letters = np.stack([to_mnist(picture) for picture in draw_letters(fonts / "DejaVuSans.ttf")])
+    told = confidence.answer(classifier, torch.from_numpy(letters)).told
+    assert sum(word != "sure" for word in told) / len(told) > 0.4
+    assert "no digit" in told
+
+
+def test_a_net_without_training_images_of_a_class_still_tells() -> None:
+    classifier = DigitClassifier(FeedForward([8]))
+    classifier.check()
+    images = torch.randint(0, 256, (60, 28, 28), dtype=torch.uint8)
+    labels = classifier.eval()(images).argmax(dim=1)
+    few = labels != labels[0]
+    found = likeness.fit(classifier, Images(images[few], labels[few]), Images(images, labels), 1.0, 0.99)
+    assert found
+    assert found.directions.isfinite().all()
+    assert likeness.unpack(found.pack(), classifier).limit == found.limit
+    wrong = Images(images, (labels + 1) % 10)
+    assert likeness.fit(classifier, Images(images, labels), wrong, 1.0, 0.99) is None

@@ -48,7 +48,7 @@ MAY_IMPORT = {
         *("classifier", "data", "figures", "images", "network", "rundir", "targets", "threads", "trust"),
         "workarounds",
     },
-    "page": {"classifier", "network"},
+    "page": {"classifier", "evaluation", "network"},
     "callbacks": {"evaluation", "figures", "images", "network", "page", "rundir", "sweeps", "workarounds"},
     "python": COMMANDS - {"train"}
     | {"cli", "classifier", "config", "data", "evaluation", "figures", "images"}

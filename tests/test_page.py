@@ -1,6 +1,7 @@
 """The page in a real browser: Chromium without a window."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +17,8 @@ from conftest import REPOSITORY, Open, Run
 from test_film import make_film
 
 from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.data import Images
+from mnist_lightning.evaluation import confidence, likeness
 from mnist_lightning.evaluation.explanation import explain
 from mnist_lightning.evaluation.trained import load_classifier, load_split
 from mnist_lightning.images.normalize import normalize
@@ -63,8 +66,16 @@ def write_page(path: Path, classifier: DigitClassifier, images: torch.Tensor, **
 def ask_page(page: Any, images: torch.Tensor) -> np.ndarray:
     """The page's probabilities for stored images.  (N, H, W) uint8 -> (N, num_classes)"""
     encoded = base64.b64encode(images.numpy().tobytes()).decode()
-    script = "([text, count]) => cut(text, count, WIDTH * HEIGHT).map(image => look(image).probabilities)"
+    script = (
+        "([text, count]) => cut(bytes(text), count, WIDTH * HEIGHT).map(image => look(image).probabilities)"
+    )
     return np.array(page.evaluate(script, [encoded, len(images)]))
+
+
+def ask_distances(page: Any, images: torch.Tensor) -> np.ndarray:
+    """How far images are from the classes that the page gives them.  (N, H, W) uint8 -> (N,)"""
+    script = "images => images.map(image => look(Uint8Array.from(image)).distance)"
+    return np.array(page.evaluate(script, images.flatten(1).tolist()))
 
 
 def test_the_file_is_small_and_whole(exported: Path) -> None:
@@ -85,9 +96,14 @@ def test_a_thousand_images_get_the_answers_of_the_net(
     path = trained_run / "checkpoints" / "best.ckpt"
     classifier, checkpoint = load_classifier(path)
     images = load_split(path, checkpoint, "test", data_dir=str(data_dir)).images[:1_000]
-    told = ask_page(show(exported), images)
+    page = show(exported)
+    told = ask_page(page, images)
     with torch.inference_mode():
         wanted = classifier.to_probabilities(classifier(images)).numpy()
+    distances = confidence.answer(classifier, images[:100]).distances
+    shown = ask_distances(page, images[:100])
+    np.testing.assert_allclose(shown, distances, atol=0.1)  # 0.07 for seed 1: weights and rows of 8 bits
+    assert ((shown > 1) == (distances > 1)).sum() >= 98
     assert (told.argmax(axis=1) == wanted.argmax(axis=1)).sum() >= 999
     assert np.abs(told - wanted).max() < 0.05  # 0.028 for the default net of seed 1
 
@@ -314,11 +330,18 @@ def test_any_net_of_grey_images_runs(
     classifier = DigitClassifier(net, preprocess=preprocess, image_shape=(1, 12, 9), class_names=names)
     classifier.check()
     images = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
-    page = show(write_page(tmp_path / "page.html", classifier.eval(), images))
+    drawn = Images(images, classifier.eval()(images).argmax(dim=1))
+    others = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
+    found = likeness.fit(classifier, Images(others, torch.arange(40) % 3), drawn, 1.0, 0.9)
+    assert found
+    classifier.likeness = dataclasses.replace(found, limit=100 * found.limit)  # all are far within it
+    page = show(write_page(tmp_path / "page.html", classifier, images))
     with torch.inference_mode():
         wanted = classifier.to_probabilities(classifier(images)).numpy()
     told = ask_page(page, images)
     assert np.abs(told - wanted).max() < 0.02
+    distances = confidence.answer(classifier, images).distances
+    np.testing.assert_allclose(ask_distances(page, images), distances, atol=0.1 * np.max(distances))
     assert page.title() == "A net"
     page.locator("#samples button").nth(1).click()
     best = names[int(wanted[1].argmax())]
@@ -362,6 +385,21 @@ def test_where_the_net_is_not_sure_the_page_says_so(
     found = re.findall(r"(.), ([\d.]+) %", told)
     assert [name for name, _ in found] == ["abc"[first], "abc"[second]]
     assert [float(share) for _, share in found] == pytest.approx([float(share) for share in shares], abs=1.5)
+
+
+def test_what_is_no_digit_is_told(
+    small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open
+) -> None:
+    classifier, images = small
+    labels = classifier(images).argmax(dim=1)
+    others = torch.randint(0, 256, (9, 9, 7), dtype=torch.uint8)
+    found = likeness.fit(classifier, Images(others, torch.arange(9) % 3), Images(images, labels), 1.0, 0.9)
+    assert found
+    classifier.likeness = dataclasses.replace(found, limit=1e-3 * found.limit)
+    page = show(write_page(tmp_path / "page.html", classifier, images))
+    page.locator("#samples button").nth(0).click()
+    assert page.locator("#answer").text_content().startswith("No character: ")
+    assert set(confidence.answer(classifier, images).told) == {"no character"}
 
 
 def test_the_film_plays(small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open) -> None:

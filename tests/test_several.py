@@ -1,6 +1,9 @@
 """Pictures of several digits, drawn here: each is found, in reading order, and none is found twice."""
 
+import contextlib
 import csv
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,8 @@ from conftest import Run
 from PIL import Image, ImageDraw
 
 from mnist_lightning.images.normalize import NoDigit
-from mnist_lightning.images.several import find_digits, holds_several
+from mnist_lightning.images.several import MOST_PARTS, find_digits, holds_several
+from mnist_lightning.rundir.signals import time_limit
 from tests.test_handwriting import PICTURES, STROKES, write
 
 
@@ -89,3 +93,21 @@ def test_predict_reads_lines_and_tells_where_each_digit_is(
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     one = command("predict", "images=sheet.png", checkpoint, "layout=one", "output=one", cwd=tmp_path)
     assert len((tmp_path / "one" / "predictions.csv").read_text().splitlines()) == 2, one.stderr
+
+
+def test_thousands_of_specks_are_looked_at_in_bounded_work() -> None:
+    """Each with each would be a hundred million pairs."""
+    pixels = np.full((1000, 1000), 255, dtype=np.uint8)
+    for row in range(0, 4):
+        for column in range(0, 4):
+            pixels[row::8, column::8] = 0  # 15,625 squares of 4 by 4
+    with time_limit(30), contextlib.suppress(NoDigit):
+        assert len(find_digits(Image.fromarray(pixels).convert("RGB"))) <= MOST_PARTS
+
+
+def test_what_takes_too_long_is_broken_off() -> None:
+    with pytest.raises(TimeoutError, match="takes longer than"), time_limit(0.05):
+        time.sleep(20)
+    with time_limit(60):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import Images, eval_batch_size
+from mnist_lightning.evaluation.likeness import see
 from mnist_lightning.network import ACTIVATIONS, FeedForward
 
 if TYPE_CHECKING:
@@ -425,11 +426,11 @@ def find_nearest(classifier: DigitClassifier, images: Tensor, training: Images) 
     Args:
         images: (N, H, W) or (N, H, W, C) in [0, 255].
     """
-    wanted = _see_hidden(classifier, images)
+    wanted = see(classifier, images)[0]
     distances, indices = [], []
     start = 0
     for part in torch.split(training.images, eval_batch_size(classifier.image_shape)):
-        near, at = torch.cdist(wanted, _see_hidden(classifier, part)).topk(
+        near, at = torch.cdist(wanted, see(classifier, part)[0]).topk(
             min(NUM_NEAREST, len(part)), largest=False
         )
         distances.append(near)
@@ -441,19 +442,3 @@ def find_nearest(classifier: DigitClassifier, images: Tensor, training: Images) 
         Nearest(training.images[one], training.labels[one], distance)
         for one, distance in zip(chosen, near, strict=True)
     ]
-
-
-def _see_hidden(classifier: DigitClassifier, images: Tensor) -> Tensor:
-    """(N, H, W) or (N, H, W, C) in [0, 255] -> (N, features), on the CPU"""
-    linear = [layer for layer in classifier.net.modules() if isinstance(layer, nn.Linear)]
-    caught: list[Tensor] = []
-    with torch.inference_mode():
-        inputs = classifier.preprocess(images.to(classifier.device))
-        if linear:
-            handle = linear[-1].register_forward_pre_hook(lambda _, given: caught.append(given[0]))
-            try:
-                classifier.net(inputs)
-            finally:
-                handle.remove()
-    found = caught[-1] if caught and len(caught[-1]) == len(inputs) else inputs
-    return found.flatten(1).float().cpu()

@@ -68,7 +68,8 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     bounds = Bounded(most)
     try:
         with bounds if ours else nullcontext():
-            classifier = rebuild(recipe, checkpoint["state_dict"])
+            classifier = rebuild(recipe, checkpoint["state_dict"]).eval()
+        with Bounded(most) if ours else nullcontext():  # another: the first one tells what the net takes
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
@@ -82,7 +83,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
             f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {batch} images, more than the memory"
             " that is free"
         )
-    return classifier.eval(), checkpoint
+    return classifier, checkpoint
 
 
 DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()

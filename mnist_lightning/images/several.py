@@ -13,6 +13,7 @@ from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
 LARGE_SIDE = 1024  # pixels of the longer side on which several digits are looked for
 LEAST_HEIGHT = 0.35  # of the usual height of the picture's digits
 MIN_SIDE = 8  # pixels of a digit among several
+MOST_PARTS = 500  # of ink that are looked at, the largest
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
     kept = np.flatnonzero(~find_foreign(parts) & (parts.amounts > 3))
     if not len(kept):
         raise NoDigit("blank: nothing as large as a digit stands out from the background")
+    kept = np.sort(kept[np.argsort(-parts.amounts[kept], kind="stable")[:MOST_PARTS]])
     heights = (parts.boxes[:, 2] - parts.boxes[:, 0])[kept]
     usual = float(np.median(heights[heights >= 0.4 * np.quantile(heights, 0.95)]))
     groups = _merge(parts.boxes[kept], usual)

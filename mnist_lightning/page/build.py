@@ -1,5 +1,6 @@
 """A trained net as one HTML file that needs nothing else: its weights, images to try, script and style."""
 
+import base64
 import copy
 import itertools
 import math
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.evaluation.likeness import POOL, UNITS, Likeness
 from mnist_lightning.network import ACTIVATIONS, FeedForward
 from mnist_lightning.page.assemble import assemble, encode
 
@@ -80,10 +82,14 @@ def read_layers(classifier: DigitClassifier) -> list[Layer]:
             mean, std = classifier.preprocess.mean.item(), classifier.preprocess.std.item()
             biases = biases - weights.sum(dim=1) * (mean / std)
             weights = weights * (255 / std)
-        scales = (weights.abs().amax(dim=1) / LEVELS).clamp(min=1e-30)
-        levels = (weights / scales[:, None]).round().to(torch.int8)
-        found.append(Layer(levels.cpu().numpy(), _to_array(scales), _to_array(biases), norm, activation))
+        found.append(Layer(*quantise(weights), _to_array(biases), norm, activation))
     return found
+
+
+def quantise(rows: Tensor) -> tuple[NDArray[np.int8], Floats]:
+    """Rows with 8 bits for each number.  (N, F) float -> (N, F) int8, (N,) float32 to be multiplied by"""
+    scales = (rows.abs().amax(dim=1) / LEVELS).clamp(min=1e-30)
+    return (rows / scales[:, None]).round().to(torch.int8).cpu().numpy(), _to_array(scales)
 
 
 def _group(layers: nn.Sequential) -> list[list[Any]]:
@@ -200,9 +206,10 @@ def make_page(
         "handwriting": handwriting,
         "temperature": classifier.temperature,
         "sure": classifier.sure,
+        "likeness": _pack_likeness(classifier),
         "layers": [_pack_layer(layer) for layer in read_layers(classifier)],
         "samples": {
-            "images": encode(images.cpu().numpy()),
+            "images": base64.b64encode(squeeze(images.cpu().numpy())).decode(),
             "labels": labels.tolist(),
             "answers": answers.tolist(),
         },
@@ -225,3 +232,30 @@ def _pack_layer(layer: Layer) -> dict[str, Any]:
         "norm": norm,
         "activation": layer.activation,
     }
+
+
+def _pack_likeness(classifier: DigitClassifier) -> dict[str, Any] | None:
+    """Rows of each class: its mean, then its directions."""
+    likeness = classifier.likeness
+    if not isinstance(likeness, Likeness):
+        return None
+    rows, scales = quantise(torch.cat([likeness.means[:, None], likeness.directions], dim=1).flatten(0, 1))
+    preprocess = classifier.preprocess
+    return {
+        **{"scales": likeness.scales, "doubt": likeness.doubt, "limit": likeness.limit},
+        **{"nothing": likeness.nothing.capitalize(), "pool": POOL, "units": UNITS},
+        **{"features": rows.shape[1], "rows": encode(rows), "steps": encode(scales)},
+        "mean": preprocess.mean.item() / 255,  # of the pixels, which are the last hidden layer of a net
+        "std": preprocess.std.item() / 255,  # that has none
+    }
+
+
+def squeeze(array: NDArray[np.uint8]) -> bytes:
+    """An array's bytes; of zeros one, and then how many they are, at most 255."""
+    squeezed = bytearray()
+    for value, run in itertools.groupby(array.tobytes()):
+        count = sum(1 for _ in run)
+        for start in range(0, count, 255):
+            part = min(255, count - start)
+            squeezed += bytes([value]) * part if value else bytes([0, part])
+    return bytes(squeezed)

@@ -8,10 +8,10 @@ function makeFilm() {
   const count = raw.labels.length, classes = data.classes.length;
   film = {
     ...raw, moment: moments - 1, chosen: null,
-    weights: cut(raw.weights, moments * units, size),  // 0 … 255 for -limit … limit
-    images: cut(raw.images, count, size),
-    probabilities: cut(raw.probabilities, moments * count, classes),
-    activations: cut(raw.activations, moments * count, units),
+    weights: cut(bytes(raw.weights), moments * units, size),  // 0 … 255 for -limit … limit
+    images: cut(bytes(raw.images), count, size),
+    probabilities: cut(bytes(raw.probabilities), moments * count, classes),
+    activations: cut(bytes(raw.activations), moments * count, units),
   };
   $("film").hidden = false;
   $("moment").max = moments - 1;

@@ -91,10 +91,38 @@ function backward(net, passes, top, factors, down = 0, ends = true) {
 
 function only(size, index) { return Float64Array.from({length: size}, (_, i) => +(i === index)); }
 
+// Bytes in which a 0 is followed by how many there are
+function spread(packed, size) {
+  const all = new Uint8Array(size);
+  for (let i = 0, place = 0; i < packed.length; i++)
+    if (packed[i]) all[place++] = packed[i]; else place += packed[++i];
+  return all;
+}
+
 function softmax(logits, temperature) {
   const most = Math.max(...logits), powers = Array.from(logits, z => Math.exp((z - most) / temperature));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map(power => power / sum);
+}
+
+// How far an image is from what its class looks like, as a share of the limit: mnist_lightning/evaluation/likeness.py
+function distanceTo(likeness, label, probability, grey, width, hidden) {
+  const {pool, scales, doubt, limit, rows, steps} = likeness, features = new Float64Array(likeness.features);
+  const units = Math.min(likeness.units, hidden.length), across = Math.floor(width / pool), pixels = features.length - units;
+  grey.forEach((level, place) => {
+    const x = Math.floor(place % width / pool), at = Math.floor(place / width / pool) * across + x;
+    if (x < across && at < pixels) features[at] += scales[0] * level / pool ** 2;
+  });
+  hidden.forEach((value, unit) => {
+    const sign = Math.floor(unit / units) % 2 ? -1 : 1;
+    features[pixels + unit % units] += sign * scales[1] * value;
+  });
+  const count = rows.length / features.length / data.classes.length, first = label * count;
+  const row = number => features.map((_, i) => steps[number] * rows[number * features.length + i]), mean = row(first);
+  const offsets = features.map((value, i) => value - mean[i]), dot = other => offsets.reduce((sum, z, i) => sum + z * other[i], 0);
+  let left = dot(offsets);
+  for (let number = first + 1; number < first + count; number++) left -= dot(row(number)) ** 2;
+  return (left - doubt * Math.log(Math.max(probability, 1e-12))) / limit;
 }
 
 // An image set upright, as mnist_lightning/images/deform.py does it

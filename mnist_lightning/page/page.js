@@ -3,6 +3,10 @@
 
 const FIELD = 256;  // pixels of a side, on which strokes become ink
 const MOST_BARS = 12;
+if (data.likeness) {
+  data.likeness.rows = new Int8Array(bytes(data.likeness.rows).buffer);
+  data.likeness.steps = floats(data.likeness.steps);
+}
 const net = readNet(data), [HEIGHT, WIDTH] = data.shape, LAST = net.layers.length - 1;
 
 // The drawing: strokes of points, in pixels of the field
@@ -13,8 +17,11 @@ let seen = null;
 function look(image) {
   const grey = data.deskew ? upright(image, WIDTH, HEIGHT) : Float32Array.from(image);
   const passes = forward(net, grey.map(level => level / 255));
-  const logits = passes[LAST].values;
-  return {grey, passes, logits, probabilities: softmax(logits, data.temperature), gains: new Map()};
+  const logits = passes[LAST].values, probabilities = softmax(logits, data.temperature);
+  const most = Math.max(...probabilities), label = probabilities.indexOf(most), {likeness} = data;
+  const hidden = LAST ? passes[LAST].inputs : passes[0].inputs.map(level => (level - likeness?.mean) / likeness?.std);
+  const distance = likeness ? distanceTo(likeness, label, most, grey, WIDTH, hidden) : 0;
+  return {grey, passes, logits, probabilities, distance, gains: new Map()};
 }
 
 // What each value that goes into a layer gains for a class
@@ -178,8 +185,8 @@ function ranking() {
 function showAnswer() {
   const [first, second] = ranking(), name = label => data.classes[label];
   const tell = label => `${name(label)}, ${percent(seen.probabilities[label])}`;
-  const answer = seen.blank ? "Draw something"
-    : seen.probabilities[first] < data.sure ? `Not sure: ${tell(first)}; or ${tell(second)}` : tell(first);
+  const doubt = seen.probabilities[first] < data.sure ? "Not sure" : seen.distance > 1 ? data.likeness.nothing : "";
+  const answer = seen.blank ? "Draw something" : doubt ? `${doubt}: ${tell(first)}; or ${tell(second)}` : tell(first);
   if ($("answer").textContent !== answer) $("answer").textContent = answer;
   const shown = data.classes.length <= MOST_BARS ? data.classes.map((_, label) => label)
     : ranking().slice(0, MOST_BARS);
@@ -313,14 +320,14 @@ function showUnit(number, unit) {
 
 // ---- images to try
 
-function cut(text, count, size) {
-  const all = bytes(text);
+function cut(all, count, size) {
   return Array.from({length: count}, (_, i) => all.subarray(i * size, (i + 1) * size));
 }
 
 function makeSamples() {
   const {labels, answers} = data.samples;
-  data.samples.images = cut(data.samples.images, labels.length, WIDTH * HEIGHT);
+  data.samples.images = cut(spread(bytes(data.samples.images), labels.length * WIDTH * HEIGHT), labels.length,
+    WIDTH * HEIGHT);
   $("tries").hidden = !labels.length;
   $("samples").append(...labels.map((label, index) => {
     const name = data.classes[label], wrong = answers[index] !== label, canvas = make("canvas");

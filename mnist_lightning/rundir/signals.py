@@ -190,3 +190,26 @@ def deferred(*, at_once: bool = True) -> Iterator[None]:
     finally:
         _deferring = False
     stop_if_asked()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """A stretch that is broken off when it takes longer, where the system has an alarm (not Windows).
+
+    Raises:
+        TimeoutError: it did.  A subclass of OSError.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
