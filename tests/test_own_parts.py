@@ -61,7 +61,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
         settings = [one.replace("train_batches=12", "train_batches=4") for one in settings]
     done = command("train", *settings, "hydra.run.dir=twin", cwd=work)
     assert done.returncode == 0, done.stderr
-    assert f"resume=twin trust={module}" in done.stdout
+    assert f"run=twin trust={module}" in done.stdout
     metrics = json.loads((work / "twin" / "metrics.json").read_text())
     assert metric in metrics
     status = json.loads((work / "twin" / "status.json").read_text())
