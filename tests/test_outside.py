@@ -817,7 +817,7 @@ class Count(Callback):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
-@pytest.mark.parametrize("jobs", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jobs", [6, pytest.param(50, marks=pytest.mark.reliability)])
 def test_jobs_leave_nothing_behind(jobs: int, tmp_path: Path, command: Run) -> None:
     (tmp_path / "counting.py").write_text(FLAT)
     done = command(

@@ -157,7 +157,7 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
     assert kill_while_saving(kills, tmp_path, start) == kills
 
 
-@pytest.mark.parametrize("apart", [90, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("apart", [90, pytest.param(7, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize(
     "deformed", [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch")], ids=["plain", "deformed"]
 )
