@@ -255,7 +255,7 @@ def test_pictures(work: Path, tmp_path: Path, command: Run) -> None:
     done = command("predict", f"run={work / 'a run'}", f"images={files[1]}", "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
-    assert [float(cell) for cell in rows[1].split(",")[4:14]] == pytest.approx(one.probabilities, abs=1e-6)
+    assert [float(cell) for cell in rows[1].split(",")[5:15]] == pytest.approx(one.probabilities, abs=1e-6)
     with pytest.raises(OSError, match=r"nothing\.png"):
         net.predict("nothing.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
