@@ -316,9 +316,10 @@ def format_labels(
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "prediction", "probability_of_label", "probability"])
+    confidences = evaluation.confidences
     for place in doubtful:
         label, prediction = evaluation.labels[place], evaluation.predictions[place]
-        given, taken = evaluation.probabilities[place, label], evaluation.confidences[place]
+        given, taken = evaluation.probabilities[place, label], confidences[place]
         cells = (as_cell(names[label]), as_cell(names[prediction]), f"{given:.3e}", f"{taken:.6f}")
         writer.writerow([indices[place], *cells])
     return text.getvalue()

@@ -222,14 +222,22 @@ class DefaultRun:
 
 
 @pytest.fixture(scope="session")
-def default_run(fresh_command: Run, once: Once) -> DefaultRun:
+def default_run(fresh_command: Run, once: Once, environment: dict[str, str]) -> DefaultRun:
     def make(cwd: Path) -> None:
         done = fresh_command("train", cwd=cwd)
         (cwd.parent / "default.json").write_text(json.dumps([done.stdout, done.stderr, done.returncode]))
 
     cwd = once("default", make)
+    unpack_mnist(environment)
     runs = list((cwd / "logs" / "train" / "runs").iterdir()) if (cwd / "logs").exists() else [cwd]
     return DefaultRun(runs[0], cwd / "logs", *json.loads((cwd.parent / "default.json").read_text()))
+
+
+def unpack_mnist(environment: dict[str, str]) -> None:
+    """What training has put into its home, for a worker that reads the run of another one."""
+    from mnist_lightning.images.sources import find_source
+
+    find_source("mnist", Path(environment["HOME"], ".pytorch", "MNIST_data")).make_whole()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     assert done.returncode == 0, done.stderr
     header = (work / "out" / "predictions.csv").read_text().splitlines()[0]
     assert header.startswith(
-        "file,output" if name == "regression" else "file,prediction,probability,answer,p(0)"
+        "file,output" if name == "regression" else "file,prediction,probability,answer,distance,p(0)"
     )
 
     if name == "resnet":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import NO_PICTURES, REPOSITORY, Once, Run, settle
+from conftest import NO_PICTURES, REPOSITORY, Once, Run, settle, unpack_mnist
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 
@@ -160,9 +160,7 @@ def workplace(
     for path in (cwd / "logs" / "train" / "runs" / "newest" / "checkpoints").iterdir():
         path.touch()
     shutil.copytree(cwd, elsewhere(cwd))
-    from mnist_lightning.images.sources import find_source
-
-    find_source("mnist", Path(environment["HOME"], ".pytorch", "MNIST_data")).make_whole()  # as training does
+    unpack_mnist(environment)
     return cwd
 
 
@@ -185,7 +183,10 @@ def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(one, marks=pytest.mark.slow) if is_plain(one) else one for one in COMMANDS],
+    [
+        pytest.param(one, marks=pytest.mark.slow) if is_plain(one) or one.startswith(f"{TRAIN} -m ") else one
+        for one in COMMANDS
+    ],
 )
 def test_commands_run(command: str, python: Run, workplace: Path) -> None:
     trains = command.startswith(TRAIN) and SHORT[0] in shorten(command)
@@ -253,7 +254,7 @@ def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) 
     finally:
         server.terminate()
         server.wait()
-    assert {run.split("/")[-2] for run in runs} == {"tensorboard"}
+    assert all("tensorboard" in run.split("/") for run in runs)
 
 
 @functools.cache

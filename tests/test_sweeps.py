@@ -352,6 +352,7 @@ def test_a_search_records_prunes_and_resumes(start: Start, command: Run, tmp_pat
     assert sorted(read_statuses(sweep)) == list(range(9))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     open_storage(storage)  # both making its tables at once is a race that Optuna loses
@@ -375,7 +376,9 @@ def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     assert os.path.exists(tmp_path / "study.db")
 
 
-@pytest.mark.parametrize("subdir", ["${hydra.job.num}_x", "${seed}/${hydra.job.num}/run"])
+@pytest.mark.parametrize(
+    "subdir", ["${hydra.job.num}_x", pytest.param("${seed}/${hydra.job.num}/run", marks=pytest.mark.slow)]
+)
 def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path: Path) -> None:
     """They are found there, reported, and not trained again; one that is missing is."""
     short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
