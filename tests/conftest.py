@@ -11,6 +11,7 @@ import compileall
 import gc
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -292,6 +293,19 @@ def browser() -> Iterator[Any]:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+def check_nothing_leaves(page: Any) -> None:
+    """An open page's policy forbids a script to ask a server for anything, or to show its images.  Closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        failed = page.evaluate("url => fetch(url).then(() => '', error => String(error))", url)
+        assert "Failed to fetch" in failed
+        page.evaluate("url => document.body.append(Object.assign(new Image(), {src: url}))", url)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    page.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Open, Run
+from conftest import REPOSITORY, Open, Run, check_nothing_leaves
 from test_film import make_film
 
 from mnist_lightning.classifier import DigitClassifier
@@ -284,15 +283,7 @@ def test_nothing_leaves_the_page(exported: Path, browser: Any) -> None:
     """Its own policy forbids what a script, or a name of a class, might try."""
     page = browser.new_page()
     page.goto(exported.as_uri())
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.5)
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        failed = page.evaluate("url => fetch(url).then(() => '', error => String(error))", url)
-        assert "Failed to fetch" in failed
-        page.evaluate("url => document.body.append(Object.assign(new Image(), {src: url}))", url)
-        with pytest.raises(TimeoutError):
-            server.accept()
-    page.close()
+    check_nothing_leaves(page)
 
 
 @pytest.mark.parametrize(

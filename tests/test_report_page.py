@@ -2,13 +2,12 @@
 
 import json
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Open, Run
+from conftest import Open, Run, check_nothing_leaves
 from test_report import MULTIRUN, make_sweep
 
 from mnist_lightning.cli import CommandError
@@ -144,15 +143,7 @@ def test_texts_of_runs_are_text(sweep: Path, tmp_path: Path, show: Open) -> None
 def test_nothing_leaves_the_page(sweep: Path, tmp_path: Path, browser: Any) -> None:
     page = browser.new_page()
     page.goto(write_page(tmp_path / "page.html", read_sweep(sweep)).as_uri())
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.5)
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        failed = page.evaluate("url => fetch(url).then(() => '', error => String(error))", url)
-        assert "Failed to fetch" in failed
-        page.evaluate("url => document.body.append(Object.assign(new Image(), {src: url}))", url)
-        with pytest.raises(TimeoutError):
-            server.accept()
-    page.close()
+    check_nothing_leaves(page)
 
 
 @pytest.mark.parametrize(("width", "theme"), [(390, "light"), (768, "dark"), (1280, "light")])
