@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import platform
 import random
 import shutil
 import time
@@ -804,21 +805,27 @@ def test_a_copied_search_is_a_search_of_its_own(tmp_path: Path, command: Run) ->
 
 
 FLAT = """
-import json, os, resource, threading
+import ctypes, json, os, threading
 from lightning.pytorch.callbacks import Callback
+class Mallinfo2(ctypes.Structure):  # of glibc's malloc.h
+    _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(10)]
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
 class Count(Callback):
     def on_train_start(self, trainer, pl_module):
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[1])
-        told = [threading.active_count(), len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()]
+        memory = mallinfo2()
+        allocated = memory.field_7 + memory.field_4  # uordblks, hblkhd
+        told = [threading.active_count(), len(os.listdir("/proc/self/fd")), allocated]
         with open("counts.jsonl", "a") as file:
             file.write(json.dumps(told) + "\\n")
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.33"), reason="no mallinfo2 here")
 @pytest.mark.parametrize("jobs", [6, pytest.param(50, marks=pytest.mark.reliability)])
 def test_jobs_leave_nothing_behind(jobs: int, tmp_path: Path, command: Run) -> None:
+    """Memory is what is allocated, not what the process holds: that grows by gaps, by 30 MB now and then."""
     (tmp_path / "counting.py").write_text(FLAT)
     done = command(
         *("train", "-m", "hydra/launcher=basic", f"seed=range({jobs})", "model.hidden=8", "scheduler=none"),
@@ -829,7 +836,7 @@ def test_jobs_leave_nothing_behind(jobs: int, tmp_path: Path, command: Run) -> N
     assert done.returncode == 0, done.stderr
     counts = [json.loads(line) for line in (tmp_path / "counts.jsonl").read_text().splitlines()]
     assert len(counts) == jobs
-    threads, files, memory = zip(*counts, strict=True)
+    threads, files, allocated = zip(*counts, strict=True)
     assert threads[-1] <= threads[1], "no thread stays"
     assert files[-1] <= files[1], "no file stays open"
-    assert memory[-1] - memory[2] < 1e6 * (jobs + 20), "less than a megabyte a job"
+    assert allocated[-1] - allocated[2] < 10e6, "no job's tensors stay"
