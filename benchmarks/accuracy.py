@@ -67,9 +67,11 @@ def main() -> None:
         groups[result.preset, result.way].append(result)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     pictures = draw(groups, arguments.data_dir, arguments.output)
-    chapters = read_chapters(arguments.output.read_text()) if arguments.output.is_file() else {}
+    chapters = (
+        read_chapters(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
+    )
     chapters |= write_chapters(groups, pictures, arguments.hardware)
-    arguments.output.write_text(write(dict(sorted(chapters.items()))))
+    arguments.output.write_text(write(dict(sorted(chapters.items()))), encoding="utf-8")
     print(arguments.output, *pictures.values(), sep="\n")
 
 
@@ -77,7 +79,7 @@ def collect(folders: list[Path]) -> list[Result]:
     paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.json")}
     results = []
     for path in sorted(paths):
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
         if "test/acc" in metrics:
             results.append(_of_training(path.parent, metrics))
         elif metrics.get("split") == "test" and "checkpoints" in metrics:
@@ -107,7 +109,7 @@ def _of_evaluation(metrics: dict[str, Any]) -> list[Result]:
     if missing := [str(report) for report in reports if not report.is_file()]:
         print(f"left out, the runs have moved: {', '.join(missing)}", file=sys.stderr)
         return []
-    told = [json.loads(report.read_text()) for report in reports]
+    told = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
     seconds = [one["train_seconds"] for one in told if "train_seconds" in one]
     return [
         Result(
@@ -125,7 +127,7 @@ def _of_evaluation(metrics: dict[str, Any]) -> list[Result]:
 def name_preset(run: Path) -> str:
     """What was typed for a run, less what does not decide how good it gets."""
     saved = run / ".hydra" / "overrides.yaml"
-    overrides = yaml.safe_load(saved.read_text()) if saved.is_file() else ["unknown"]
+    overrides = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else ["unknown"]
     kept = [one for one in overrides if not one.lstrip("+").startswith(ASIDE)]
     return " ".join(sorted(kept, key=lambda one: (not one.startswith("experiment="), one))) or DEFAULT
 

@@ -39,7 +39,7 @@ def main() -> None:
     result["threads"] = arguments.threads
     print(tabulate(result))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def contestants(device: str) -> dict[str, Deform]:

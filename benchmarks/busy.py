@@ -87,8 +87,8 @@ def read_seconds(folder: Path) -> float:
     """What ``metrics.json`` or the last line that was printed tells of the training."""
     metrics = folder / "run" / "metrics.json"
     if metrics.exists():
-        return float(json.loads(metrics.read_text())["train_seconds"])
-    return float(re.findall(r"([\d.]+) s$", (folder / "output").read_text(), re.M)[-1])
+        return float(json.loads(metrics.read_text(encoding="utf-8"))["train_seconds"])
+    return float(re.findall(r"([\d.]+) s$", (folder / "output").read_text(encoding="utf-8"), re.M)[-1])
 
 
 def sweep(launcher: str, *, jobs: int, data_dir: Path) -> float:
@@ -111,7 +111,7 @@ def time_steps(number: int, beside: int, arguments: argparse.Namespace) -> dict[
         seconds = str(arguments.step_seconds)
         more = ("--threads", str(number), "--seconds", seconds)
         check_exit(start("-m", "benchmarks.step_time", *more, cwd=folder).wait(), folder)
-        rows = [json.loads(line) for line in (folder / "output").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / "output").read_text(encoding="utf-8").splitlines()]
     return {f"{row['hidden']} {row['batch']} {row['flops']}": row["ms"] for row in rows}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def append(path: Path, accuracy: float) -> None:
     """A line of JSON: seconds since 1970-01-01 UTC, and the accuracy in [0, 1]."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), "accuracy": accuracy}) + "\n")
 
 

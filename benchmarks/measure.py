@@ -63,7 +63,7 @@ def publish(name: str, arguments: argparse.Namespace, tables: list[Table], sampl
         "samples": samples,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for table in tables:
         print(f"\n{table}")
     print(f"\nwritten to {path}")
@@ -72,7 +72,7 @@ def publish(name: str, arguments: argparse.Namespace, tables: list[Table], sampl
 
 def describe_machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -130,4 +130,4 @@ def check_exit(code: int, cwd: Path, *, expected: int = 0) -> None:
         SystemExit: with what the process wrote, if it ended otherwise.
     """
     if code != expected:
-        sys.exit(f"exit code {code}, expected {expected}:\n{(cwd / 'output').read_text()}")
+        sys.exit(f"exit code {code}, expected {expected}:\n{(cwd / 'output').read_text(encoding='utf-8')}")

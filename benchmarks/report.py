@@ -14,7 +14,7 @@ MARKER = "<!-- below: written by python -m benchmarks.report -->"
 
 def render(path: Path) -> str:
     """A benchmark's tables with the machine they were measured on, as Markdown."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     machine = content["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "lightning", "hydra-core"))
     told = f"{machine['date']}, {machine['cpu']}, load {machine['load']} at the end; {versions}."
@@ -32,8 +32,8 @@ def main() -> None:
     files = sorted(arguments.results.glob("*.json"))
     if not files:
         parser.exit(1, f"no results in {arguments.results}: run a benchmark first\n")
-    above, _, _ = arguments.readme.read_text().partition(MARKER)
-    arguments.readme.write_text("\n\n".join([above + MARKER, *map(render, files)]) + "\n")
+    above, _, _ = arguments.readme.read_text(encoding="utf-8").partition(MARKER)
+    arguments.readme.write_text("\n\n".join([above + MARKER, *map(render, files)]) + "\n", encoding="utf-8")
     print(f"{len(files)} results written to {arguments.readme}")
 
 

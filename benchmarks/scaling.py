@@ -82,7 +82,7 @@ def run(arguments: list[str], *, images: int) -> Run:
     with empty_folder() as folder:
         process = start("-m", "mnist_lightning.train", *arguments, cwd=folder)
         peak = wait(process.pid, folder)
-        metrics = json.loads((folder / "run" / "metrics.json").read_text())
+        metrics = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     return Run(metrics["epochs"] * images, metrics["train_seconds"], peak)
 
 
@@ -103,7 +103,7 @@ def wait(pid: int, folder: Path) -> float:
 def computes_bfloat16() -> bool:
     """Whether a GPU or the CPU does it in hardware; where that can't be told, yes."""
     flags = Path("/proc/cpuinfo")
-    told = flags.read_text() if flags.exists() else "bf16"
+    told = flags.read_text(encoding="utf-8") if flags.exists() else "bf16"
     return "bf16" in told or shutil.which("nvidia-smi") is not None
 
 

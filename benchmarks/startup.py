@@ -37,7 +37,7 @@ class FirstStep(Callback):
     """Notes when the first step has ended, and ends the process there."""
 
     def on_train_batch_end(self, *_: Any) -> None:
-        with open(STAMP, "w") as file:
+        with open(STAMP, "w", encoding="utf-8") as file:
             file.write(str(time.time()))
         os._exit(0)
 
@@ -57,7 +57,7 @@ def run_to_stamp(*command: str) -> float:
     with empty_folder() as folder:
         began = time.time()
         check_exit(start(*command, cwd=folder).wait(), folder)
-        return float((folder / STAMP).read_text()) - began
+        return float((folder / STAMP).read_text(encoding="utf-8")) - began
 
 
 def main() -> None:

@@ -282,7 +282,7 @@ def check_same_work(results: dict[str, list[Result]], *, device: str) -> None:
 def terminal() -> Iterator[None]:
     """Standard error as a terminal that nobody looks at, so that the progress bar is drawn."""
     reading, writing = os.openpty()
-    before, sys.stderr = sys.stderr, os.fdopen(writing, "w")
+    before, sys.stderr = sys.stderr, os.fdopen(writing, "w", encoding="utf-8")
 
     def drain() -> None:
         while True:

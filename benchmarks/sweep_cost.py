@@ -64,7 +64,7 @@ def measure_added(sweep: Path) -> list[float]:
 def multiply(sweep: Path, jobs: int) -> None:
     """Fill the sweep with copies of its first job under other settings: three seeds of each."""
     source = sweep / "0"
-    status = json.loads((source / "status.json").read_text())
+    status = json.loads((source / "status.json").read_text(encoding="utf-8"))
     for number in range(jobs):
         target = sweep / str(number)
         if number:

@@ -62,7 +62,7 @@ def run(command: list[str]) -> Run:
         code = start(*command, cwd=folder).wait()
         seconds = time.time() - began
         check_exit(code, folder)
-        lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     return Run(seconds, [(line["time"] - began, line["accuracy"]) for line in lines])
 
 

@@ -41,12 +41,14 @@ the three together. Any setting is given as `key=value` on the command line.
 
 
 def main() -> None:
-    REFERENCE.write_text(generate())
+    REFERENCE.write_text(generate(), encoding="utf-8")
     print(REFERENCE)
 
 
 def generate() -> str:
-    commands = sorted(path.stem for path in CONF.glob("*.yaml") if "_schema" in path.read_text())
+    commands = sorted(
+        path.stem for path in CONF.glob("*.yaml") if "_schema" in path.read_text(encoding="utf-8")
+    )
     commands = ["train", *(name for name in commands if name != "train")]
     lines = [HEADER]
     for command in commands:
@@ -80,7 +82,7 @@ def table_of_command(command: str) -> list[str]:
 def table_of_group(group: str) -> list[str]:
     default = find_default(group)
     choices = sorted((CONF / group).glob("*.yaml"), key=functools.partial(rank, default=default))
-    if choices[0].read_text().startswith("# @package _global_"):
+    if choices[0].read_text(encoding="utf-8").startswith("# @package _global_"):
         return table_of_presets(choices)
     types = dict(types_of(schema_of("train")))
     for path in choices:  # a class of ours in a group that takes anybody's
@@ -116,11 +118,11 @@ def table_of_presets(choices: list[Path]) -> list[str]:
     """Of the files that set keys of several groups."""
     rows = []
     for path in choices:
-        lines = path.read_text().splitlines()[1:]
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
         opening = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
         chosen = [
             f"`{key.removeprefix('override ').lstrip('/')}={value}`"
-            for entry in (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
+            for entry in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
             if isinstance(entry, dict)
             for key, value in entry.items()
         ]
@@ -152,7 +154,7 @@ def types_of(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def find_default(group: str) -> str | None:
     """The choice that ``train`` takes when nothing is said."""
-    defaults = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))["defaults"]
     return next((entry[group] for entry in defaults if isinstance(entry, dict) and group in entry), None)
 
 
@@ -163,7 +165,7 @@ def rank(path: Path, *, default: str | None) -> tuple[bool, bool, str]:
 
 def read_flat(path: Path) -> dict[str, Any]:
     """A YAML file's own settings, by dotted key."""
-    content = yaml.load(path.read_text(), Loader) or {}
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     content.pop("defaults", None)
     if path.parent == CONF:
         content.pop("hydra", None)

@@ -1,5 +1,6 @@
 """Nothing of this project needs what only POSIX systems have: a simulation, on a system that has it."""
 
+import ast
 import contextlib
 import json
 import os
@@ -221,14 +222,73 @@ def test_commands_are_quoted_for_the_shell(text: str, posix: str, windows: str) 
     assert as_command(["python", text], windows=True) == f"python {windows}"
 
 
-def test_one_place_quotes_commands() -> None:
-    """The one that knows the user's shell."""
-    using = [
-        path.name
-        for path in (REPOSITORY / "mnist_lightning").rglob("*.py")
-        if "shlex" in path.read_text(encoding="utf-8")
-    ]
-    assert using == ["outside.py"]
+SOURCES = [
+    path
+    for folder in ("mnist_lightning", "hydra_plugins", "benchmarks", "docs")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+]
+
+
+def find_unportable(source: str) -> set[str]:
+    """What a source does that one place does for all, or that means something else on another system: it
+    renames a file, quotes for a shell, or reads or writes text in the encoding of the system."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        module = node.module if isinstance(node, ast.ImportFrom) else ""
+        found |= {"shlex"} & {module, *names}
+        found |= {name for name in names if module in ("os", "shutil") and name in RENAMING}
+        if not isinstance(node, ast.Call):
+            continue
+        called, keywords = ast.unparse(node.func), {one.arg for one in node.keywords}
+        where, _, name = called.rpartition(".")
+        if where in ("os", "shutil") and name in RENAMING:
+            found.add(called)
+        if (
+            where and name in ("rename", "replace") and len(node.args) == 1 and not keywords
+        ):  # a text's takes two
+            found.add(called)
+        as_text = name in OPENING and where not in OTHERS
+        as_text &= not any(isinstance(one, ast.Constant) and one.value in BINARY for one in node.args)
+        if (as_text or "text" in keywords) and "encoding" not in keywords:
+            found.add(called)
+    return found
+
+
+RENAMING = ("rename", "renames", "replace", "move")
+OPENING = ("open", "fdopen", "read_text", "write_text")
+BINARY = ("rb", "wb", "ab", "xb", "r+b", "rb+", "w+b")
+OTHERS = ("os", "Image", "gzip")  # whose open() gives bytes
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("os.replace(a, b); os.rename(a, b); shutil.move(a, b)", {"os.replace", "os.rename", "shutil.move"}),
+        ("path.rename(b); path.replace(b)", {"path.rename", "path.replace"}),
+        ("from os import replace; from shutil import move, copy", {"replace", "move"}),
+        ("import shlex", {"shlex"}),
+        ("from shlex import quote", {"shlex"}),
+        ("open(a); a.open('w'); a.read_text()", {"open", "a.open", "a.read_text"}),
+        ("a.write_text(b); subprocess.run(a, text=True)", {"a.write_text", "subprocess.run"}),
+        ("text.replace(a, b); replace(a, b); dataclasses.replace(a, b=c)", set()),
+        ("open(a, 'rb'); a.open('xb'); a.read_text(encoding='utf-8'); Image.open(a); os.open(a, b)", set()),
+    ],
+)
+def test_the_guard_guards(source: str, found: set[str]) -> None:
+    assert find_unportable(source) == found
+
+
+def test_one_place_renames_one_quotes_and_text_is_utf_8() -> None:
+    found = {
+        path.name: names for path in SOURCES if (names := find_unportable(path.read_text(encoding="utf-8")))
+    }
+    assert found == {
+        "atomic.py": {"os.replace"},  # it waits for who holds the file
+        "outside.py": {"shlex"},  # it knows the user's shell
+        "rename.py": {"(parent / OLD).rename"},  # folders of a checkout
+        "time_to_accuracy.py": {"shlex"},  # takes a shell's line apart
+    }
 
 
 def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

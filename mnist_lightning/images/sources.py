@@ -373,7 +373,7 @@ def unpack(data_dir: Path) -> None:
                 continue
             log.warning("%s %s: replaced by the copy in this package", path, fault)
             if path.is_dir() and not path.is_symlink():
-                path.rename(f"{path}.aside")  # it may be the user's
+                replace(path, path.with_name(f"{file}.aside"))  # it may be the user's
         with gzip.open(PACKAGED / f"{file}.gz") as packed:
             write_atomic(path, packed.read())
 

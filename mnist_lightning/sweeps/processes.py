@@ -420,7 +420,7 @@ def find_gpus() -> list[str]:
         names = [name.strip() for name in visible.split(",")]
         return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
     try:
-        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20).stdout
+        listed = subprocess.run([program, "-L"], capture_output=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+    return [str(index) for index in range(sum(line.startswith(b"GPU ") for line in listed.splitlines()))]
