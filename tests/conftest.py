@@ -25,7 +25,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
-from processes import HEAVY, LIGHT, Fresh, Preloaded, Process
+from processes import FORKS, HEAVY, LIGHT, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
@@ -62,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        for name, is_here in (("posix", os.name == "posix"), ("linux", FORKS)):
+            if not is_here and (mark := item.get_closest_marker(name)):
+                item.add_marker(pytest.mark.skip(f"needs {mark.args[0]}, which only {name} has"))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +104,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[
 
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA", "PL_", "COV"))}
     return kept | {
-        "HOME": str(tmp_path_factory.mktemp("home")),
+        **dict.fromkeys(("HOME", "USERPROFILE"), str(tmp_path_factory.mktemp("home"))),
         "OMP_NUM_THREADS": "1",
         "MPLCONFIGDIR": matplotlib.get_cachedir(),  # listing the system's fonts anew would take seconds
         "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),

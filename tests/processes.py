@@ -1,17 +1,21 @@
 """Processes of the tests: forks of a preloaded interpreter, and fresh ones, started and watched alike."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
+import pytest
+
+FORKS = hasattr(os, "fork") and sys.platform == "linux"  # else each command imports all anew
 PRELOADED = Path(__file__).with_name("preloaded.py")
 PATIENCE = 300.0  # seconds: far more than anything here takes on a busy machine
 
@@ -28,31 +32,15 @@ class Process:
         self.args = arguments
         self.returncode: int | None = None
         self._written = [b"", b""]
-        self._reading, self._writing = zip(*(open_pipe() for _ in range(2)), strict=True)
-
-    def _close_writing(self) -> None:
-        for descriptor in self._writing:
-            os.close(descriptor)
 
     def _look(self) -> int | None:
-        """The exit code, once it has ended."""
+        """The exit code, once it has ended and all that it has written was read."""
         raise NotImplementedError
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self._read()
-            if (code := self._look()) is not None:
-                self._read()
-                self.returncode = code
-                for descriptor in self._reading:
-                    os.close(descriptor)
+            self.returncode = self._look()
         return self.returncode
-
-    def _read(self) -> None:
-        for number, descriptor in enumerate(self._reading):
-            with contextlib.suppress(BlockingIOError):
-                while content := os.read(descriptor, 2**20):
-                    self._written[number] += content
 
     @property
     def stdout(self) -> str:
@@ -87,6 +75,8 @@ class Process:
         return subprocess.CompletedProcess(self.args, code, self.stdout, self.stderr)
 
     def send_signal(self, number: int) -> None:
+        if os.name == "nt":
+            pytest.skip("on Windows no process can ask another one to end")
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -95,15 +85,6 @@ class Process:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-
-
-def open_pipe() -> tuple[int, int]:
-    """Its ends for reading, without waiting, and for writing; a megabyte fits in where the system allows."""
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    with contextlib.suppress(AttributeError, OSError):
-        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 2**20)
-    return reading, writing
 
 
 class Fresh(Process):
@@ -122,15 +103,31 @@ class Fresh(Process):
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=self._writing[0],
-            stderr=self._writing[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             preexec_fn=preexec_fn,
         )
-        self._close_writing()
         self.pid = self._process.pid
+        streams = (self._process.stdout, self._process.stderr)
+        self._readers = [
+            threading.Thread(target=self._read, args=one, daemon=True) for one in enumerate(streams)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, number: int, stream: IO[bytes]) -> None:
+        with stream:
+            while content := os.read(stream.fileno(), 2**20):
+                self._written[number] += content
 
     def _look(self) -> int | None:
-        return self._process.poll()
+        if (code := self._process.poll()) is not None:
+            for reader in self._readers:
+                reader.join(1)  # a process that it has started may live on, and write
+        return code
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 class Fork(Process):
@@ -144,25 +141,47 @@ class Fork(Process):
 
     def __init__(self, preloaded: socket.socket, request: bytes, *arguments: str) -> None:
         super().__init__(arguments)
+        self._reading, writing = zip(*(open_pipe() for _ in range(2)), strict=True)
         told, telling = os.pipe()
-        socket.send_fds(preloaded, [request], [*self._writing, telling])
-        self._close_writing()
-        os.close(telling)
+        socket.send_fds(preloaded, [request], [*writing, telling])
+        for descriptor in (*writing, telling):
+            os.close(descriptor)
         self._told = os.fdopen(told, "rb", buffering=0)
         if not (line := self._told.readline()):
             raise RuntimeError("the preloaded interpreter has ended")
         self.pid = int(line)
         os.set_blocking(told, False)
 
+    def _read(self) -> None:
+        for number, descriptor in enumerate(self._reading):
+            with contextlib.suppress(BlockingIOError):
+                while content := os.read(descriptor, 2**20):
+                    self._written[number] += content
+
     def _look(self) -> int | None:
+        self._read()
         line = self._told.read()
         if line is None:
             return None
         self._told.close()
         if not line:
             raise RuntimeError("the preloaded interpreter has ended")
+        self._read()
+        for descriptor in self._reading:
+            os.close(descriptor)
         code, self.peak = map(int, line.split())
         return code
+
+
+def open_pipe() -> tuple[int, int]:
+    """Its ends for reading, without waiting, and for writing; a megabyte fits in where the system allows."""
+    import fcntl
+
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with contextlib.suppress(AttributeError, OSError):
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 2**20)
+    return reading, writing
 
 
 LIGHT = (
@@ -181,9 +200,12 @@ HEAVY = (
 
 
 class Preloaded:
-    """A process with other people's packages imported, whose forks run commands."""
+    """A process with other people's packages imported, whose forks run commands; where nothing can be
+    forked, commands run in fresh interpreters."""
 
     def __init__(self, modules: Iterable[str], env: Mapping[str, str]) -> None:
+        if not FORKS:
+            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
@@ -204,19 +226,25 @@ class Preloaded:
         env: Mapping[str, str],
         heed_permissions: bool = False,
         file_size: int | None = None,
-    ) -> Fork:
+    ) -> Process:
         """``python <arguments>`` in a folder, with these environment variables and no others.
 
         Args:
             heed_permissions: even where root runs the tests.
             file_size: bytes beyond which no file that it writes may grow.
         """
+        if not FORKS:
+            if heed_permissions or file_size is not None:
+                pytest.skip("asks Linux to take rights away from a process")
+            return Fresh(*arguments, cwd=cwd, env=env)
         request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env)}
         request |= {"heed_permissions": heed_permissions, "file_size": file_size}
         return Fork(self._socket, json.dumps(request).encode(), *arguments)
 
     def close(self) -> str:
         """End it and all that it still runs; what it printed itself."""
+        if not FORKS:
+            return ""
         self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy of it
         self._socket.close()
         return self._process.communicate()[0].decode()

@@ -163,6 +163,7 @@ def test_hostile_files_are_refused(make: Callable[[Path, Path], None], tmp_path:
     assert not ran.exists()
 
 
+@pytest.mark.linux("a process's memory in /proc")
 def test_hostile_files_take_no_memory(tmp_path: Path, python: Run) -> None:
     for make in HOSTILE:
         make(tmp_path / f"{make.__name__}.ckpt", tmp_path / "ran")

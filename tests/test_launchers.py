@@ -2,10 +2,8 @@
 
 import json
 import os
-import pty
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +72,7 @@ def test_auto_keeps_to_its_choice() -> None:
     assert launcher.choose(9) is launcher.choose(1)
 
 
+@pytest.mark.linux("the affinity of a process")
 def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
     monkeypatch: pytest.MonkeyPatch, gpus: None, python: Run
 ) -> None:
@@ -89,6 +88,7 @@ def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
     assert done.stdout == "BasicLauncher\n", f"one core: {done.stderr}"
 
 
+@pytest.mark.linux("control groups")
 def test_auto_heeds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(threads, "CGROUPS", tmp_path)
     for folder in threads.control_groups("memory"):
@@ -99,6 +99,7 @@ def test_auto_heeds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert isinstance(make().choose(9), BasicLauncher)
 
 
+@pytest.mark.posix("a shell's script in place of nvidia-smi")
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, gpus: None) -> None:
     assert find_gpus() == ["0", "1", "2"]
     for visible, names in (("2,0", ["2", "0"]), ("", []), ("-1", []), ("GPU-8,-1,1", ["GPU-8"])):
@@ -108,6 +109,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, gpus: N
     assert find_gpus() == []
 
 
+@pytest.mark.posix("a shell's script in place of nvidia-smi")
 @pytest.mark.slow
 def test_each_worker_sees_a_gpu_of_its_own(command: Run, tmp_path: Path, gpus: None) -> None:
     """CUDA_VISIBLE_DEVICES as the jobs find it; where torch has no CUDA they train on the CPU all the same."""
@@ -222,6 +224,9 @@ def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) 
         "import sys; from mnist_lightning import train; train.main()\n"
         "print('imported', sorted({'torch', 'lightning', 'torchvision'} & set(sys.modules)))"
     )
+    import pty
+    import termios
+
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     sweeping = subprocess.Popen(
@@ -255,6 +260,7 @@ def grid_on_a_terminal(once: Once, environment: dict[str, str]) -> tuple[int, st
     return code, shown
 
 
+@pytest.mark.posix("pseudo-terminals")
 def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int, str]) -> None:
     """Its workers are forked from it, and a process with threads or a GPU must not be."""
     code, shown = grid_on_a_terminal
@@ -262,6 +268,7 @@ def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int
     assert shown.splitlines()[-1] == "imported []"
 
 
+@pytest.mark.posix("pseudo-terminals")
 @pytest.mark.slow
 def test_the_parent_of_a_search_never_imports_torch(environment: dict[str, str], tmp_path: Path) -> None:
     settings = ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2")
@@ -270,6 +277,7 @@ def test_the_parent_of_a_search_never_imports_torch(environment: dict[str, str],
     assert shown.splitlines()[-1] == "imported []"
 
 
+@pytest.mark.posix("pseudo-terminals")
 def test_on_a_terminal_a_bar_tells_how_many_jobs_are_done(grid_on_a_terminal: tuple[int, str]) -> None:
     code, text = grid_on_a_terminal
     assert code == 0, text

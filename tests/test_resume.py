@@ -230,6 +230,7 @@ def test_signal_at_20_moments(sig: signal.Signals, number: int, tmp_path: Path, 
     stop(sig, moment, tmp_path, start)
 
 
+@pytest.mark.posix("signals that a process can heed")
 def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
     """As when one comes while numpy is imported: the import is tried again, and fails."""
     code = (
@@ -242,6 +243,7 @@ def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 143
 
 
+@pytest.mark.posix("signals that a process can heed")
 def test_a_second_signal_ends_at_once() -> None:
     code = (
         "import os, signal, time; from mnist_lightning.rundir import signals; signals.install()\n"

@@ -339,6 +339,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.posix("a signal for the kernel")
 @pytest.mark.slow
 def test_a_notebook(tmp_path: Path, environment: dict[str, str]) -> None:
     """In a kernel of its own: one bar, pictures and tables as last lines, one line for an error, an interruption."""

@@ -108,6 +108,7 @@ def test_training_in_this_process_puts_the_number_back(
         assert torch.get_num_threads() == before
 
 
+@pytest.mark.linux("the affinity of a process")
 def test_affinity_is_respected() -> None:
     code = (
         "import os; from mnist_lightning import threads\n"
@@ -119,6 +120,7 @@ def test_affinity_is_respected() -> None:
 CPU_V1 = Path("/sys/fs/cgroup/cpu")
 
 
+@pytest.mark.linux("control groups")
 @pytest.mark.parametrize(("quota", "cores"), [(50_000, 1), (150_000, 1), (200_000, 2), (-1, None)])
 def test_a_containers_quota_is_respected(quota: int, cores: int | None) -> None:
     """A real control group of the kernel, where this process may make one."""
@@ -139,6 +141,7 @@ def test_a_containers_quota_is_respected(quota: int, cores: int | None) -> None:
     assert int(told) == min(cores or 10**6, len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.linux("control groups")
 def test_quotas_and_memory_of_version_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The kernel's files, as they lie at the root of a container's own view."""
     monkeypatch.setattr(threads, "CGROUPS", tmp_path)
@@ -212,6 +215,7 @@ def test_wrong_numbers_are_told_in_a_line(name: str, value: str, command: Run, t
         assert re.search(r"threads must be in \[1, 1024\], or null .*, got \d+", done.stderr)
 
 
+@pytest.mark.linux("the affinity of a process")
 @pytest.mark.slow
 def test_the_default_net_is_the_same_whatever_the_number_of_cores(
     environment: dict[str, str], tmp_path: Path
