@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import gc
 import io
 import logging
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -71,11 +72,11 @@ class ConsoleFormatter(PlainFormatter):
         return text
 
 
-def has_colours(stream: TextIO) -> bool:
+def has_colours(stream: TextIO | None) -> bool:
     """Whether it is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
     knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return knows and wanted and stream.isatty()
+    return knows and wanted and stream is not None and stream.isatty()
 
 
 def paint(text: str, code: str) -> str:
@@ -94,6 +95,7 @@ def begin() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")
+            outlive_reader(stream)
     workarounds.compose_once()
     workarounds.quiet_matplotlib()
     register()
@@ -101,6 +103,30 @@ def begin() -> None:
     folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
         sys.path.insert(0, folder)
+
+
+def outlive_reader(stream: TextIO) -> None:
+    """Let what is written to a pipe go nowhere once its reader has left, as ``head`` does.
+
+    The work is done all the same.
+    """
+
+    def outliving(plain: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: str) -> object:
+            try:
+                return plain(*arguments)
+            except OSError as error:
+                if error.errno != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
+                    raise
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+                return None
+
+        return call
+
+    for name in ("write", "flush"):
+        setattr(stream, name, outliving(getattr(stream, name)))
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:

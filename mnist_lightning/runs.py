@@ -85,7 +85,7 @@ def show(settings: Runs) -> None:
     if settings.csv is not None:
         write_csv(settings.csv, records, columns)
     else:
-        print_lines(tabulate(records, columns, settings))
+        print("\n".join(tabulate(records, columns, settings)))
 
 
 def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Record]:
@@ -165,13 +165,6 @@ def show_cell(record: Record, column: str) -> str:
     return as_text(str(value))
 
 
-def print_lines(lines: Sequence[str]) -> None:
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # runs | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> None:
     """Write a row for each run, numbers as they are; "-" is the terminal.
 
@@ -189,7 +182,7 @@ def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> N
     for record in records:
         writer.writerow(["" if record.get(key) is None else as_cell(record[key]) for key in names])
     if name == "-":
-        print_lines(text.getvalue().splitlines())
+        print(text.getvalue(), end="")
         return
     path = expand_home(name)
     if path.exists():

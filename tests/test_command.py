@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,26 @@ def test_other_keys_are_left_alone() -> None:
 def test_any_text_survives_quoting(text: str) -> None:
     value = OverridesParser.create().parse_override("key=" + quote(text)).value()
     assert unquoted(value) == text.replace("\\${", "${")
+
+
+@pytest.mark.posix("/dev/full")
+@pytest.mark.parametrize("place", ["closed", "full"])
+def test_output_that_nobody_reads_ends_no_command(
+    place: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """As in ``evaluate | head``; a full disk is still told."""
+    code = (
+        "import logging, sys; from mnist_lightning import cli; cli.begin()\n"
+        "logging.basicConfig(stream=sys.stdout); logging.warning('one'); print('two' * 10_000, flush=True)\n"
+        "open('done', 'w').close()"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, open("/dev/full", "w") as full:
+        file = closed if place == "closed" else full
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.PIPE
+        )
+    assert (tmp_path / "done").exists() is (place == "closed")
+    assert (b"No space left on device" in done.stderr) is (place == "full")
+    assert (done.returncode, done.stderr) == (0, b"") or place == "full"
