@@ -444,7 +444,7 @@ class DigitClassifier(L.LightningModule):
     def measure(self, stage: str, outputs: Tensor, labels: Tensor) -> None:
         """Move outputs that the net has given into a stage's metrics.  (B, num_outputs) float, (B,) int64"""
         loss = self.loss(*_fit(self.loss, outputs, labels))
-        self._update(stage, loss, torch.tensor(len(labels)), outputs, labels)
+        self._update(stage, loss, torch.tensor(len(labels), device=loss.device), outputs, labels)
 
     def _update(self, stage: str, losses: Tensor, sizes: Tensor, outputs: Tensor, labels: Tensor) -> None:
         for name, metric in getattr(self, f"{stage}_metrics").items(keep_base=True):

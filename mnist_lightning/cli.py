@@ -72,11 +72,11 @@ class ConsoleFormatter(PlainFormatter):
         return text
 
 
-def has_colours(stream: TextIO | None) -> bool:
+def has_colours(stream: TextIO) -> bool:
     """Whether it is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
     knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return knows and wanted and stream is not None and stream.isatty()
+    return knows and wanted and stream.isatty()
 
 
 def paint(text: str, code: str) -> str:
@@ -92,6 +92,9 @@ def begin() -> None:
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
     codecs.register_error("spelled", spell)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, or of Windows' pythonw.exe
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
             stream.reconfigure(errors="spelled")

@@ -74,23 +74,29 @@ def test_any_text_survives_quoting(text: str) -> None:
 
 
 @pytest.mark.posix("/dev/full")
-@pytest.mark.parametrize("place", ["closed", "full"])
+@pytest.mark.parametrize("place", ["none", "closed", "full"])
 def test_output_that_nobody_reads_ends_no_command(
     place: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """As in ``evaluate | head``; a full disk is still told."""
+    """As in ``evaluate | head``, and where there is no output; a full disk is still told."""
     code = (
         "import logging, sys; from mnist_lightning import cli; cli.begin()\n"
         "logging.basicConfig(stream=sys.stdout); logging.warning('one'); print('two' * 10_000, flush=True)\n"
+        "assert not (sys.stdin.isatty() or sys.stdout.isatty())\n"
         "open('done', 'w').close()"
     )
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as closed, open("/dev/full", "w") as full:
-        file = closed if place == "closed" else full
+        file = full if place == "full" else closed
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.PIPE
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            preexec_fn=(lambda: os.closerange(0, 2)) if place == "none" else None,
         )
-    assert (tmp_path / "done").exists() is (place == "closed")
+    assert (tmp_path / "done").exists() is (place != "full")
     assert (b"No space left on device" in done.stderr) is (place == "full")
     assert (done.returncode, done.stderr) == (0, b"") or place == "full"

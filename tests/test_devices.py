@@ -10,11 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_resume import differences
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mnist_lightning.classifier import DigitClassifier, get_random_state, set_random_state
 from mnist_lightning.data import MNISTDataModule
+from mnist_lightning.evaluation.explanation import ask
+from mnist_lightning.evaluation.likeness import pool, see
 from mnist_lightning.evaluation.trained import choose_device, compute_outputs
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.network import FeedForward
@@ -100,6 +103,22 @@ def test_a_net_answers_alike_on_each_device(device: torch.device) -> None:
     there = compute_outputs(classifier.to(device), images)
     assert there.device.type == "cpu"
     torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_images_go_to_the_net_and_answers_come_back() -> None:
+    """With tensors that have a GPU's name and no memory; torch refuses operations that mix two devices."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            net = FeedForward([16, 8], norm="batch", dropout=0.2, input_noise=0.1)
+            classifier = DigitClassifier(net, preprocess=Preprocess(deskew=True)).eval()
+        images = torch.zeros(5, 28, 28, dtype=torch.uint8)
+        assert (classifier.device.type, images.device.type) == ("cuda", "cpu")
+        with pytest.raises(RuntimeError, match="two (different )?devices"):
+            classifier(images)
+        answers = compute_outputs(classifier, images), *see(classifier, images), pool(classifier, images)
+        assert [one.device.type for one in answers] == ["cpu"] * 4
+        assert ask(classifier, images[:, None]).device.type == "cpu"
 
 
 def test_auto_is_cuda_or_the_cpu() -> None:

@@ -227,19 +227,20 @@ def explain(classifier: DigitClassifier, image: Tensor, *, nearest: Nearest | No
         raise ValueError(f"the net takes images of {height}×{width}×{channels}, not {tuple(image.shape)}")
     with torch.no_grad():
         seen = classifier.preprocess.to_pixels(image.to(classifier.device)[None])[0]
-    net = copy.deepcopy(classifier.net).double().eval().requires_grad_(False)
-    mean, std = classifier.preprocess.mean.double(), classifier.preprocess.std.double()
+        seen = seen.cpu()  # Apple's GPUs know no float64
+    net = copy.deepcopy(classifier.net).cpu().double().eval().requires_grad_(False)
+    mean, std = (one.cpu().double() for one in (classifier.preprocess.mean, classifier.preprocess.std))
     exact = is_exact(classifier.net)
     gains, logits, blank, units = (_multiply if exact else _differentiate)(net, seen.double(), mean, std)
     pixels = (gains * seen.double()).sum(dim=1)
     return Explanation(
-        seen=seen.cpu(),
+        seen=seen,
         class_names=classifier.class_names,
-        logits=logits.cpu(),
-        probabilities=classifier.to_probabilities(logits[None])[0].cpu(),
+        logits=logits,
+        probabilities=classifier.to_probabilities(logits[None])[0],
         is_exact=exact,
-        pixels=pixels.cpu(),
-        rest=(blank if exact else logits - pixels.sum(dim=(1, 2))).cpu(),
+        pixels=pixels,
+        rest=(blank if exact else logits - pixels.sum(dim=(1, 2))),
         units=units,
         change=find_change(classifier, seen),
         erased=find_erased(classifier, seen),
@@ -268,7 +269,7 @@ def _multiply(
     for layer in layers:
         values.append(layer(values[-1]))
     blank, logits = values[-1]
-    gains = torch.eye(len(logits), dtype=torch.float64, device=seen.device)
+    gains = torch.eye(len(logits), dtype=torch.float64)
     units = None
     for number in reversed(range(len(layers))):
         layer, (low, high) = layers[number], values[number]
@@ -314,7 +315,7 @@ def _differentiate(
 def _read_units(net: nn.Module, values: Tensor, adds: Tensor, shape: Sequence[int]) -> Units:
     linear = next(layer for layer in net.modules() if isinstance(layer, nn.Linear))
     weights = linear.weight.reshape(-1, *shape)
-    return Units(weights.float().cpu(), values.cpu(), adds.cpu())
+    return Units(weights.float(), values, adds)
 
 
 def ask(classifier: DigitClassifier, seen: Tensor) -> Tensor:
@@ -347,7 +348,7 @@ def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
         logits[:, label] = -torch.inf
         return logits.amax(dim=1) - own
 
-    image = seen.cpu().clone()
+    image = seen.clone()
     changed = torch.zeros(image.shape[1:], dtype=torch.bool)
     done: list[tuple[int, int]] = []
     for _ in range(MOST_CHANGES):
@@ -376,7 +377,7 @@ def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
         return None
     for y, x in list(done[:-1]):
         without = image.clone()
-        without[:, y, x] = seen[:, y, x].cpu()
+        without[:, y, x] = seen[:, y, x]
         if lead(without[None])[0] > 0:
             image = without
             done.remove((y, x))
@@ -392,7 +393,6 @@ def find_erased(classifier: DigitClassifier, seen: Tensor) -> Erased | None:
     Args:
         seen: (C, H, W) in [0, 255].
     """
-    seen = seen.cpu()
     level = seen.amax(dim=0)
     ink = level > FAINT
     if not ink.any():

@@ -139,9 +139,9 @@ def compare_layers(layers: Sequence[Layer], classifier: DigitClassifier, images:
     same, difference = 0, 0.0
     with torch.inference_mode():
         for part in torch.split(images, 500):
-            seen = classifier.preprocess.to_pixels(part)
-            own = classifier.net((seen - classifier.preprocess.mean) / classifier.preprocess.std)
-            page = torch.from_numpy(run_layers(layers, (seen / 255).flatten(1).numpy()))
+            seen = classifier.preprocess.to_pixels(part.to(classifier.device))
+            own = classifier.net((seen - classifier.preprocess.mean) / classifier.preprocess.std).cpu()
+            page = torch.from_numpy(run_layers(layers, (seen / 255).flatten(1).cpu().numpy()))
             same += int((own.argmax(dim=1) == page.argmax(dim=1)).sum())
             distance = (classifier.to_probabilities(own) - classifier.to_probabilities(page)).abs().max()
             difference = max(difference, float(distance))
