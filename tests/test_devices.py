@@ -114,7 +114,7 @@ def test_images_go_to_the_net_and_answers_come_back() -> None:
             classifier = DigitClassifier(net, preprocess=Preprocess(deskew=True)).eval()
         images = torch.zeros(5, 28, 28, dtype=torch.uint8)
         assert (classifier.device.type, images.device.type) == ("cuda", "cpu")
-        with pytest.raises(RuntimeError, match="two (different )?devices"):
+        with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             classifier(images)
         answers = compute_outputs(classifier, images), *see(classifier, images), pool(classifier, images)
         assert [one.device.type for one in answers] == ["cpu"] * 4

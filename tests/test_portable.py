@@ -79,13 +79,11 @@ builtins.__import__ = importing
 SHORT = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "model.hidden=8")
 
 
-TRAIN = (
-    SITE
-    + """
+def simulate(name: str) -> str:
+    return f"""{SITE}
 import runpy
-runpy.run_module("mnist_lightning.train", run_name="__main__", alter_sys=True)
+runpy.run_module("mnist_lightning.{name}", run_name="__main__", alter_sys=True)
 """
-)
 
 
 def test_the_simulation_simulates(python: Run, tmp_path: Path) -> None:
@@ -115,7 +113,7 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(
     commands: tuple[tuple[str, ...], ...], python: Run, tmp_path: Path
 ) -> None:
     for arguments in commands:
-        done = python("-c", TRAIN, *arguments, cwd=tmp_path)
+        done = python("-c", simulate("train"), *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "plugin" not in done.stderr, "Hydra tells of plugins that can't be imported"
     if commands == RUN:
@@ -181,7 +179,10 @@ def test_workers_without_fork_save_and_leave(
 
 
 @pytest.mark.slow
-def test_a_search_a_report_and_a_prediction_need_no_posix(elsewhere: dict[str, str], tmp_path: Path) -> None:
+def test_a_search_and_all_other_commands_need_no_posix(
+    elsewhere: dict[str, str], python: Run, tmp_path: Path
+) -> None:
+    """Nor do they need a console that knows more than ASCII."""
     search = ("search=mlp", "hydra.sweeper.n_trials=2", *SHORT[:2], "hydra.sweep.dir=search")
     picture = Image.new("L", (60, 60), 250)
     ImageDraw.Draw(picture).line([(30, 10), (30, 50)], fill=10, width=6)
@@ -195,6 +196,18 @@ def test_a_search_a_report_and_a_prediction_need_no_posix(elsewhere: dict[str, s
         done = Fresh("-m", f"mnist_lightning.{name}", *arguments, cwd=tmp_path, env=elsewhere).finish()
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
+    for name, *arguments in (
+        ("compare", "runs=[search/0,search/1]"),
+        ("explain", "run=search/0", "mistakes=1"),
+        ("export", "run=search/0", "format=html"),
+        ("report", "run=search", "html=true"),
+        ("runs", "under=search"),
+        ("visualize",),
+    ):
+        done = python("-c", simulate(name), *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+        assert (done.stdout + done.stderr).isascii()
 
 
 @pytest.mark.parametrize(
