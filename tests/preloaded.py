@@ -113,6 +113,18 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
 
 
+def draw() -> None:
+    """Draw a figure once: finding the first letters of a font takes each fork 0.4 s."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow([[0, 1], [1, 0]]), label="a")
+    axes.set_title("a", loc="left")
+    FigureCanvasAgg(figure).draw()
+
+
 def run(arguments: list[str]) -> None:
     """``python <arguments>``, in a module ``__main__`` of its own."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -147,6 +159,8 @@ if __name__ == "__main__":
         importlib.import_module(module)
     ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
     assert not ours, ours
+    if "matplotlib.backends.backend_agg" in sys.modules:
+        draw()
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False  # the children need not take torch's operators apart at their end
     gc.collect()

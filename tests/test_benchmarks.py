@@ -111,7 +111,7 @@ def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir
         assert began < line["time"] < time.time()
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_time_to_accuracy(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "accuracy.json"
     arguments = ("--pairs", "1", "--steps", "30", "--epochs", "2", "--data-dir", str(data_dir))
@@ -144,7 +144,7 @@ def test_first_step_is_stamped(tmp_path: Path, data_dir: Path, python: Run) -> N
     assert began < float((tmp_path / STAMP).read_text()) < time.time()
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "startup.json"
     benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
@@ -170,7 +170,7 @@ def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
     assert cells[-1] == "+50"
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "scaling.json"
     small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))

@@ -156,8 +156,8 @@ def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Path) -> None:
     """To the bit, with no number of threads given, for a small net and for a large one."""
-    nets = []
-    for launcher in ("basic", "processes", "auto"):
+    nets, metrics = [], []
+    for launcher in ("basic", "processes", "auto", "submitit_local"):
         done = command(
             *("train", "-m", f"hydra/launcher={launcher}", "model.hidden=8,[1024,512]", "model.dropout=0.2"),
             *(f"hydra.sweep.dir={launcher}", *TINY),
@@ -167,7 +167,13 @@ def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Pa
         assert done.returncode == 0, done.stderr
         jobs = [tmp_path / launcher / str(number) for number in range(2)]
         assert [json.loads((job / "metrics.json").read_text())["threads"] for job in jobs] == [1, CORES]
+        statuses = read_statuses(tmp_path / launcher)
+        assert [statuses[number]["state"] for number in range(2)] == ["completed", "completed"]
+        told = [statuses[number]["metrics"] for number in range(2)]
+        metrics.append([{key: one[key] for key in one if key != "train_seconds"} for one in told])
+        assert len((tmp_path / launcher / "results.csv").read_text().splitlines()) == 3
         nets.append([load(job / "checkpoints" / "last.ckpt")["state_dict"] for job in jobs])
+    assert all(other == metrics[0] for other in metrics)
     for other in nets[1:]:
         for one, two in zip(nets[0], other, strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one)

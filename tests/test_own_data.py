@@ -146,6 +146,7 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "CIFAR-10": (unpack_cifar, ("data=cifar10", "data.val_size=30", "data/augment=affine")),
 }  # fmt: skip
 QUICK = ("a folder of pictures",)
+GATE = ("a function", "26 classes in colour", "CIFAR-10")
 
 
 def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None:
@@ -158,7 +159,14 @@ def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[] if name in QUICK else pytest.mark.slow if name in GATE else pytest.mark.reliability,
+        )
+        for name in SETS
+    ],
 )
 def test_from_training_to_report(
     name: str, tmp_path: Path, python: Run, preloaded: Preloaded, environment: dict[str, str]

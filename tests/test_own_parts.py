@@ -250,7 +250,7 @@ finally:
 
 @pytest.mark.slow
 def test_the_process_of_a_sweep_never_imports_torch(work: Path, environment: dict[str, str]) -> None:
-    arguments = ["-m", *CONF, *REGRESSION, *TINY, "seed=1,2", "hydra/launcher=processes"]
+    arguments = ["-m", *CONF, *REGRESSION, *TINY, "seed=1", "hydra/launcher=processes"]
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *arguments], cwd=work, env=environment, capture_output=True, text=True
     )
@@ -352,8 +352,7 @@ def test_two_processes_train_it_and_go_on(work: Path, command: Run) -> None:
 @pytest.mark.slow
 def test_a_clusters_jobs_train_it(work: Path, command: Run) -> None:
     """In processes that submitit starts, which are sent the settings."""
-    settings = (*CONF, "model=cnn", "loss=focal", *TINY, "hydra/launcher=submitit_local", "seed=1,2")
+    settings = (*CONF, "model=cnn", "loss=focal", *TINY, "hydra/launcher=submitit_local", "seed=1")
     done = command("train", "-m", *settings, "hydra.sweep.dir=sweep", cwd=work)
     assert done.returncode == 0, done.stderr
-    states = [json.loads((work / f"sweep/{job}/status.json").read_text())["state"] for job in "01"]
-    assert states == ["completed", "completed"]
+    assert json.loads((work / "sweep/0/status.json").read_text())["state"] == "completed"

@@ -27,7 +27,7 @@ def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.
     return split.images[chosen], split.labels[chosen]
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(NUM_DIGITS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(NUM_DIGITS, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_digits_are_read_as_the_digits_are(
     kind: str, count: int, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path

@@ -52,7 +52,7 @@ def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, ob
     refuse_or_run(tmp_path, data_dir, chosen)
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 @hypothesis_settings(SETTINGS, max_examples=40)
 @given(overrides)
 def test_forty_refusals_or_runs(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:

@@ -66,7 +66,7 @@ def test_the_tutorials_loaders(data_dir: Path) -> None:
     assert torch.equal(next(iter(again))[1][:64], labels), "torch.manual_seed decides the order"
 
 
-@pytest.mark.parametrize(("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.reliability)])
 def test_the_tutorials_loop_trains_on_them(epochs: int, least: float, data_dir: Path) -> None:
     torch.manual_seed(1)
     train_loader, val_loader = load_mnist(data_dir, batch_size=64)

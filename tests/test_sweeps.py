@@ -205,31 +205,6 @@ def test_sigterm_ends_the_sweep(start: Start, tmp_path: Path, launcher: str) -> 
 
 
 @pytest.mark.slow
-def test_launchers_give_the_same_metrics(command: Run, tmp_path: Path) -> None:
-    metrics = []
-    for launcher in ("basic", "processes", "submitit_local"):
-        cwd = tmp_path / launcher
-        cwd.mkdir()
-        done = command(
-            "train",
-            "-m",
-            f"hydra/launcher={launcher}",
-            "model.hidden=8,16",
-            "model.dropout=0.2",
-            *TINY,
-            cwd=cwd,
-        )
-        assert done.returncode == 0, done.stderr
-        statuses = read_statuses(find_sweep(cwd))
-        assert {status["state"] for status in statuses.values()} == {"completed"}
-        for status in statuses.values():
-            del status["metrics"]["train_seconds"]
-        metrics.append([statuses[number]["metrics"] for number in (0, 1)])
-        assert len((find_sweep(cwd) / "results.csv").read_text().splitlines()) == 3
-    assert metrics[0] == metrics[1] == metrics[2]
-
-
-@pytest.mark.slow
 def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     start: Start, command: Run, tmp_path: Path
 ) -> None:

@@ -213,9 +213,7 @@ def test_wrong_numbers_are_told_in_a_line(name: str, value: str, command: Run, t
 
 
 @pytest.mark.slow
-def test_the_default_net_is_the_same_whatever_the_number_of_cores(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_default_net_is_the_same_whatever_the_number_of_cores(python: Run, tmp_path: Path) -> None:
     """To the bit; a large net takes the cores that there are."""
     short = (
         "trainer.max_epochs=1",
@@ -223,7 +221,6 @@ def test_the_default_net_is_the_same_whatever_the_number_of_cores(
         "logger=none",
         "callbacks.pictures=null",
     )
-    free = {key: value for key, value in environment.items() if key != "OMP_NUM_THREADS"}
     cores = sorted(os.sched_getaffinity(0))
 
     def train(
@@ -231,21 +228,8 @@ def test_the_default_net_is_the_same_whatever_the_number_of_cores(
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         code = "import os, sys, runpy; os.sched_setaffinity(0, map(int, sys.argv.pop(1).split(',')));"
         code += "runpy.run_module('mnist_lightning.train', run_name='__main__', alter_sys=True)"
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                ",".join(map(str, allowed)),
-                f"hydra.run.dir={folder}",
-                *short,
-                *more,
-            ],
-            cwd=tmp_path,
-            env=free,
-            capture_output=True,
-            text=True,
-        )
+        arguments = (",".join(map(str, allowed)), f"hydra.run.dir={folder}", *short, *more)
+        done = python("-c", code, *arguments, cwd=tmp_path, OMP_NUM_THREADS=str(len(cores)))
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / folder / "metrics.json").read_text())
         return load(tmp_path / folder / "checkpoints" / "last.ckpt")["state_dict"], metrics

@@ -170,7 +170,7 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(REPOSITORY.glob("conf/experiment/*.yaml")), ids=lambda path: path.stem
 )
-@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.reliability)])
 def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | None, fit: Fit) -> None:
     """As deep as it is, and as wide, too, where no width is given."""
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5")
@@ -300,8 +300,13 @@ def test_awkward_names(command: Run, tmp_path: Path) -> None:
     assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
 
 
-@pytest.mark.parametrize("more", [("data.val_size=0",), ()])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("data.val_size=0",), marks=pytest.mark.slow),
+        pytest.param((), marks=pytest.mark.reliability),
+    ],
+)
 def test_compiled_run_leaves_an_ordinary_checkpoint(
     more: tuple[str, ...], command: Run, tmp_path: Path
 ) -> None:
