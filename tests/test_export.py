@@ -77,5 +77,5 @@ def test_a_folder_is_no_output_and_stays(trained_run: Path, tmp_path: Path, comm
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     done = command("export", f"run={trained_run}", "output=mine", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "output=mine is a folder: name a file, say mine/model.onnx\n"
+    assert done.stderr == "output=mine is a folder: name a file, for example mine/model.onnx\n"
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

@@ -276,7 +276,7 @@ DECIDING = {
     "+trainer.overfit_batches=2": "trainer.overfit_batches: None -> 2",
     "+trainer.val_check_interval=5": "trainer.val_check_interval: None -> 5",
     "+trainer.limit_val_batches=1": "trainer.limit_val_batches: None -> 1",
-    "+trainer.max_steps=5": "is laid out for None steps",
+    "+trainer.max_steps=5": "is planned for None steps",
     "ema_decay=0.9": "ema_decay: None -> 0.9",
     "+callbacks.g._target_=lightning.pytorch.callbacks.GradientAccumulationScheduler": "callbacks.g._target_: None ->",
 }
@@ -346,7 +346,7 @@ def test_a_named_folder_takes_one_run(finished: Path, command: Run, tmp_path: Pa
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = command("train", "seed=2", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1
-    assert "run holds an earlier run (checkpoints/best.ckpt): resume=run goes on with it" in done.stderr
+    assert "run holds an earlier run (checkpoints/best.ckpt): resume=run continues it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -361,7 +361,7 @@ def test_a_second_process_writes_nothing_in_a_folder_that_is_taken(
     before = config.read_text()
     done = command("train", *settings, "seed=7", cwd=tmp_path)
     assert done.returncode == 1
-    assert "another process is at work in" in done.stderr or "holds an earlier run" in done.stderr
+    assert "another process is using" in done.stderr or "holds an earlier run" in done.stderr
     assert config.read_text() == before
 
 

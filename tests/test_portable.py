@@ -98,7 +98,7 @@ except OSError as error:
     print(error)
 """
     done = python("-c", f"{SITE}\n{code}", cwd=tmp_path)
-    assert done.stdout == "False True\n. is no file\n", done.stderr
+    assert done.stdout == "False True\n. is not a file\n", done.stderr
 
 
 # with the quotes that cmd.exe passes on

@@ -273,9 +273,9 @@ def test_runs_that_are_named_and_what_is_refused(
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"run": "a", "filter": "seed=1"}, "run and filter: each says what is reported, give one of them"),
         ({"html": False, "output": "x.html"}, "output names the page's file: add html=true"),
-        ({"output": "mine.html"}, "output=mine.html is there already, and of something else"),
+        ({"output": "mine.html"}, "output=mine.html already exists, and mnist_lightning has not written it"),
         ({"output": str(sweep)}, "is a folder: name a file"),
-        ({"runs": ["nowhere"]}, "nowhere is no run's folder: it has no status.json that can be read"),
+        ({"runs": ["nowhere"]}, "nowhere is not a run folder: it has no status.json that can be read"),
         ({"filter": "hiden=3", **inside}, "filter: no run has a hiden; did you mean"),
         ({"filter": "seed > 7", **inside}, "filter: no run under"),
         ({"filter": "seed > 7", "under": "nowhere"}, "nowhere holds no runs: there is no such folder"),

@@ -266,7 +266,7 @@ def test_finished_run_says_so(default_run: DefaultRun, command: Run) -> None:
     ("more", "message"),
     [
         (("model.hidden=64", "data.batch_size=64"), "model.hidden: [256] -> [64]"),
-        (("trainer.max_epochs=20",), "is laid out for 8 epochs"),
+        (("trainer.max_epochs=20",), "is planned for 8 epochs"),
         (("trainer.max_epochs=0",), "trainer.max_epochs must be"),
     ],
 )

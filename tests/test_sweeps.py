@@ -421,7 +421,7 @@ def test_a_job_of_a_sweep_goes_on_without_the_test_images(command: Run, tmp_path
     shutil.copy(job / "checkpoints" / "last.ckpt", job / "mine" / "checkpoints" / "newest.ckpt")
     done = command("train", "resume=latest", cwd=tmp_path)
     assert done.returncode == 1
-    assert "train -m resume=logs/sweep goes on with the latest" in done.stderr
+    assert "train -m resume=logs/sweep continues the latest" in done.stderr
     done = command("train", "resume=logs/sweep/0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((job / "metrics.json").read_text())

@@ -114,7 +114,7 @@ class LearningRateRange(Callback):
 
 
 def smoothen(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the exponential moving mean, corrected for its start at 0: Kingma and Ba 2015, "Adam", section 3.
+    """Return the exponential moving mean, corrected for its start at 0 (Kingma and Ba 2015, "Adam", sec. 3).
 
     (steps,) -> (steps,), infinite from the first loss that is not finite.
     """
