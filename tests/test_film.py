@@ -181,4 +181,6 @@ def test_a_film_that_is_not_there_is_told(trained_run: Path, tmp_path: Path, com
         more = ["format=html", "film=true"] if name == "export" else []
         done = command(name, argument, *more, cwd=tmp_path)
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("run has no film.npz: a single run of train writes one")
+        assert done.stderr.splitlines()[-1].startswith(
+            "run has no film.npz: a single run of train writes one"
+        )
