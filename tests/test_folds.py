@@ -196,7 +196,7 @@ def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> No
     joined = join_folds(sweep.settings[0])
     assert joined is not None
     assert (joined.images, joined.missing) == (40_000, [int(missing)])
-    assert f"without fold {missing}, which no completed job has" in summarize(sweep)
+    assert f"no completed job has fold {missing}" in summarize(sweep)
     assert f"**fold {missing}**" in (write_report(copy).folder / "report.md").read_text()
     done = command("evaluate", f"folds={copy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

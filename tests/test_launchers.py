@@ -1,4 +1,4 @@
-"""Which jobs of a sweep run at a time, on which cores and GPUs, and when one is given up."""
+"""Which jobs of a sweep run at a time, on which cores and GPUs, and when one is stopped."""
 
 import json
 import os
@@ -188,7 +188,7 @@ def test_a_job_that_hangs_is_given_up(command: Run, tmp_path: Path) -> None:
     statuses = read_statuses(find_sweep(tmp_path))
     assert [statuses[number]["state"] for number in range(3)] == ["failed", "failed", "completed"]
     for number in range(2):
-        assert "given up: it took more than hydra.launcher.timeout_s=12" in statuses[number]["error"]
+        assert "stopped: it took more than hydra.launcher.timeout_s=12" in statuses[number]["error"]
         assert statuses[number]["error"] in (find_sweep(tmp_path) / "report.md").read_text()
 
 

@@ -246,7 +246,7 @@ def test_figures_and_files_of_the_users_stay(
     assert others[0].name in report
     assert "mine.png" not in report
     assert drawn.name not in report
-    assert f"{drawn.name} is not drawn by this project and stays" in caplog.text
+    assert f"{drawn.name} was not drawn by this project and stays" in caplog.text
     (folder / ".report.lock").unlink()
     (folder / ".report.lock").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match=r"\.report\.lock is a link out of its folder"):

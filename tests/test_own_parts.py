@@ -233,7 +233,7 @@ def test_a_sweep_tells_it_before_its_first_job(what: str, work: Path, command: R
     done = command("train", "-m", *CONF, *arguments, "seed=1,2,3", "data.data_dir=nowhere", cwd=work)
     assert done.returncode == 1
     assert re.search(line, done.stderr), done.stderr
-    assert done.stdout.count("looking at") <= 1, "once for all jobs"
+    assert done.stdout.count("checking") <= 1, "once for all jobs"
     assert not list(work.glob("logs/train/multiruns/*/*"))
 
 

@@ -81,8 +81,8 @@ def test_report_says_what_a_person_asks(folder: Path) -> None:
     job = read_sweep(folder).best_job(winner)
     assert reproduce(job) in report
     assert f"evaluate run='{job.folder}'" in report
-    assert "the test images have not been read" in report
-    alike = report.split("Can't be told apart")[1].split("##")[0]
+    assert "this sweep has not used the test images" in report
+    alike = report.split("can't be told apart from the winner")[1].split("##")[0]
     assert "model.hidden=32" in alike
     assert "model.hidden=16" not in alike  # 50 of 1,000 images each, all one way
     assert "a \\| b" in report

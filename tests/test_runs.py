@@ -358,8 +358,8 @@ def test_a_run_is_repeated_and_its_weights_compared(tmp_path: Path, command: Run
     assert re.search(r"the weights came out different: 4 of 4 tensors, by up to 0", different.stdout)
     for argument, told in (
         ("model.hidden=3", "model.hidden can't be given with it"),
-        ("resume=A", "give no resume= and no -m beside it"),
-        ("-m", "give no resume= and no -m beside it"),
+        ("resume=A", "give no resume= and no -m with it"),
+        ("-m", "give no resume= and no -m with it"),
     ):
         wrong = command("train", "reproduce=A", argument, cwd=tmp_path)
         assert wrong.returncode == 1

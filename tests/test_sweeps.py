@@ -259,7 +259,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     os.kill(find_children(controller)[0], signal.SIGKILL)
     _, errors = sweeping.communicate()
     assert sweeping.returncode == 1
-    assert "a job has ended without a word (its process is gone)" in errors
+    assert "a job has ended without a result (its process is gone)" in errors
     assert "Traceback" not in errors
     done = command("train", "-m", "resume=sweep", basic, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -323,7 +323,7 @@ def test_an_earlier_editions_sweep_is_not_gone_on_with(swept: Path, command: Run
     edit(swept / "sweep" / "multirun.yaml", {"model": {"hidden": 8}})
     done = command("train", "-m", "resume=sweep", cwd=swept)
     assert done.returncode == 1
-    assert done.stderr.startswith("sweep can't be resumed: it was made by an earlier version")
+    assert done.stderr.startswith("sweep can't be resumed: an earlier version")
     assert command("report", "run=sweep", cwd=swept).returncode == 0
 
 
