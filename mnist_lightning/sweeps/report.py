@@ -269,8 +269,8 @@ def explain_importance(importance: Importance, results: Results) -> str:
     if importance.method != "variance":
         return (
             f"The influence of each parameter on {results.metric}, over all values that the search tried:"
-            " Optuna's PED-ANOVA (Watanabe and others 2023). It does not show how much of this is luck; a grid"
-            " with several seeds does."
+            " Optuna's PED-ANOVA (Watanabe and others 2023). It does not show how much of this is luck; a"
+            " grid with several seeds does."
         )
     return (
         (
