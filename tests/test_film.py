@@ -1,4 +1,4 @@
-"""The film of a training: what it shows, that it changes nothing, and what is made of it."""
+"""Tests of the film of a training: its content, its use, and that recording changes nothing."""
 
 import io
 import json
