@@ -33,11 +33,7 @@ gc.set_threshold(20_000, 50, 100)  # the default would take a sixth of a short t
 
 REPOSITORY = Path(__file__).parent.parent
 
-LONG = (
-    "test_sweeps.py",
-    "test_train.py",
-    "test_resume.py",
-)  # started first, so that all workers end together
+LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # start first, so that all workers end together
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [

@@ -110,9 +110,7 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
         threads = int(request["env"].get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-    if (
-        "CXX" in os.environ and "torch._inductor.config" in sys.modules
-    ):  # it has read CXX when it was imported
+    if "CXX" in os.environ and "torch._inductor.config" in sys.modules:  # its import has read the old CXX
         sys.modules["torch._inductor.config"].cpp.cxx = (None, os.environ["CXX"])
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)

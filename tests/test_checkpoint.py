@@ -39,7 +39,7 @@ def test_round_trip(checkpoint: Path) -> None:
 
 
 def flip_bits(path: Path, times: int) -> int:
-    """Flip a random bit in each of ``count`` copies, and return how many of them are refused."""
+    """Flip a random bit in each of ``times`` copies, and return how many of them are refused."""
     content, refused = path.read_bytes(), 0
     generator = random.Random(0)
     damaged = path.with_name("damaged.ckpt")

@@ -193,9 +193,7 @@ def test_upright_ink_does_not_lean_and_is_in_the_middle(images: Tensor) -> None:
     lean_before, lean_after = (spread[:, 0, 1] / spread[:, 1, 1] for _, spread in (before, after))
     assert lean_before.abs().mean() > 0.2
     assert (lean_after.abs() < 0.02).double().mean() > 0.98
-    torch.testing.assert_close(
-        after[1][:, 1, 1], before[1][:, 1, 1], rtol=0.1, atol=0.3
-    )  # the height is unchanged
+    torch.testing.assert_close(after[1][:, 1, 1], before[1][:, 1, 1], rtol=0.1, atol=0.3)  # same height
 
 
 def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:

@@ -86,7 +86,7 @@ def test_norm_normalises(norm: str, axis: int, images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("key", ["input_noise", "noise"])
 def test_noise_disturbs_training_by_its_size_and_nothing_else(key: str) -> None:
-    """After a smooth activation, small noise has the same spread as before it."""
+    """With a smooth activation, the spread of the logits is proportional to that of small noise."""
     images = torch.full((4000, 1, 28, 28), 0.85)
     spreads = {}
     for std in (0.1, 0.2):

@@ -523,7 +523,7 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Opened:
-    """Make a file when it is unpickled."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -101,9 +101,7 @@ def test_a_thousand_images_get_the_answers_of_the_net(
         wanted = classifier.to_probabilities(classifier(images)).numpy()
     distances = confidence.answer(classifier, images[:100]).distances
     shown = ask_distances(page, images[:100])
-    np.testing.assert_allclose(
-        shown, distances, atol=0.1
-    )  # it is 0.07 for seed 1, because weights and rows have 8 bits
+    np.testing.assert_allclose(shown, distances, atol=0.1)  # 0.07 for seed 1, as weights have 8 bits
     assert ((shown > 1) == (distances > 1)).sum() >= 98
     assert (told.argmax(axis=1) == wanted.argmax(axis=1)).sum() >= 999
     assert np.abs(told - wanted).max() < 0.05  # it is 0.028 for the default net with seed 1
@@ -326,9 +324,7 @@ def test_any_net_of_grey_images_runs(
     others = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
     found = likeness.fit(classifier, Images(others, torch.arange(40) % 3), drawn, 1.0, 0.9)
     assert found
-    classifier.likeness = dataclasses.replace(
-        found, limit=100 * found.limit
-    )  # all images are far within the limit
+    classifier.likeness = dataclasses.replace(found, limit=100 * found.limit)  # all are far within it
     page = show(write_page(tmp_path / "page.html", classifier, images))
     with torch.inference_mode():
         wanted = classifier.to_probabilities(classifier(images)).numpy()

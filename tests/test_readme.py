@@ -225,9 +225,8 @@ def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -
     shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
     short = "+trainer.limit_train_batches=2"
     done = command("train", short, cwd=elsewhere(workplace))
-    output = (done.stdout + done.stderr).replace(
-        f"{short} ", ""
-    )  # "next:" repeats the typed command with one more argument
+    # "next:" repeats the typed command with one more argument
+    output = (done.stdout + done.stderr).replace(f"{short} ", "")
     assert done.returncode == 0, output
 
     def forms(text: str) -> list[str]:
@@ -261,7 +260,7 @@ def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) 
 
 @functools.cache
 def windows(path: Path, count: int) -> set[str]:
-    """Yield all blocks of ``count`` lines of a file, without their common indentation."""
+    """Return all blocks of ``count`` lines of a file, without their common indentation."""
     lines = path.read_text().splitlines()
     return {
         textwrap.dedent("\n".join(lines[start : start + count])) for start in range(len(lines) - count + 1)
@@ -319,7 +318,7 @@ def test_pictures_are_small_named_and_used() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """Within any screen of the guide, there is a picture or a code block."""
+    """The README has at most 350 lines, and its guide at most 100 words between two pictures or code blocks."""
     text = read(Path("README.md"))
     assert len(text.splitlines()) <= 350
     guide = text.split("\n## Introduction\n")[1].split("\n## Conclusion\n")[0]

@@ -266,9 +266,7 @@ def test_runs_that_are_named_and_what_is_refused(
     monkeypatch.chdir(tmp_path)
     report(settle(runs=[str(sweep / "0"), str(sweep)], output="here.html"))
     assert len(read_data(tmp_path / "here.html")["runs"]) == 8, "each once"
-    report(
-        settle(under=str(sweep), filter="seed = 1", output="here.html")
-    )  # the command replaces its own page
+    report(settle(under=str(sweep), filter="seed = 1", output="here.html"))  # it replaces its own page
     assert len(read_data(tmp_path / "here.html")["runs"]) == 4
     (tmp_path / "mine.html").write_text("<p>mine")
     inside = {"under": str(sweep)}

@@ -33,7 +33,7 @@ def wait_for_checkpoint(cwd: Path, process: Process) -> None:
 
 
 def differences(one: Any, two: Any, path: str = "") -> list[str]:
-    """Yield the places at which two nested structures are not equal to the bit."""
+    """Return the places at which two nested structures are not equal to the bit."""
     if isinstance(one, dict):
         if one.keys() != two.keys():
             return [f"{path}: other keys"]

@@ -69,9 +69,7 @@ def give_settings(folder: Path, typed: list[str], trusted: tuple[str, ...]) -> N
         OSError, ConfigError, TrustError: see ``reproduce_run``.
     """
     in_sweep = (folder.parent / MULTIRUN).is_file()
-    others = {"resume": None, "hydra": HYDRA} | (
-        {"test": False} if in_sweep else {}
-    )  # a sweep's jobs do not test
+    others = {"resume": None, "hydra": HYDRA} | ({"test": False} if in_sweep else {})  # jobs do not test
     load_settings(folder, typed, trusted, others=others)
 
 

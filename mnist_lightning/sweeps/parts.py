@@ -109,9 +109,7 @@ def answer(parts: Parts, connection: Connection) -> None:
         if parts["monitor"]:
             monitor = parts["monitor"]
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
-            metric = make(
-                parts["settings"][key], key, num_classes=2
-            )  # any number will do: it computes nothing
+            metric = make(parts["settings"][key], key, num_classes=2)  # any number: nothing is computed
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
     except BaseException as error:  # a user's module may raise anything when it is imported
         told = " ".join(str(error).split())

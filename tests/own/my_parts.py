@@ -97,7 +97,7 @@ class Shy(AbsoluteError):
 
 
 class Each(AbsoluteError):
-    """A loss with a value for each of two images instead of one value."""
+    """A metric with two values instead of one."""
 
     def compute(self) -> Tensor:
         return torch.stack([self.total, self.total])
