@@ -74,7 +74,7 @@ def test_a_checkpoint_of_the_first_edition_that_is_not_whole_is_told_so(
     path.write_bytes(serialize(checkpoint))
     done = command("evaluate", f"checkpoint={path}", cwd=tmp_path)
     assert done.returncode == 1
-    assert "is no checkpoint of mnist_lightning: it lacks 'mean'" in done.stderr
+    assert "is not a checkpoint of mnist_lightning: it lacks 'mean'" in done.stderr
 
 
 def test_a_run_whose_classes_have_moved_is_not_gone_on_with(

@@ -256,6 +256,6 @@ def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pyte
 def test_a_folder_in_the_place_is_told(tmp_path: Path) -> None:
     """Windows would report a denied permission."""
     (tmp_path / "metrics.json").mkdir()
-    with pytest.raises(IsADirectoryError, match="can't be written: a folder lies in its place"):
+    with pytest.raises(IsADirectoryError, match="can't be written: a folder is in its place"):
         atomic.write_atomic(tmp_path / "metrics.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

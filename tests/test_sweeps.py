@@ -394,7 +394,7 @@ def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path:
     shutil.rmtree(tmp_path / "sweep" / names[1])
     again = command("train", "-m", "resume=sweep", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "2 of 3 jobs are done already" in again.stdout
+    assert "2 of 3 jobs have already finished" in again.stdout
     assert [job.name for job in read_sweep(tmp_path / "sweep").jobs] == names
 
 

@@ -94,7 +94,8 @@ class Checkpoints(Checkpoint):
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
+        """Restore the attributes that ``state_dict`` saved.
+
         Raises:
             TypeError: a value does not have the type in ``KEPT``.
         """
@@ -199,7 +200,7 @@ class Checkpoints(Checkpoint):
             told = f"interrupted, saved at step {trainer.global_step}"
             if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
                 folder = as_word(str(as_typed(self.folder.parent)))
-                told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
+                told += f"; continue with\n  python -m mnist_lightning.train resume={folder}"
             log.warning("%s", told)  # a sweep prints its own command to resume
         else:
             signals.wait_for_parent()

@@ -60,7 +60,8 @@ class LearningRateRange(Callback):
         self._ratios: list[list[float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Check the number of steps, and remember the ratios of the parameter groups' learning rates.
+
         Raises:
             MisconfigurationException: ``trainer.max_steps`` is not set, or is less than 20.
         """

@@ -46,7 +46,8 @@ class Pruning(Callback):
         self.trial = optuna.Trial(study, saved["id"])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Report the epoch's metric to the study.
+
         Raises:
             Pruned: the pruner gives up this trial.
         """

@@ -36,7 +36,8 @@ class WatchPage(Callback):
         self.path = Path(path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Check that the page can run the net.
+
         Raises:
             MisconfigurationException: the page's script can't run the net.
         """

@@ -26,7 +26,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
         if path.is_dir() and not path.is_symlink():  # Windows would report a denied permission
-            raise IsADirectoryError(errno.EISDIR, "a folder lies in its place")
+            raise IsADirectoryError(errno.EISDIR, "a folder is in its place")
         temporary.unlink(missing_ok=True)  # left by a killed process, or a stranger's link
         with temporary.open("xb") as file:
             file.write(content)

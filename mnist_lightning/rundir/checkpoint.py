@@ -101,16 +101,18 @@ def load(path: Path) -> dict[str, Any]:
     if fault := find_fault(checkpoint, size_of_plain):
         raise OSError(f"{path} is refused: it holds {fault}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: it has no hyper_parameters")
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: it has no hyper_parameters")
     weights, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
     if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: its state_dict holds no weights")
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: its state_dict holds no weights")
     if not isinstance(step, int) or step < 0:
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: its global_step is no number of steps")
+        raise OSError(
+            f"{path} is not a checkpoint of mnist_lightning: its global_step is not a number of steps"
+        )
     try:
         return convert(checkpoint) if "hidden" in checkpoint["hyper_parameters"] else checkpoint
     except (KeyError, TypeError, AttributeError) as error:
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: it lacks {error}") from error
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: it lacks {error}") from error
 
 
 def check_whole(file: BinaryIO, path: Path) -> int:
@@ -126,7 +128,7 @@ def check_whole(file: BinaryIO, path: Path) -> int:
     file.seek(max(0, size - COMMENT_SIZE - 2))
     length, comment = file.read(2), file.read(COMMENT_SIZE)
     if length != LENGTH or not comment.startswith(LABEL):
-        raise OSError(f"{path} is cut off, or no checkpoint of mnist_lightning: its checksum is missing")
+        raise OSError(f"{path} is cut off, or not a checkpoint of mnist_lightning: its checksum is missing")
     if size > free_memory():
         raise OSError(f"{path} is refused: it has {size / 1e9:.1f} GB, more than the free memory")
     digest = hashlib.sha256()

@@ -161,7 +161,7 @@ class GridSweeper(BasicSweeper):
             (number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number, job)
         ]
         if len(numbered) < len(self.jobs):
-            log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
+            log.info("%d of %d jobs have already finished", len(self.jobs) - len(numbered), len(self.jobs))
         size = self.max_batch_size or len(self.jobs)
         returns: list[JobReturn] = []
         for start in range(0, len(numbered), size):
@@ -377,7 +377,7 @@ def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
                 write_tables(sweep_dir)
             folder = as_word(str(sweep_dir))
             print(
-                f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
+                f"interrupted; continue with\n  python -m mnist_lightning.train -m resume={folder}",
                 file=sys.stderr,
             )
         raise

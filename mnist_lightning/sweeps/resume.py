@@ -174,7 +174,7 @@ def check_overrides(source: Path, overrides: list[str]) -> None:
             right = False
         if not right:
             raise trust.TrustError(
-                f"{source} holds {text}, which is used only if it is typed; if it is right, type"
+                f"{source} holds {text}, which is used only if it is typed; if it is right, type it:"
                 f" {retype(text)}"
             )
 
