@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each epoch, at most (all)")
     parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
     arguments = parser.parse_args()
-    unpack(Path(arguments.data_dir))  # the project would do so at its first run, and not later
+    unpack(Path(arguments.data_dir))  # so that the time to unpack is not measured
     contestants: dict[str, Callable[[], Run]] = {
         name: partial(run, command) for name, command in list_contestants(arguments).items()
     }

@@ -36,8 +36,8 @@ KEPT: dict[str, type | UnionType] = {  # attributes saved in a checkpoint, and t
 class Checkpoints(Checkpoint):
     """Write ``last.ckpt``, and ``best.ckpt`` when the net is the best so far.
 
-    Both are written at the end of an epoch.  Within an epoch, ``last.ckpt`` is written when a save is due,
-    and both are written after a validation that is the best so far.  The replaced ``last.ckpt`` is kept as
+    This happens at the end of each epoch.  Within an epoch, ``last.ckpt`` is written when a save is due, and
+    both files after a validation that is the best so far.  The replaced ``last.ckpt`` is kept as
     ``previous.ckpt``.  Until the first validation, the last checkpoint is also the best.  When a signal asks
     the run to stop (see ``signals``), the callback finishes the step, saves it and ends the process; several
     processes end at the same step.

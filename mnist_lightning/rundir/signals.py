@@ -137,7 +137,7 @@ def follow_parent() -> None:
 def wait_for_parent() -> None:
     """Let the main process end before this added process does.
 
-    Lightning in the main process would kill it as soon as an added process has ended.
+    Otherwise Lightning kills the main process as soon as it sees that an added process has ended.
     """
     if PARENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(30 * PATIENCE)  # follow_parent ends this process earlier

@@ -133,7 +133,7 @@ def show_number(metric: str, value: float | None) -> Cell:
 
 
 def find_metrics(results: Results) -> list[str]:
-    """Return the metrics of the tables: the monitored one first, then others of validation and training."""
+    """Return the tables' metrics: the monitored one first, then others of validation, training and test."""
     names = dict.fromkeys(name for job in results.jobs for name in job.status.metrics)
     others = [name for name in names if name.startswith(("val/", "last/train/", "test/"))]
     return list(dict.fromkeys([results.metric, *others]))[:MOST_METRICS]
