@@ -280,7 +280,7 @@ def test_other_settings_are_refused(
 
 
 def test_a_longer_run_extends_where_the_schedule_allows(command: Run, tmp_path: Path) -> None:
-    """ "latest" finds the run by any name; the run's config stays, and the resumption's config lies beside it."""
+    """``resume=latest`` finds the run by any name; the run's config stays, and the resumption's config lies beside it."""
     name = "logs/my run (1)=é,#"
     settings = (*SETTINGS, "scheduler=none", NO_PICTURES)
     first = command("train", *settings, f"hydra.run.dir={name}", cwd=tmp_path)

@@ -409,7 +409,7 @@ def test_jobs_that_would_share_a_folder_are_told_before_the_first(
 
 
 def test_a_job_of_a_sweep_goes_on_without_the_test_images(command: Run, tmp_path: Path) -> None:
-    """ "latest" skips the job; by its name it continues, without a test."""
+    """``resume=latest`` skips the job; by its name it continues, without a test."""
     short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
     done = command(
         "train", "-m", "seed=1,2", "hydra/launcher=basic", *short, "hydra.sweep.dir=logs/sweep", cwd=tmp_path
