@@ -151,4 +151,4 @@ def test_the_published_table_is_as_it_was_written() -> None:
 def test_without_runs_it_says_so(tmp_path: Path, tabulate: Tabulate) -> None:
     done = tabulate(str(tmp_path))
     assert done.returncode != 0
-    assert done.stderr.startswith("no run under ")
+    assert done.stderr == f"no run under {tmp_path} has a test error\n"
