@@ -14,7 +14,7 @@ from mnist_lightning.rundir.checkpoint import load, serialize
 
 @pytest.fixture(scope="module")
 def rivals(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The default run, and a copy whose net has lost half of its hidden units' outgoing weights."""
+    """The default run, and a copy of it without the outgoing weights of half of the hidden units."""
     worse = tmp_path_factory.mktemp("rivals") / "a (1)=b,é #x"
     shutil.copytree(trained_run, worse)
     path = worse / "checkpoints" / "best.ckpt"
@@ -42,7 +42,7 @@ def test_compare_tells_settings_metrics_curves_and_a_verdict(
     assert "label_smoothing" in done.stdout
     accuracy = json.loads((rivals[0] / "metrics.json").read_text())["val/acc"]
     assert result["metrics"]["val/acc"]["A"] == f"{100 * accuracy:.2f} %"
-    assert "test/" not in done.stdout  # the test images are not read unasked
+    assert "test/" not in done.stdout  # the test images are not used
     assert (tmp_path / "out, é" / "curves.png").stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["out, é"]
 
@@ -90,7 +90,7 @@ def test_nets_with_other_validation_images_are_not_compared(
 
 
 def evaluate(wrong: list[int]) -> Evaluation:
-    """Of a net that errs on these of 100 images."""
+    """Return the evaluation of a net that misreads the given ones of 100 images."""
     labels = np.arange(100) % 10
     named = labels.copy()
     named[wrong] = (named[wrong] + 1) % 10

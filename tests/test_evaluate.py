@@ -120,7 +120,7 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
         assert len(done.stderr.splitlines()) == 1
         assert not (tmp_path / "victim").exists()
     damaged = tmp_path / "victim" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    damaged.mkdir(parents=True)  # preparing the data would replace it
+    damaged.mkdir(parents=True)  # preparing the data would replace this folder
     with pytest.raises(OSError, match="says that its data lies in"):
         load_split(tmp_path / "a.ckpt", checkpoint, "test", data_dir=None)
     assert damaged.is_dir()
@@ -152,7 +152,7 @@ def test_settings_are_checked_without_a_process() -> None:
 
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
-    """A net with other settings than any YAML file's comes back as it was."""
+    """A net with settings that no YAML file has is loaded unchanged."""
     torch.manual_seed(3)
     net = FeedForward([7, 5], activation="tanh", dropout=0.3, norm="batch")
     classifier = DigitClassifier(
@@ -170,7 +170,7 @@ def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -
 def rebuild(state: Any, settings: Any, checkpoint: dict[str, Any], folder: Path) -> DigitClassifier:
     path = folder / "other.ckpt"
     content = checkpoint | {"hyper_parameters": settings, "state_dict": state}
-    content.pop("confidence")  # is of the net that was trained
+    content.pop("confidence")  # it belongs to the trained net
     path.write_bytes(serialize(content))
     return load_classifier(path)[0]
 
@@ -237,5 +237,5 @@ def test_score_and_table_of_a_faultless_and_a_useless_net() -> None:
     assert useless.accuracy == pytest.approx(0.1)
     assert useless.loss == pytest.approx(45)
     assert useless.calibration.error == pytest.approx(0.9)
-    assert "–" in tabulate(useless, NAMES)  # the precision of a class that is never predicted
+    assert "–" in tabulate(useless, NAMES)  # the precision of a class that is never predicted is undefined
     assert 3 not in useless.labels[useless.worst(100)]

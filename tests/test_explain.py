@@ -1,4 +1,4 @@
-"""Why a net answers as it does: the parts sum to the logit, and what is said was asked."""
+"""Explanations of a net's prediction: the parts sum to the logit, and each claim is computed by the net."""
 
 import re
 import shutil
@@ -42,7 +42,7 @@ def make(
 
 
 def write_digit() -> Tensor:
-    """(10, 8) uint8, with paper around"""
+    """Return a digit, (10, 8) uint8, with a margin."""
     image = torch.zeros(10, 8, dtype=torch.uint8)
     image[2:8, 3:5] = torch.randint(60, 256, (6, 2), generator=torch.Generator().manual_seed(1)).byte()
     return image
@@ -102,7 +102,7 @@ def test_of_other_nets_it_is_gradient_times_input_by_name(activation: str, norm:
 
 
 class Own(nn.Module):
-    """A net of somebody's own, in colour."""
+    """A user's own net, for colour images."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Data sets of somebody's own: folders, npz files, functions, and what torchvision fetches."""
+"""Tests of users' own data sets: folders, npz files, functions, and data sets of torchvision."""
 
 import functools
 import gzip
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("from_wheel")
 
 
 def make_arrays(num_classes: int, shape: tuple[int, ...], each: int, *, noise: float = 40.0) -> Arrays:
-    """A random image for each class, and noisy copies of it to learn from and to be tested with."""
+    """Make a random image for each class, and noisy copies of it for training and testing."""
     generator = np.random.default_rng(1)
     means = generator.integers(80, 176, (num_classes, *shape))
     content: Arrays = {}
@@ -64,7 +64,7 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 
 
 def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """The zip of EMNIST, small: each split's files, their images transposed, letters counted from 1."""
+    """Write a small zip like EMNIST's: the files of each split, with transposed images and letters from 1."""
     generator = np.random.default_rng(1)
     upright = {}
     with zipfile.ZipFile(folder / "gzip.zip", "w") as archive:
@@ -80,7 +80,7 @@ def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
 
 
 def write_cifar(folder: Path) -> dict[str, str]:
-    """CIFAR-10's archive folder, small.  -> checksums by file"""
+    """Write a small folder like that of CIFAR-10's archive; return checksums by file."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(1)
     names = [f"data_batch_{number}" for number in range(1, 6)]
@@ -119,7 +119,7 @@ def unpack_cifar(folder: Path) -> None:
 
 
 LONG_NAMES = [f"{'a name of thirty letters, nr. ':.<27}{number:03}" for number in range(100)]
-# A data set -> what makes its files in a folder, and the settings that choose it
+# A data set -> the function that writes its files, and the settings that choose it
 SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "26 classes in colour": (
         lambda folder: np.savez(
@@ -233,7 +233,7 @@ def test_from_training_to_report(
         assert "| 1 |" in (tmp_path / "sweep" / "report.md").read_text()
 
 
-# What is wrong -> how a right data set is changed, and what the line says
+# A fault -> the change to a correct data set, and the message
 def change(**values: Any) -> Callable[[Arrays], Arrays]:
     return lambda content: content | values
 
@@ -295,7 +295,7 @@ def test_arrays_of_torch_of_any_whole_numbers(tmp_path: Path) -> None:
     assert check_arrays(right | {"fingerprint": "mine"}, "it").fingerprint == "mine"
 
 
-# What is wrong with a file -> what writes it, and what the line says
+# A fault of a file -> the function that writes the file, and the message
 WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "is no file"),
@@ -480,7 +480,7 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     assert see(clear).tolist() == [[255, 255]] * 3, "what is transparent is white"
     turned = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # must be rotated by 90 degrees
     put(tmp_path / "turned.png", turned, exif=exif)
     seen = read_picture(tmp_path / "turned.png", size=None, grey=True)
     assert seen.tolist() == np.rot90(np.asarray(turned), -1).tolist()
@@ -523,7 +523,7 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(EMNIST, "url", f"{address}/gzip.zip")
         source = find_source("emnist_balanced", tmp_path / "data")
         with pytest.raises(OSError, match="data=emnist_balanced could not be downloaded"):
-            source.make_whole()  # another checksum
+            source.make_whole()  # the checksum is wrong
         monkeypatch.setattr(EMNIST, "md5", hashlib.md5((tmp_path / "gzip.zip").read_bytes()).hexdigest())
         source.make_whole()
     assert source.is_whole()
@@ -531,7 +531,7 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Opened:
-    """Tells that a pickle was opened, by a file."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -584,7 +584,7 @@ def test_names_are_torchvisions() -> None:
         assert known.folder in ("EMNIST", "cifar-10-batches-py", dataset.__name__)
 
 
-# Settings that do not fit, told before torch is imported -> the line
+# Settings that do not fit, reported before torch is imported -> the message
 WRONG_SETTINGS = {
     ("data=folder",): "data.path",
     ("data.path=x",): "data.path is for data=",
@@ -608,7 +608,7 @@ def test_settings_that_do_not_fit(arguments: tuple[str, ...], tmp_path: Path) ->
         settle(tmp_path, *arguments)
 
 
-# Settings that do not fit a data set of 3 classes, (90, 9, 7, 3), told once it is read -> the line
+# Settings that do not fit a data set of 3 classes, (90, 9, 7, 3), reported once it is read -> the message
 WRONG_SIZES = {
     ("data.val_size=90",): "data.val_size must be in [0, 89], got 90",
     ("data.val_size=88",): "no image of class",
@@ -683,7 +683,7 @@ def measure(content: Arrays) -> tuple[list[float], list[float]]:
 
 
 def test_other_images_are_refused(tmp_path: Path, command: Run) -> None:
-    """A file that has changed since the training is not what the net is measured on, or goes on with."""
+    """A net is not evaluated on, or trained further with, a file that has changed since its training."""
     content = make_arrays(3, (9, 7), 30)
     np.savez(tmp_path / "set.npz", **content)
     settings = ("data=npz", "data.path=set.npz", *TINY, "logger=none", "scheduler=none")
@@ -723,7 +723,7 @@ def test_a_source_gives_what_it_says(tmp_path: Path, command: Run) -> None:
 
 
 def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None:
-    """By name, and with what looks up the environment, whatever is trusted."""
+    """A source is refused by its name, and if it reads the environment, whatever is trusted."""
     shutil.copytree(REPOSITORY / "tests" / "own", tmp_path, dirs_exist_ok=True)
     settings = ("--config-dir", "my_conf", "data=columns", *TINY, "logger=none", "trainer.max_epochs=1")
     done = command("train", *settings, "hydra.run.dir=run", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Runs and trained nets from Python: ``train``, ``compose`` and ``load``, in this process and in a notebook."""
+"""Tests of ``train``, ``compose`` and ``load`` from Python, in this process and in a notebook."""
 
 import logging
 import random
@@ -32,7 +32,7 @@ TINY = ("model.hidden=[16]", "trainer.max_epochs=2", "+trainer.limit_train_batch
 
 @pytest.fixture(scope="module")
 def work(once: Once) -> Iterator[Path]:
-    """A folder in which a run was made from Python, with its data: each worker has a data folder of its own."""
+    """A folder in which a run was made from Python; each worker has its own data folder."""
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +46,7 @@ def work(once: Once) -> Iterator[Path]:
 
 
 def test_it_is_the_commands_run(work: Path, tmp_path: Path, command: Run) -> None:
-    """The same files, messages and weights."""
+    """Files, messages and weights are the same."""
     done = command("train", *TINY, f"data.data_dir={work / 'data'}", "hydra.run.dir=a run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mine, its = work / "a run", tmp_path / "a run"
@@ -72,7 +72,7 @@ def test_it_is_the_commands_run(work: Path, tmp_path: Path, command: Run) -> Non
 
 
 def test_what_a_run_has_left(work: Path) -> None:
-    run = mnist_lightning.train("resume=a run")  # it has finished: nothing is done, nothing is lost
+    run = mnist_lightning.train("resume=a run")  # the run has finished: nothing is done or lost
     assert run.folder == work / "a run"
     assert run.state == "completed"
     assert run.metrics["epochs"] == 2
@@ -86,7 +86,7 @@ def test_what_a_run_has_left(work: Path) -> None:
 
 
 def test_the_process_is_as_it_was(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it had set up: torch, random states, loggers, warnings, an application of Hydra's own."""
+    """The state of torch, random generators, loggers, warnings and another Hydra application does not change."""
     from matplotlib import pyplot
 
     monkeypatch.chdir(tmp_path)
@@ -344,7 +344,7 @@ CELLS = [
 
 @pytest.mark.slow
 def test_a_notebook(tmp_path: Path, environment: dict[str, str]) -> None:
-    """In a kernel of its own: one bar, pictures and tables as last lines, one line for an error, an interruption."""
+    """A notebook shows one bar, pictures and tables as results, and one line for an error; it can be interrupted."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -354,7 +354,7 @@ def test_a_notebook(tmp_path: Path, environment: dict[str, str]) -> None:
     )
 
     def interrupt() -> None:
-        """The kernel, as Jupyter does it, once the ninth cell's run has saved an epoch."""
+        """Interrupt the kernel as Jupyter does, once the ninth cell's run has saved an epoch."""
         import os
         import signal
 

@@ -1,4 +1,4 @@
-"""``init_from``: a run begins with another one's weights, as far as they fit."""
+"""Tests of ``init_from``: a run starts with the fitting weights of another run."""
 
 import logging
 from collections.abc import Callable
