@@ -579,14 +579,14 @@ def test_names_are_torchvisions() -> None:
 # Settings that do not fit, told before torch is imported -> the line
 WRONG_SETTINGS = {
     ("data=folder",): "data.path",
-    ("data.path=x",): "data.path is for data=",
-    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder alone",
-    ("data.grey=true",): "data.grey is for data=folder alone",
+    ("data.path=x",): "data.path is not for data=mnist: only",
+    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder only",
+    ("data.grey=true",): "data.grey is for data=folder only",
     ("data=folder", "data.path=x", "data.size=0"): "data.size must be >= 1, got 0",
     (
         "data=cifar10",
         "data.deskew=true",
-    ): "data.deskew is for grey images, and those of cifar10 are in colour",
+    ): "data.deskew is for grey images, and the images of cifar10 are in colour",
     ("data=cifar10", "data.val_size=50000"): "data.val_size must be in [0, 49999], got 50000",
     ("data.mean=[0.1,0.2,0.3]",): "data.mean must be one number, or one for each of 1 channels",
     ("data=own",): "data.source names no _target_",
