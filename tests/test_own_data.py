@@ -724,7 +724,7 @@ def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None
     checkpoint = load(path)
     for source, line in (
         ({"_target_": "os.mkdir", "path": str(tmp_path / "made")}, "names os.mkdir (data.source)"),
-        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only settings may hold"),
+        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only a settings file may hold"),
     ):
         checkpoint["datamodule_hyper_parameters"]["source"] = source
         (tmp_path / "strange.ckpt").write_bytes(serialize(checkpoint))

@@ -156,8 +156,8 @@ def read_status(run: Any) -> dict[str, Any]:
     [
         (("model.dropout=2",), "ConfigError", r"model\.dropout must be in \[0, 1\), got 2\.0"),
         (("label_smoothing=0.1",), "ConfigError", r"label_smoothing is loss\.label_smoothing now.*"),
-        (("-m", "seed=1,2"), "ConfigError", r"train\(…\) makes one run; .* -m … makes a sweep"),
-        (("--cfg=job",), "ConfigError", r"--cfg=job is a flag of the command line.*"),
+        (("-m", "seed=1,2"), "ConfigError", r"train\(…\) trains one net; .* -m … runs a sweep"),
+        (("--cfg=job",), "ConfigError", r"--cfg=job works on the command line only.*"),
         ((3,), "ConfigError", r'settings are given as text, as in train\("model\.hidden=256"\), got 3'),
         (("trainer=ddp",), "ConfigError", r"trainer\.strategy=ddp.* starts more processes.*"),
         (("resume=nowhere",), "FileNotFoundError", r"nowhere is not a run folder: .*"),
