@@ -135,7 +135,7 @@ def test_a_sweep_over_folds_is_one_setting(swept: Path) -> None:
     assert joined.accuracy == pytest.approx(setting.mean, abs=1e-9)  # the folds are of one size
     printed = (swept / "printed.txt").read_text()
     assert (
-        "data.num_folds=3: fold 0 is for validation, val_size is ignored"
+        "data.num_folds=3: fold 0 is the validation split, val_size is ignored"
         in (swept / "sweep" / "0" / "train.log").read_text()
     )
     assert re.search(r"all folds together: accuracy .* on 60,000 images", printed)

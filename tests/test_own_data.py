@@ -400,7 +400,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty class": (lambda folder: (folder / "train" / "zz").mkdir(), r"class zz is missing in test/"),
     "no picture": (
         lambda folder: [(folder / part / "zz").mkdir() for part in ("train", "test")],
-        r"no picture lies in .*train/zz",
+        r"train/zz has no picture",
     ),
     "no test": (lambda folder: shutil.rmtree(folder / "test"), r"has train/<class>/ and no test/<class>/"),
     "a class of the test": (
@@ -409,7 +409,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another size": (
         lambda folder: put(folder / "train" / "class 1" / "zz.png", Image.new("RGB", (8, 9))),
-        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: data.size=28, say, resizes",
+        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: resize all of them",
     ),
     "no picture in a file": (
         lambda folder: (folder / "train" / "class 1" / "zz.png").write_text("text"),
@@ -422,7 +422,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a cut picture": (lambda folder: cut_picture(folder / "train" / "class 1" / "zz.png"), r"zz.png: "),
     "fractions": (
         lambda folder: put(folder / "train" / "class 1" / "zz.tiff", Image.new("F", (7, 9))),
-        r"zz.tiff: its pixels are fractions",
+        r"zz.tiff: its pixels are floats",
     ),
 }  # fmt: skip
 
@@ -641,7 +641,7 @@ def use(data: Data) -> None:
 def test_from_python_a_wrong_name_is_told() -> None:
     with pytest.raises(ValueError, match=r"name must be one of mnist, .*, folder, npz, got 'cifar'"):
         MNISTDataModule(name="cifar")
-    with pytest.raises(ValueError, match="name='folder' wants a path"):
+    with pytest.raises(ValueError, match="name='folder' needs a path"):
         MNISTDataModule(name="folder")
 
 
@@ -704,7 +704,7 @@ def test_a_source_gives_what_it_says(tmp_path: Path, command: Run) -> None:
         (
             "+data.source.cuont=3",
         ): r"data.source.cuont is no argument of my_data.load \(did you mean count\?\)",
-        ("data.source._target_=other.load",): r"other.load must give a dict of arrays, got list",
+        ("data.source._target_=other.load",): r"other.load must return a dict of arrays, got list",
         ("data.source._target_=other.fail",): r"data.source: other.fail .*ZeroDivisionError",
         ("+data.source.names=one two",): r"my_data.load: its labels must be in \[0, 2\), got 2",
     }.items():

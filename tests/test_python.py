@@ -205,7 +205,7 @@ def test_loaders_work_in_a_plain_loop(data_dir: Path) -> None:
 
 def test_normalised_images_are_told(data_dir: Path) -> None:
     images, _ = next(iter(load_mnist(data_dir)[0]))
-    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): those of MNISTDataModule are"):
+    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): use MNISTDataModule"):
         DigitClassifier(FeedForward([8]))(images)
 
 
