@@ -87,8 +87,8 @@ def test_nets_with_other_validation_images_are_not_compared(
     other.write_bytes(serialize(checkpoint))
     done = command("compare", f"runs=[{trained_run},{other}]", cwd=tmp_path)
     assert done.returncode != 0
-    assert "have other val images" in done.stderr
-    assert "split=test may do" in done.stderr
+    assert "have different val images" in done.stderr
+    assert "split=test may work" in done.stderr
 
 
 def evaluate(wrong: list[int]) -> Evaluation:
