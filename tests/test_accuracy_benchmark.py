@@ -81,9 +81,9 @@ def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
     ("arguments", "message"),
     [
         (("run=plain", "tta=2"), "was trained without deformations (data.augment)"),
-        (("runs=[a,plain]", "split=val"), "have other val images"),
+        (("runs=[a,plain]", "split=val"), "have different val images"),
         (("runs=[a]",), "runs must be at least 2 names"),
-        (("runs=[a,b]", "run=a"), "give no run and no checkpoint beside it"),
+        (("runs=[a,b]", "run=a"), "leave out run and checkpoint"),
         (("tta=-1",), "tta must be >= 0, got -1"),
     ],
 )

@@ -246,5 +246,5 @@ def test_flags_need_the_digits(tmp_path: Path) -> None:
     for wrong in ("data.augment.flags=2", "data.augment.flags=-0.1"):
         with pytest.raises(Exception, match=r"data.augment.flags must be in \[0, 1\]"):
             settle(tmp_path, wrong)
-    with pytest.raises(Exception, match=r"flags draws at the digits 1: it is for data=mnist"):
+    with pytest.raises(Exception, match=r"flags draws strokes on digits 1: it is for data=mnist"):
         settle(tmp_path, "data=kmnist", "data.augment.flags=0.4")

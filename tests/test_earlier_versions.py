@@ -53,7 +53,7 @@ def test_a_run_of_the_first_edition_is_read(
     assert evaluated["acc"] == pytest.approx(metrics["val/acc"], abs=1e-6)
     done = command("compare", f"runs=[old,{default_run.folder}]", "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "0 images only A gets right, 0 only B" in done.stdout
+    assert "only A is right on 0 images, only B on 0" in done.stdout
     done = command("export", "run=old", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -115,13 +115,13 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
     for command_name in ("evaluate", "export"):
         done = command(command_name, "checkpoint=a.ckpt", cwd=tmp_path)
         assert done.returncode == 1
-        assert "a.ckpt says that its data lies in" in done.stderr
+        assert "a.ckpt was trained on data in" in done.stderr
         assert "data_dir=" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert not (tmp_path / "victim").exists()
     damaged = tmp_path / "victim" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    damaged.mkdir(parents=True)  # preparing the data would replace this folder
-    with pytest.raises(OSError, match="says that its data lies in"):
+    damaged.mkdir(parents=True)  # preparing the data would replace it
+    with pytest.raises(OSError, match="was trained on data in"):
         load_split(tmp_path / "a.ckpt", checkpoint, "test", data_dir=None)
     assert damaged.is_dir()
     done = command("evaluate", "checkpoint=a.ckpt", "data_dir=mine", cwd=tmp_path)
@@ -201,7 +201,7 @@ def test_the_validation_images_are_those_of_the_run(data_dir: Path, trained_run:
     }
     assert sizes == {"train": 55_000, "val": 5_000, "test": 10_000}
     checkpoint["datamodule_hyper_parameters"]["val_size"] = 0
-    with pytest.raises(OSError, match=r"split=val: the run had no such images of mnist \(data.val_size=0\)"):
+    with pytest.raises(OSError, match=r"split=val: the run had no such split of mnist \(data.val_size=0\)"):
         load_split(path, checkpoint, "val", data_dir=str(data_dir))
     test = load_split(path, checkpoint, "test", data_dir=str(data_dir))
     one_by_one = torch.cat([log_probabilities(classifier, image[None]) for image in test.images[:50]])

@@ -220,10 +220,10 @@ def test_mistakes_indices_and_pictures(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"),
+        ([], "give one of images=my_digit.png, index=[3,7] and mistakes=12"),
         (
             ["index=3", "mistakes=2"],
-            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12, not several",
+            "give one of images=my_digit.png, index=[3,7] and mistakes=12, not several",
         ),
         (["index=[-1]"], "index must be a whole number >= 0, got -1"),
         (["index=3", "split=tset"], "split must be one of test, val, train, got tset"),

@@ -166,7 +166,7 @@ def test_watch_tells_of_a_net_that_the_page_can_not_run() -> None:
     colour = DigitClassifier(FeedForward([4], image_shape=(3, 5, 5)), image_shape=(3, 5, 5))
     own = DigitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
     for classifier, told in (
-        (colour, "are in colour"),
+        (colour, "is for coloured ones"),
         (own, "and this is torch.nn.modules.container.Sequential"),
     ):
         with pytest.raises(MisconfigurationException, match=f"^watch=true: the page .*{told}"):

@@ -135,7 +135,7 @@ def test_a_sweep_over_folds_is_one_setting(swept: Path) -> None:
     assert joined.accuracy == pytest.approx(setting.mean, abs=1e-9)  # all folds have the same size
     printed = (swept / "printed.txt").read_text()
     assert (
-        "data.num_folds=3: fold 0 is for validation, val_size is ignored"
+        "data.num_folds=3: fold 0 is the validation split, val_size is ignored"
         in (swept / "sweep" / "0" / "train.log").read_text()
     )
     assert re.search(r"all folds together: accuracy .* on 60,000 images", printed)
@@ -172,10 +172,10 @@ def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
     first = rows[int(doubtful[0]["index"])]
     assert (first["label"], first["prediction"]) == (doubtful[0]["label"], doubtful[0]["prediction"])
     assert (tmp_path / "labels.png").stat().st_size > 10_000
-    assert "labels that are contradicted most surely" in done.stdout
+    assert "the least probable of the contradicted labels" in done.stdout
     for arguments, told in (
-        (["labels=true"], "labels=true asks nets for images"),
-        ([f"folds={swept / 'sweep'}", "run=x"], "folds names a sweep"),
+        (["labels=true"], "labels=true needs nets that were not trained"),
+        ([f"folds={swept / 'sweep'}", "run=x"], "folds already names the sweep"),
     ):
         wrong = command("evaluate", *arguments, cwd=swept)
         assert wrong.returncode == 1
@@ -200,7 +200,7 @@ def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> No
     assert f"**fold {missing}**" in (write_report(copy).folder / "report.md").read_text()
     done = command("evaluate", f"folds={copy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"fold {missing}: no net has judged its images" in done.stdout
+    assert f"fold {missing}: no net was evaluated on its images" in done.stdout
     assert "no memory left" in done.stdout
     assert json.loads((copy / "evaluation" / "out-of-fold" / "metrics.json").read_text())["images"] == 40_000
 

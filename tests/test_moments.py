@@ -79,7 +79,7 @@ def test_the_best_is_chosen_among_what_was_validated(
 def test_no_validation_at_all_is_said(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         fit(*SMALL, "trainer.max_epochs=-1", "+trainer.max_steps=3", "scheduler=none")
-    assert "no epoch was validated before training ended: best.ckpt is the last one" in caplog.text
+    assert "no epoch was validated before training ended: best.ckpt has the last weights" in caplog.text
 
 
 @pytest.mark.parametrize("more", ["scheduler=plateau", "callbacks=early_stopping"])

@@ -734,8 +734,8 @@ def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_comma
 
 
 SETTINGS = {
-    "callbacks=null": "callbacks=null chooses nothing: callbacks is one of default, early_stopping, histograms",
-    "logger=null": "logger=null chooses nothing: logger is one of csv, none, tensorboard, wandb",
+    "callbacks=null": "callbacks=null chooses nothing: callbacks must be one of default, early_stopping, histograms",
+    "logger=null": "logger=null chooses nothing: logger must be one of csv, none, tensorboard, wandb",
     "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs?",
     "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': no YAML file has it; "
     "+trainer.gradient_clip_val=… adds it",
@@ -756,7 +756,7 @@ def test_a_choice_beside_resume_is_told(trained_run: Path, tmp_path: Path, comma
     shutil.copytree(trained_run, tmp_path / "r")
     done = command("train", "resume=r", "trainer=cpu", cwd=tmp_path)
     assert done.returncode == 1
-    assert "trainer=cpu can't be chosen beside resume=" in done.stderr
+    assert "trainer=cpu can't be chosen with resume=" in done.stderr
     (tmp_path / "r" / ".hydra" / "config.yaml").write_text("seed: [1\n")
     done = command("train", "resume=r", cwd=tmp_path)
     assert done.returncode == 1

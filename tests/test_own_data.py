@@ -408,7 +408,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty class": (lambda folder: (folder / "train" / "zz").mkdir(), r"class zz is missing in test/"),
     "no picture": (
         lambda folder: [(folder / part / "zz").mkdir() for part in ("train", "test")],
-        r"no picture lies in .*train/zz",
+        r"train/zz has no picture",
     ),
     "no test": (lambda folder: shutil.rmtree(folder / "test"), r"has train/<class>/ and no test/<class>/"),
     "a class of the test": (
@@ -417,7 +417,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another size": (
         lambda folder: put(folder / "train" / "class 1" / "zz.png", Image.new("RGB", (8, 9))),
-        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: data.size=28, say, resizes",
+        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: resize all of them",
     ),
     "no picture in a file": (
         lambda folder: (folder / "train" / "class 1" / "zz.png").write_text("text"),
@@ -430,7 +430,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a cut picture": (lambda folder: cut_picture(folder / "train" / "class 1" / "zz.png"), r"zz.png: "),
     "fractions": (
         lambda folder: put(folder / "train" / "class 1" / "zz.tiff", Image.new("F", (7, 9))),
-        r"zz.tiff: its pixels are fractions",
+        r"zz.tiff: its pixels are floats",
     ),
 }  # fmt: skip
 
@@ -587,14 +587,14 @@ def test_names_are_torchvisions() -> None:
 # Settings that do not fit, reported before torch is imported -> the message
 WRONG_SETTINGS = {
     ("data=folder",): "data.path",
-    ("data.path=x",): "data.path is for data=",
-    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder alone",
-    ("data.grey=true",): "data.grey is for data=folder alone",
+    ("data.path=x",): "data.path is not for data=mnist: only",
+    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder only",
+    ("data.grey=true",): "data.grey is for data=folder only",
     ("data=folder", "data.path=x", "data.size=0"): "data.size must be >= 1, got 0",
     (
         "data=cifar10",
         "data.deskew=true",
-    ): "data.deskew is for grey images, and those of cifar10 are in colour",
+    ): "data.deskew is for grey images, and the images of cifar10 are in colour",
     ("data=cifar10", "data.val_size=50000"): "data.val_size must be in [0, 49999], got 50000",
     ("data.mean=[0.1,0.2,0.3]",): "data.mean must be one number, or one for each of 1 channels",
     ("data=own",): "data.source names no _target_",
@@ -649,7 +649,7 @@ def use(data: Data) -> None:
 def test_from_python_a_wrong_name_is_told() -> None:
     with pytest.raises(ValueError, match=r"name must be one of mnist, .*, folder, npz, got 'cifar'"):
         MNISTDataModule(name="cifar")
-    with pytest.raises(ValueError, match="name='folder' wants a path"):
+    with pytest.raises(ValueError, match="name='folder' needs a path"):
         MNISTDataModule(name="folder")
 
 
@@ -712,7 +712,7 @@ def test_a_source_gives_what_it_says(tmp_path: Path, command: Run) -> None:
         (
             "+data.source.cuont=3",
         ): r"data.source.cuont is no argument of my_data.load \(did you mean count\?\)",
-        ("data.source._target_=other.load",): r"other.load must give a dict of arrays, got list",
+        ("data.source._target_=other.load",): r"other.load must return a dict of arrays, got list",
         ("data.source._target_=other.fail",): r"data.source: other.fail .*ZeroDivisionError",
         ("+data.source.names=one two",): r"my_data.load: its labels must be in \[0, 2\), got 2",
     }.items():
@@ -732,7 +732,7 @@ def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None
     checkpoint = load(path)
     for source, line in (
         ({"_target_": "os.mkdir", "path": str(tmp_path / "made")}, "names os.mkdir (data.source)"),
-        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only settings may hold"),
+        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only a settings file may hold"),
     ):
         checkpoint["datamodule_hyper_parameters"]["source"] = source
         (tmp_path / "strange.ckpt").write_bytes(serialize(checkpoint))

@@ -458,7 +458,7 @@ def test_what_the_page_can_not_run_is_told(tmp_path: Path, command: Run) -> None
     assert command("train", *arguments, *short, cwd=cwd).returncode == 0
     done = command("export", "format=html", "run=run", "trust=my_parts", cwd=cwd)
     assert done.returncode == 1
-    told = "the page runs FeedForward nets, and this is my_parts.ConvNet; format=onnx takes any net"
+    told = "the page needs a FeedForward net, and this is my_parts.ConvNet; format=onnx takes any net"
     assert done.stderr.splitlines()[-1] == f"run/checkpoints/best.ckpt: {told}"
     assert not (cwd / "run" / "page.html").exists()
 

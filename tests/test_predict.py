@@ -272,7 +272,7 @@ def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
     assert [path.name for path in find_files(f"{tmp_path}/*.png")] == ["[1].png", "b.png"]
     assert [path.name for path in find_files(f"{tmp_path}/[1].png")] == ["[1].png"]
     assert [path.name for path in find_files(f"{tmp_path}/c.png")] == ["c.png"]
-    with pytest.raises(FileNotFoundError, match="no picture lies in this folder"):
+    with pytest.raises(FileNotFoundError, match="this folder has no picture"):
         find_files(str(tmp_path / "none"))
 
 

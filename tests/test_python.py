@@ -66,7 +66,9 @@ def test_the_tutorials_loaders(data_dir: Path) -> None:
     assert torch.equal(next(iter(again))[1][:64], labels), "torch.manual_seed decides the order"
 
 
-@pytest.mark.parametrize(("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize(
+    ("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.reliability)]
+)
 def test_the_tutorials_loop_trains_on_them(epochs: int, least: float, data_dir: Path) -> None:
     torch.manual_seed(1)
     train_loader, val_loader = load_mnist(data_dir, batch_size=64)
@@ -205,7 +207,7 @@ def test_loaders_work_in_a_plain_loop(data_dir: Path) -> None:
 
 def test_normalised_images_are_told(data_dir: Path) -> None:
     images, _ = next(iter(load_mnist(data_dir)[0]))
-    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): those of MNISTDataModule are"):
+    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): use MNISTDataModule"):
         DigitClassifier(FeedForward([8]))(images)
 
 

@@ -271,7 +271,10 @@ def test_runs_that_are_named_and_what_is_refused(
     (tmp_path / "mine.html").write_text("<p>mine")
     inside = {"under": str(sweep)}
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"run": "a", "filter": "seed=1"}, "run and filter: each says what is reported, give one of them"),
+        (
+            {"run": "a", "filter": "seed=1"},
+            "run and filter: each names what to report, give only one of them",
+        ),
         ({"html": False, "output": "x.html"}, "output names the page's file: add html=true"),
         ({"output": "mine.html"}, "output=mine.html already exists, and mnist_lightning has not written it"),
         ({"output": str(sweep)}, "is a folder: name a file"),

@@ -323,7 +323,7 @@ def test_command(logs: Path, command: Run) -> None:
         (["sort=lr"], "sort: no run has a lr; did you mean optimizer.lr?"),
         (["under=nowhere"], "nowhere holds no runs: there is no such folder"),
         (["average=fold"], "average must be one of seed, got fold"),
-        (["delete=logs/train/runs/a"], "delete: 1 run would be deleted: say yes=true"),
+        (["delete=logs/train/runs/a"], "delete: 1 run would be deleted: confirm with yes=true"),
     ):
         wrong = command("runs", *arguments, cwd=cwd)
         assert (wrong.returncode, wrong.stderr.strip()) == (1, told)

@@ -156,8 +156,8 @@ def read_status(run: Any) -> dict[str, Any]:
     [
         (("model.dropout=2",), "ConfigError", r"model\.dropout must be in \[0, 1\), got 2\.0"),
         (("label_smoothing=0.1",), "ConfigError", r"label_smoothing is loss\.label_smoothing now.*"),
-        (("-m", "seed=1,2"), "ConfigError", r"train\(…\) makes one run; .* -m … makes a sweep"),
-        (("--cfg=job",), "ConfigError", r"--cfg=job is a flag of the command line.*"),
+        (("-m", "seed=1,2"), "ConfigError", r"train\(…\) trains one net; .* -m … runs a sweep"),
+        (("--cfg=job",), "ConfigError", r"--cfg=job works on the command line only.*"),
         ((3,), "ConfigError", r'settings are given as text, as in train\("model\.hidden=256"\), got 3'),
         (("trainer=ddp",), "ConfigError", r"trainer\.strategy=ddp.* starts more processes.*"),
         (("resume=nowhere",), "FileNotFoundError", r"nowhere is not a run folder: .*"),
@@ -227,9 +227,9 @@ def test_images_of_every_shape(work: Path) -> None:
     [
         (np.zeros((28, 28), np.int64), r"uint8 in \[0, 255\] or floats in \[0, 1\], got int64"),
         (np.zeros((28, 28), bool), "got bool"),
-        (np.full((28, 28), 255.0), r"lie in \[0, 1\], got 255 to 255: divide by 255, or give uint8"),
-        (np.full((28, 28), np.nan), r"lie in \[0, 1\]"),
-        (np.zeros((28, 28)) - 0.5, r"lie in \[0, 1\], got -0\.5 to -0\.5"),
+        (np.full((28, 28), 255.0), r"must be in \[0, 1\], got 255 to 255: divide by 255, or give uint8"),
+        (np.full((28, 28), np.nan), r"must be in \[0, 1\]"),
+        (np.zeros((28, 28)) - 0.5, r"must be in \[0, 1\], got -0\.5 to -0\.5"),
         (np.zeros((29, 28)), r"takes images of \(28, 28\), one or many \(N, …\), got \(29, 28\)"),
         (np.zeros((2, 3, 28, 28)), r"got \(2, 3, 28, 28\)"),
         (np.zeros(784), r"got \(784,\)"),

@@ -25,7 +25,7 @@ def test_help_tells_what_each_setting_means(name: str, command: Run, tmp_path: P
             "optimizer.": "optimizer/sgd.yaml",
             "trainer.": "trainer/default.yaml",
         }
-        assert "model.dropout=0.3 probability, after each hidden layer's activation" in told
+        assert "model.dropout=0.3 probability of setting a hidden unit to 0" in told
         assert "optimizer.momentum=0.9" in told
     for prefix, file in files.items():
         comments = read_comments(Path(CONF_DIR) / file)

@@ -168,7 +168,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
     continued = [
         number
         for number in after
-        if "going on from" in (sweep / str(number) / "train.log").read_text() and number not in completed
+        if "resuming from" in (sweep / str(number) / "train.log").read_text() and number not in completed
     ]
     assert continued
     for number in continued:  # the curve of an interrupted job is whole
@@ -228,7 +228,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     os.kill(worker, signal.SIGUSR2)
     wait_for(lambda: find_children(controller) not in ([worker], []), sweeping)
     assert read_statuses(tmp_path / "sweep")[0]["state"] in ("interrupted", "running")
-    wait_for(lambda: "going on from" in (job / "train.log").read_text(), sweeping)
+    wait_for(lambda: "resuming from" in (job / "train.log").read_text(), sweeping)
     saved = last.stat().st_mtime_ns
     wait_for(lambda: last.stat().st_mtime_ns > saved, sweeping)
     os.kill(find_children(controller)[0], signal.SIGKILL)
@@ -238,7 +238,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     assert "Traceback" not in errors
     done = command("train", "-m", "resume=sweep", basic, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (job / "train.log").read_text().count("going on from") == 2
+    assert (job / "train.log").read_text().count("resuming from") == 2
     nets = [
         load(tmp_path / name / "0" / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "sweep")
     ]

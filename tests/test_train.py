@@ -267,7 +267,7 @@ def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("data.data_dir=file",), "data.data_dir: can't make the folder"),
+        (("data.data_dir=file",), "data.data_dir: can't create the folder"),
         (("trainer=gpu",), "No supported gpu backend found"),
         (("optimizer.lr=1e30", *QUICK[:1]), "train/loss is nan at step 2"),
         (("hydra.run.dir=file/run",), "can't write to the run's folder"),
@@ -337,7 +337,7 @@ def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
     variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = command("train", *arguments, cwd=tmp_path, **variables)
     assert done.returncode == 1
-    assert "compile=true: torch.compile can't work here" in done.stderr
+    assert "compile=true: torch.compile does not work here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
