@@ -1,4 +1,4 @@
-"""Processes of the tests: forks of a preloaded interpreter, and fresh ones, started and watched alike."""
+"""Start and watch the processes of tests: forks of a preloaded interpreter, and new interpreters."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ import pytest
 
 FORKS = hasattr(os, "fork") and sys.platform == "linux"  # else each command imports all anew
 PRELOADED = Path(__file__).with_name("preloaded.py")
-PATIENCE = 300.0  # seconds: far more than anything here takes on a busy machine
+PATIENCE = 300.0  # seconds, far more than any test needs on a busy machine
 
 
 class Process:
-    """A Python process under way, in the manner of ``subprocess.Popen``.
+    """A running Python process, with the methods of ``subprocess.Popen``.
 
-    What it has written so far can be read at any time.
+    Its output so far can be read at any time.
     """
 
     pid: int
@@ -34,7 +34,7 @@ class Process:
         self._written = [b"", b""]
 
     def _look(self) -> int | None:
-        """The exit code, once it has ended and all that it has written was read."""
+        """Return the exit code, once the process has ended and its output has been read; else None."""
         raise NotImplementedError
 
     def poll(self) -> int | None:
@@ -66,7 +66,7 @@ class Process:
         return self.stdout, self.stderr
 
     def finish(self, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
-        """Wait for its end; kill it where that does not come."""
+        """Wait for the end of the process, and kill it if it takes too long."""
         try:
             code = self.wait(timeout)
         except BaseException:
@@ -88,7 +88,7 @@ class Process:
 
 
 class Fresh(Process):
-    """``python <arguments>`` in an interpreter of its own."""
+    """``python <arguments>`` in a new interpreter."""
 
     def __init__(
         self,
@@ -131,10 +131,10 @@ class Fresh(Process):
 
 
 class Fork(Process):
-    """``python <arguments>`` in a child of a preloaded interpreter, which tells its end.
+    """``python <arguments>`` in a child of a preloaded interpreter, which reports the child's end.
 
     Attributes:
-        peak: its resident memory at most, in ru_maxrss's unit; told at its end.
+        peak: its peak resident memory in the unit of ru_maxrss, known at its end.
     """
 
     peak: int
@@ -200,8 +200,10 @@ HEAVY = (
 
 
 class Preloaded:
-    """A process with other people's packages imported, whose forks run commands; where nothing can be
-    forked, commands run in fresh interpreters."""
+    """A process that has imported the packages of others, and whose forks run commands.
+
+    Where processes can't be forked, commands run in fresh interpreters.
+    """
 
     def __init__(self, modules: Iterable[str], env: Mapping[str, str]) -> None:
         if not FORKS:
@@ -227,11 +229,11 @@ class Preloaded:
         heed_permissions: bool = False,
         file_size: int | None = None,
     ) -> Process:
-        """``python <arguments>`` in a folder, with these environment variables and no others.
+        """Start ``python <arguments>`` in a folder, with only the given environment variables.
 
         Args:
-            heed_permissions: even where root runs the tests.
-            file_size: bytes beyond which no file that it writes may grow.
+            heed_permissions: whether to respect permissions even if root runs the tests.
+            file_size: the largest size in bytes of a file that the process writes; None: no limit.
         """
         if not FORKS:
             if heed_permissions or file_size is not None:
@@ -242,16 +244,16 @@ class Preloaded:
         return Fork(self._socket, json.dumps(request).encode(), *arguments)
 
     def close(self) -> str:
-        """End it and all that it still runs; what it printed itself."""
+        """End the process and its children, and return its own output."""
         if not FORKS:
             return ""
-        self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy of it
+        self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy
         self._socket.close()
         return self._process.communicate()[0].decode()
 
 
 def wait_for(holds: Callable[[], bool], process: Process, *, pause: float = 0.01) -> None:
-    """Until something holds; fails at once, with what it has written, when the process has ended."""
+    """Wait until a condition is true; fail at once, with the process's output, if the process has ended."""
     end = time.monotonic() + PATIENCE
     while not holds():
         if process.poll() is not None and not holds():
