@@ -1,6 +1,6 @@
-"""From a picture of a handwritten digit to its ink; ``normalize`` makes of that an image like MNIST's own.
+"""Find the ink of a handwritten digit in a picture; ``normalize`` then makes an image like MNIST's of it.
 
-A net that learned MNIST's images misreads others, however clear they are.
+A net that was trained on MNIST misreads images that were made in another way, however clear they are.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from mnist_lightning.images.parts import Mask, choose_digit, find_solid, widen
 from mnist_lightning.images.pictures import open_picture, read_picture
 from mnist_lightning.images.ruling import find_ruling
 
-WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
-MIN_CONTRAST = 4.0  # grey levels between ink and paper, of 255
-MIN_PICTURE = 64  # pixels of the shorter side of a picture within a page; smaller ones are thick strokes
+WORK_SIDE = 256  # longer side, in pixels, to which a picture is reduced before finding its ink
+MIN_CONTRAST = 4.0  # least difference between ink and paper, in grey levels of 255
+MIN_PICTURE = 64  # least shorter side, in pixels, of a picture on a page; smaller ones are thick strokes
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture as upright RGB, its first frame if it has several.
+    """Read a picture's first frame as upright RGB.
 
-    Transparent pictures are laid on white, or on black where the ink itself is light.
+    A transparent picture gets a white background, or a black one if its ink is light.
 
     Raises:
         OSError: see ``pictures.open_picture``.
@@ -34,15 +34,16 @@ def read_image(path: Path) -> Image.Image:
 def read_pixels(
     file: Path, image_shape: Sequence[int], *, as_mnist: bool
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """A picture, for people to look at, and the image that is made of it for a net.
+    """Read a picture, and prepare it for a net.
 
     Args:
+        file: the picture's file.
         image_shape: (C, H, W) of the net's images.
-        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
-            is resized, as ``data=folder`` does it.
+        as_mnist: whether to find the ink and centre it, as for MNIST's images; otherwise the picture is
+            resized, as ``data=folder`` does.
 
     Returns:
-        The picture, RGB, and (H, W) or (H, W, 3) uint8.
+        The picture, RGB, and the net's image, (H, W) or (H, W, 3) uint8.
 
     Raises:
         OSError: the file can't be read.
@@ -56,7 +57,7 @@ def read_pixels(
 
 
 def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
-    """The digit of a picture, made as MNIST's were.  RGB, any size -> (28, 28) uint8, ink is high
+    """Make an image like MNIST's of a picture's digit.  RGB, any size -> (28, 28) uint8, ink is high
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -65,14 +66,16 @@ def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def find_ink(picture: Image.Image) -> Floats:
-    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and
-    what else is on the paper.
+    """Compute how much each pixel is ink of the picture's digit.
 
-    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and
-    into a picture that lies on a page.
+    Background of any colour, shade and noise is 0, and so is everything else on the paper.  If the digit is
+    small, or if a picture of it lies on a page, the function crops the picture and looks again.
+
+    Args:
+        picture: RGB, any size.
 
     Returns:
-        (H, W) in [0, 1], with neither side above ``WORK_SIDE``.
+        (H, W) in [0, 1]; no side is longer than ``WORK_SIDE``.
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -81,13 +84,14 @@ def find_ink(picture: Image.Image) -> Floats:
 
 
 def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
-    """All ink of a picture, digits or not, and the scale at which it was read.
+    """Find all ink of a picture, whether it is a digit or not.
 
     Args:
-        side: pixels that the longer side has at most.
+        picture: RGB, any size.
+        side: longest side of the result, in pixels.
 
     Returns:
-        (H, W) in [0, 1], and by how much the picture was made smaller, at most 1.
+        (H, W) in [0, 1], and the factor by which the picture was scaled, at most 1.
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -128,7 +132,7 @@ def _find(picture: Image.Image, *, looks: int, ruled: bool = False) -> tuple[Flo
             try:
                 inside, inner_contrast = look(down, right, -max(1, 0.02 * (down.stop - down.start)))
             except NoDigit:
-                pass  # a bar
+                pass  # it was a solid bar, not a picture
             else:
                 if inner_contrast >= 0.4 * contrast:
                     return inside, inner_contrast
@@ -207,11 +211,11 @@ def _measure(residual: Floats, is_paper: Mask) -> tuple[Floats, float, float]:
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """Subtract a smooth background from a picture.
 
-    The background is the border's median colour where most of the border has it, else a quadratic
-    surface for each channel, fitted to the border first and then to all that is not ink.
+    If most of the border has nearly one colour, the background is its median colour.  Otherwise it is a
+    quadratic surface for each channel, fitted first to the border and then to all pixels without ink.
 
     Returns:
-        (H, W, 3) signed residual, and (H, W) where there is paper.
+        The signed residual, (H, W, 3), and which pixels are paper, (H, W).
     """
     height, width, _ = pixels.shape
     ring = max(1, round(0.04 * min(height, width)))
@@ -274,7 +278,7 @@ def _otsu(values: Floats) -> float:
 
 
 def _blur(values: Floats) -> Floats:
-    """Mean of each pixel and its eight neighbours.  (H, W) -> (H, W)"""
+    """Average each pixel with its eight neighbours.  (H, W) -> (H, W)"""
     around = np.pad(values, 1, mode="edge")
     height, width = values.shape
     shifted = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -282,7 +286,7 @@ def _blur(values: Floats) -> Floats:
 
 
 def _box(ink: Floats) -> tuple[slice, slice]:
-    """Rows and columns that hold the ink."""
+    """Return the rows and columns that hold the ink."""
     is_ink = ink > 0.1
     if not is_ink.any():
         raise NoDigit("blank: nothing stands out from the background")
