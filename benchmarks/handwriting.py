@@ -131,6 +131,28 @@ def photographed(digit: Digit, random: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 
+def ruled(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _print_lines(digit, random, directions=1)
+
+
+def squared(digit: Digit, random: np.random.Generator) -> Image.Image:
+    return _print_lines(digit, random, directions=2)
+
+
+def _print_lines(digit: Digit, random: np.random.Generator, *, directions: int) -> Image.Image:
+    """A pen on printed lines 18 to 110 pixels apart, from faint to as dark as the pen, turned by up to 7
+    degrees; half of them light on dark."""
+    ink = np.asarray(_place(_enlarge(digit, random.uniform(3, 8)), (320, 300), random)) / 255
+    y, x = np.mgrid[: ink.shape[0], : ink.shape[1]]
+    angle = np.deg2rad(random.uniform(-7, 7))
+    apart, width, darkness = random.uniform(18, 110), random.uniform(1, 2.5), random.uniform(0.2, 1)
+    for along in (np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x)[:directions]:
+        away = np.abs((along + random.uniform(0, apart)) % apart - apart / 2)
+        ink = np.maximum(ink, darkness * np.clip(width / 2 + 0.5 - away, 0, 1))
+    picture = _paint(Image.fromarray((255 * ink).astype(np.uint8)), (20, 25, 60), (245, 243, 236))
+    return ImageOps.invert(picture) if random.random() < 0.5 else picture
+
+
 KINDS: dict[str, Render] = {
     "plain": plain,
     "off-centre": off_centre,
@@ -144,6 +166,8 @@ KINDS: dict[str, Render] = {
     "thin": thin,
     "thick": thick,
     "photographed": photographed,
+    "ruled": ruled,
+    "squared": squared,
 }
 
 

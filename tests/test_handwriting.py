@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from benchmarks.handwriting import interval_over_sources, read_labels
 from mnist_lightning.images.handwriting import NoDigit, find_ink, to_mnist
 from mnist_lightning.images.parts import find_parts, label, widen
+from mnist_lightning.images.ruling import find_ruling
 
 PAPER, PEN = (226, 219, 205), (58, 62, 90)
 STROKES = {  # polylines in [0, 1]²
@@ -18,6 +19,14 @@ STROKES = {  # polylines in [0, 1]²
     "7": [[(0.1, 0.05), (0.8, 0.05), (0.4, 0.98)], [(0.35, 0.5), (0.8, 0.5)]],
     "0": [[(0.5, 0.02), (0.2, 0.3), (0.2, 0.7), (0.5, 0.98), (0.8, 0.7), (0.8, 0.3), (0.5, 0.02)]],
     "1": [[(0.3, 0.3), (0.6, 0.02), (0.6, 0.98)], [(0.35, 0.98), (0.85, 0.98)]],
+}
+FORMS = STROKES | {  # in which some write them
+    "slashed 0": [*STROKES["0"], [(0.15, 0.95), (0.85, 0.05)]],
+    "open 9": [
+        [(0.75, 0.1), (0.4, 0.02), (0.15, 0.25), (0.35, 0.48), (0.75, 0.4)],
+        [(0.78, 0.02), (0.7, 0.98)],
+    ],
+    "wedge 1": [[(0.2, 0.45), (0.55, 0.02), (0.5, 0.98)]],
 }
 Draw = Callable[[ImageDraw.ImageDraw, str], None]
 
@@ -30,7 +39,7 @@ def write(
     ink: object = PEN,
 ) -> None:
     left, top, right, bottom = box
-    for stroke in STROKES[digit]:
+    for stroke in FORMS[digit]:
         points = [(left + x * (right - left), top + y * (bottom - top)) for x, y in stroke]
         draw.line(points, fill=ink, width=width, joint="curve")  # type: ignore[arg-type]
 
@@ -154,6 +163,20 @@ def dashed(digit: str) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
+def ruled(
+    digit: str, *, line: int = 120, width: int = 2, apart: int = 45, turn: float = 0.03, across: bool = False
+) -> Image.Image:
+    """Printed lines, turned a little; one of them runs where the digit stands, if they are level."""
+    picture = Image.new("RGB", (400, 360), "white")
+    draw = ImageDraw.Draw(picture)
+    for place in range(-400, 800, apart):
+        draw.line((0, place + 15, 400, place + 15 + 400 * turn), fill=(line, line, line + 20), width=width)
+        if across:
+            draw.line((place, 0, place - 360 * turn, 360), fill=(line, line, line + 20), width=width)
+    write(draw, digit, (140, 105, 250, 265), 9, (20, 22, 40))
+    return picture
+
+
 PICTURES: dict[str, Callable[[str], Image.Image]] = {
     "ballpoint": ballpoint,
     "mouse line": mouse_line,
@@ -169,6 +192,12 @@ PICTURES: dict[str, Callable[[str], Image.Image]] = {
     "gradient": diagonal_gradient,
     "faint": faint,
     "dashed": dashed,
+    "ruled": ruled,
+    "faintly ruled": lambda digit: ruled(digit, line=190, turn=-0.08),
+    "squared": lambda digit: ruled(digit, line=150, apart=30, across=True),
+    "squared, level": lambda digit: ruled(digit, line=60, apart=52, turn=0, across=True),
+    "squared, as dark as the pen": lambda digit: ruled(digit, line=20, width=3, turn=-0.05, across=True),
+    "squared, light on dark": lambda digit: ImageOps.invert(ruled(digit, line=90, across=True)),
 }
 
 
@@ -176,6 +205,43 @@ PICTURES: dict[str, Callable[[str], Image.Image]] = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_the_digit_alone_is_found(kind: str, digit: str) -> None:
     assert likeness(PICTURES[kind](digit), digit) > 0.75
+
+
+@pytest.mark.parametrize("digit", [*{*FORMS} - {*STROKES}])
+@pytest.mark.parametrize("kind", ["ballpoint", "mouse line", "axes", "squared"])
+def test_other_forms_of_digits_are_found_alike(kind: str, digit: str) -> None:
+    assert likeness(PICTURES[kind](digit), digit) > 0.75
+
+
+@pytest.mark.parametrize("pen", [3, 8])
+def test_strokes_from_border_to_border_are_no_printed_lines(pen: int) -> None:
+    """A crop that a straight 4 fills, and two 1s."""
+    four = Image.new("RGB", (140, 200), "white")
+    draw = ImageDraw.Draw(four)
+    draw.line([(90, 0), (20, 120), (140, 120)], fill="black", width=pen)
+    draw.line([(100, 20), (95, 200)], fill="black", width=pen)
+    whole = 255 - np.asarray(four.convert("L"), dtype=float)
+    assert find_ink(four).sum() == pytest.approx(whole.sum() / 255, rel=0.1)
+    ones = Image.new("RGB", (140, 200), "white")
+    for place in (40, 100):
+        ImageDraw.Draw(ones).line([(place, 0), (place - 6, 200)], fill="black", width=pen)
+    assert find_ruling(255 - np.asarray(ones.convert("L"), dtype=float), 20, ruled=False) is None
+
+
+def test_strokes_that_cross_or_touch_printed_lines_stay() -> None:
+    """A circle of a pen as thick and dark as the lines: one line crosses it, another touches its foot."""
+    drawn, alone = Image.new("L", (200, 200), 0), Image.new("L", (200, 200), 0)
+    for picture in (drawn, alone):
+        ImageDraw.Draw(picture).ellipse((60, 50, 140, 151), outline=255, width=3)
+    for place in (20, 85, 150):
+        ImageDraw.Draw(drawn).line((0, place, 200, place), fill=255, width=2)
+    strength, circle = np.asarray(drawn, dtype=float), np.asarray(alone) > 0
+    ruling = find_ruling(strength, 20, ruled=False)
+    assert ruling is not None
+    left = (strength > 0) & ~ruling
+    assert (left & circle).sum() >= 0.95 * circle.sum()
+    assert (left & ~circle).sum() <= 0.05 * circle.sum()
+    assert find_ruling(np.zeros((90, 90)), 20, ruled=False) is None
 
 
 @pytest.mark.parametrize("digit", STROKES)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from mnist_lightning.images.normalize import Floats, NoDigit, normalize
-from mnist_lightning.images.parts import choose_digit, find_solid
+from mnist_lightning.images.parts import Mask, choose_digit, find_solid, widen
 from mnist_lightning.images.pictures import open_picture, read_picture
+from mnist_lightning.images.ruling import find_ruling
 
 WORK_SIDE = 256  # longer side, in pixels, to which a picture is reduced before finding its ink
 MIN_CONTRAST = 4.0  # least difference between ink and paper, in grey levels of 255
@@ -99,10 +100,15 @@ def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
     return _separate(np.asarray(small, dtype=float))[0], max(small.size) / max(picture.size)
 
 
-def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
-    """Find the ink of the digit, and its contrast in grey levels; ``looks`` limits the recursion."""
+def _find(picture: Image.Image, *, looks: int, ruled: bool = False) -> tuple[Floats, float]:
+    """The ink, and how far it stands out, in grey levels.
+
+    Args:
+        looks: how often it may be looked at, with those at parts of it.
+        ruled: whether it is a part of ruled paper.
+    """
     small = _shrink(picture)
-    ink, contrast = _separate(np.asarray(small, dtype=float))
+    ink, contrast, ruled = _separate(np.asarray(small, dtype=float), ruled=ruled)
     ink = ink * choose_digit(ink)
     rows, columns = _box(ink)
     scale_x, scale_y = picture.width / small.width, picture.height / small.height
@@ -114,7 +120,7 @@ def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
             min(picture.width, int((columns.stop + margin) * scale_x)),
             min(picture.height, int((rows.stop + margin) * scale_y)),
         )
-        return _find(picture.crop(surroundings), looks=looks - 1)
+        return _find(picture.crop(surroundings), looks=looks - 1, ruled=ruled)
 
     solid = find_solid(ink[rows, columns]) if looks > 1 else None
     if solid is not None:
@@ -160,24 +166,37 @@ def _shrink(picture: Image.Image, side: int = WORK_SIDE) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX)
 
 
-def _separate(pixels: Floats) -> tuple[Floats, float]:
-    """Separate ink from background.
+def _separate(pixels: Floats, *, ruled: bool = False) -> tuple[Floats, float, bool]:
+    """Ink of a picture, (H, W, 3) in [0, 255] -> (H, W) in [0, 1], its contrast in grey levels, and whether
+    the paper is ruled.
 
     Args:
-        pixels: (H, W, 3) in [0, 255].
-
-    Returns:
-        (H, W) in [0, 1], and the contrast in grey levels.
-
-    Raises:
-        NoDigit: nothing stands out from the background.
+        ruled: whether this is known.
     """
     residual, is_paper = _subtract_background(pixels)
-    distance = np.sqrt((residual**2).mean(axis=2))
+    strength, level, noise = _measure(residual, is_paper)
+    ruling = find_ruling(strength, max(3 * noise, 0.1 * level), ruled=ruled)
+    if ruling is not None:
+        residual[ruling] = 0
+        strength, level, noise = _measure(residual, is_paper)
+    if level / np.sqrt(3) < max(MIN_CONTRAST, 4 * noise / np.sqrt(3)):
+        raise NoDigit("blank: nothing stands out clearly from the background")
+    floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
+    ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
+    return ink, level / np.sqrt(3), ruled or ruling is not None
+
+
+def _measure(residual: Floats, is_paper: Mask) -> tuple[Floats, float, float]:
+    """How far pixels are from the paper along the ink's own colour, how far ink is, and the paper's noise.
+
+    Signed, so that noise cancels where pixels are averaged, as is done here where there is much of it.
+
+    (H, W, 3), (H, W) -> (H, W), two numbers, all of them lengths of colours
+    """
+    distance = _length(residual)
     is_ink = distance > _otsu(distance)
     if not is_ink.any():
         raise NoDigit("blank: nothing stands out from the background")
-    # project on the ink's colour, with a sign, so that noise cancels when pixels are averaged
     direction = residual[is_ink].mean(axis=0)
     length = float(np.linalg.norm(direction))
     strength = residual @ (direction / max(length, 1e-6))
@@ -185,12 +204,8 @@ def _separate(pixels: Floats) -> tuple[Floats, float]:
     noise = 1.4826 * float(np.median(np.abs(strength[is_paper]))) if is_paper.any() else 0.0
     if noise > 0.08 * level:
         strength = _blur(strength)
-        noise /= 2.5  # averaging 9 pixels divides independent noise by 3
-    if level / np.sqrt(3) < max(MIN_CONTRAST, 4 * noise / np.sqrt(3)):
-        raise NoDigit("blank: nothing stands out clearly from the background")
-    floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
-    ink = np.clip((strength - floor) / (level - floor), 0.0, 1.0)
-    return ink, level / np.sqrt(3)
+        noise /= 2.5  # a little less than the 3 of independent noise
+    return strength, level, noise
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
@@ -208,29 +223,36 @@ def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     on_border[ring:-ring, ring:-ring] = False
     flat = np.median(pixels[on_border], axis=0)
     residual = pixels - flat
-    distance = np.sqrt((residual**2).mean(axis=2))
+    distance = _length(residual)
     if np.mean(distance[on_border] <= 2) > 0.6:
         return residual, distance <= 2
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     plane = np.stack([np.ones_like(x), x, y], axis=-1)
     surface = np.stack([*np.moveaxis(plane, -1, 0), x * x, x * y, y * y], axis=-1)
-    residual = pixels - plane @ _fit_robustly(plane[on_border], pixels[on_border])
+    residual = pixels - plane @ _fit_robustly(plane, pixels, on_border)
     is_paper = on_border
     for _ in range(4):
-        distance = np.sqrt((residual**2).mean(axis=2))
+        distance = _length(residual)
         is_ink = distance > _otsu(distance)
-        near_ink = np.asarray(Image.fromarray(is_ink).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        near_ink = widen(is_ink, 2)
         is_paper = ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
         if is_paper.sum() < surface.shape[-1]:
             break
-        residual = pixels - surface @ _fit_robustly(surface[is_paper], pixels[is_paper])
+        residual = pixels - surface @ _fit_robustly(surface, pixels, is_paper)
     return residual, is_paper
 
 
-def _fit_robustly(basis: Floats, values: Floats) -> Floats:
-    """Fit least absolute deviations by iterative reweighting.  (N, K), (N, C) -> (K, C)"""
-    every = -(-len(values) // 4_000)  # more points would take longer and fit no better
-    basis, values = basis[::every], values[::every]
+def _length(residual: Floats) -> Floats:
+    """The root of the mean square over the channels.  (H, W, 3) -> (H, W)"""
+    return np.asarray(np.sqrt(np.einsum("hwc,hwc->hw", residual, residual) / residual.shape[2]))
+
+
+def _fit_robustly(basis: Floats, values: Floats, where: Mask) -> Floats:
+    """Least absolute deviations by reweighting.  (H, W, K), (H, W, C), (H, W) -> (K, C)"""
+    places = np.nonzero(where)
+    every = -(-len(places[0]) // 4_000)  # more points make the surface no better, only slower
+    chosen = places[0][::every], places[1][::every]
+    basis, values = basis[chosen], values[chosen]
     weights = np.ones(len(values))
     for _ in range(5):
         weighted = basis * weights[:, None]
@@ -240,12 +262,12 @@ def _fit_robustly(basis: Floats, values: Floats) -> Floats:
 
 
 def _otsu(values: Floats) -> float:
-    """Choose the threshold that separates two classes of values best.
-
-    Otsu 1979, "A Threshold Selection Method from Gray-Level Histograms", IEEE Transactions on Systems, Man,
-    and Cybernetics 9(1).
-    """
-    counts, edges = np.histogram(values, bins=256)
+    """The threshold that parts two classes best: Otsu 1979, "A Threshold Selection Method from
+    Gray-Level Histograms", IEEE Transactions on Systems, Man, and Cybernetics 9(1)."""
+    low, high = float(values.min()), float(values.max())
+    edges = np.linspace(low, high, 257)
+    numbers = ((values - low) * (256 / max(high - low, 1e-9))).astype(np.int64)  # np.histogram, but fast
+    counts = np.bincount(numbers.ravel().clip(max=255), minlength=256)
     middles = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
     above = below[-1] - below
