@@ -263,6 +263,38 @@ def test_figures_and_files_of_the_users_stay(
     assert (tmp_path / "target").read_bytes() == b"kept"
 
 
+def test_a_report_that_somebody_has_changed_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("report.md", "results.csv")
+    write_tables(folder)
+    whole = {name: (folder / name).read_bytes() for name in names}
+    write_tables(folder)
+    assert not list(folder.glob("*-changed-*"))
+    for number, name in enumerate((*names, *names)):
+        mine = whole[name] + f"my note {number}\n".encode()
+        (folder / name).write_bytes(mine)
+        write_tables(folder)
+        write_tables(folder)
+        aside = (folder / name).with_stem(f"{Path(name).stem}-changed-{1 + number // 2}")
+        assert aside.read_bytes() == mine
+        assert f"{name} is not as this project has written it: it is kept as {aside.name}" in caplog.text
+        assert {name: (folder / name).read_bytes() for name in names} == whole
+    assert len(list(folder.glob("*-changed-*"))) == 4
+
+
+def test_a_report_is_ours_again_after_a_kill(folder: Path) -> None:
+    """Between the record of what is written and the writing: both the old and the new are ours."""
+    write_tables(folder)
+    old = (folder / "report.md").read_bytes()
+    shutil.rmtree(folder / "7")
+    write_tables(folder)
+    new = (folder / "report.md").read_bytes()
+    assert old != new
+    (folder / "report.md").write_bytes(old)
+    write_tables(folder)
+    assert not list(folder.glob("*-changed-*"))
+    assert (folder / "report.md").read_bytes() == new
+
+
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("kept")
     (tmp_path / "run").mkdir()
@@ -737,8 +769,13 @@ SETTINGS = {
     "callbacks=null": "callbacks=null chooses nothing: callbacks is one of default, early_stopping, histograms",
     "logger=null": "logger=null chooses nothing: logger is one of csv, none, tensorboard, wandb",
     "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs?",
-    "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': no YAML file has it; "
-    "+trainer.gradient_clip_val=… adds it",
+    "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': trainer has no "
+    "gradient_clip_val; +trainer.gradient_clip_val=… adds it",
+    "callbacks.early_stopping.monitor=val/loss": "Could not override 'callbacks.early_stopping.monitor': it comes "
+    "with callbacks=early_stopping, which is not chosen",
+    "callbacks.mine.x=1": "Could not override 'callbacks.mine.x': no YAML file has it; +callbacks.mine.x=… adds it",
+    "trainer.batch_size=8": "Could not override 'trainer.batch_size': did you mean data.batch_size?",
+    "trainr.max_epochs=1": "Could not override 'trainr.max_epochs': did you mean trainer.max_epochs?",
     "model=mpl": "In 'train': Could not find 'model/mpl' Available options in 'model': mlp",
 }
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import ntpath
 import os
+import posixpath
 import signal
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from test_sweeps import find_children, wait_until_gone
 from mnist_lightning.rundir import atomic
 from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.rundir.outside import as_command, as_word
+from mnist_lightning.sweeps.results import shorten
 
 # Run before anything of this project, whose modules, and they alone, see a system without these.
 SITE = """
@@ -259,3 +262,10 @@ def test_a_folder_in_the_place_is_told(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="can't be written: a folder lies in its place"):
         atomic.write_atomic(tmp_path / "metrics.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_runs_on_two_drives_have_their_whole_names() -> None:
+    here = ["C:\\logs\\a\\1", "C:\\logs\\2"]
+    assert shorten(here, paths=ntpath) == ["a\\1", "2"]
+    assert shorten([*here, "D:\\3"], paths=ntpath) == [*here, "D:\\3"]
+    assert shorten(["/logs/a/1", "/logs/2"], paths=posixpath) == ["a/1", "2"]
