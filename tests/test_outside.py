@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, settle
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from test_report import make_sweep
 from test_trust import FORWARD
 
 from mnist_lightning.cli import CommandError
-from mnist_lightning.evaluation.trained import load_classifier, load_split
+from mnist_lightning.evaluation.trained import Bounded, load_classifier, load_split
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, load, serialize
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.loggers import CSVLogger
@@ -40,6 +42,7 @@ from mnist_lightning.rundir.status import Status, is_locked, lock, read
 from mnist_lightning.sweeps.report import write_report, write_tables
 from mnist_lightning.sweeps.results import read_multirun, read_sweep
 from mnist_lightning.sweeps.study import JOURNAL, mend_journal
+from mnist_lightning.train import train
 
 
 @pytest.fixture
@@ -508,6 +511,55 @@ def test_a_run_goes_on_from_no_other_state(
     path.write_bytes(serialize(elsewhere))
     assert fit(*again)["epochs"] == 2
     assert not (tmp_path / "elsewhere").exists(), "no attribute but what it keeps is taken"
+
+
+def test_a_run_goes_on_with_no_net_that_takes_all_memory(tmp_path: Path, data_dir: Path) -> None:
+    """A stranger's, with the weights of the checkpoint beside it."""
+
+    def go(first: dict[str, Any], *more: str) -> None:
+        settings = settle(
+            tmp_path,
+            *(
+                "+trainer.limit_train_batches=2",
+                "trainer.max_epochs=1",
+                "logger=none",
+                "callbacks.summary=null",
+            ),
+            *("callbacks.film.enabled=false", f"data.data_dir='{data_dir}'", *more),
+        )
+        last = {"_target_": "torch.nn.Linear", "in_features": 784, "out_features": 10}
+        pool = {"_target_": "torch.nn.AdaptiveAvgPool2d", "output_size": 28}
+        settings.model = {
+            "_target_": "torch.nn.Sequential",
+            "_args_": [first, pool, {"_target_": "torch.nn.Flatten"}, last],
+        }
+        train(settings, tmp_path, test=False)
+
+    go({"_target_": "torch.nn.Identity"})
+    for size, told in ((8_000, "GB for 256 images, more than the memory"), (20_000, "too large a tensor")):
+        with pytest.raises((OSError, MisconfigurationException), match=told):
+            go({"_target_": "torch.nn.Upsample", "size": [size, size]}, f"resume='{tmp_path}'")
+    with pytest.raises(OSError, match="weights of another net than its settings describe"):
+        go(
+            {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 1, "kernel_size": 1},
+            f"resume='{tmp_path}'",
+        )
+
+
+def test_a_net_for_which_there_is_no_memory_is_a_line(tmp_path: Path, data_dir: Path) -> None:
+    settings = settle(tmp_path, "model.hidden=[10000000,10000000]", f"data.data_dir='{data_dir}'")
+    with pytest.raises(
+        MisconfigurationException, match=r"model: its weights and their gradients take 800,0\d\d"
+    ):
+        train(settings, tmp_path, test=False)
+
+
+def test_weights_are_no_activations(honest: dict[str, Any]) -> None:
+    """A wide net's weights do not count once for each image of a batch."""
+    net, images, bounds = FeedForward(hidden=[2048, 2048]), torch.zeros(2, 1, 28, 28), Bounded(honest)
+    with torch.inference_mode(), bounds:
+        net(images)
+    assert bounds.largest == 2 * 2048 * 4
 
 
 def test_only_what_a_run_has_written_is_removed(honest: dict[str, Any], tmp_path: Path) -> None:

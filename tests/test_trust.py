@@ -140,6 +140,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a lookup by a detour": {"data.data_dir": "${${data.name}:SECRET}", "data.name": "oc.env"},
     "a lookup of Hydra's": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "${hydra:runtime.cwd}"}},
     "a lookup of a file": {"optimizer.lr": "${oc.decode:${oc.env:SECRET}}"},
+    "a huge net": {"model.hidden": [10**5, 10**5]},
+    "a net of many layers": {"model.hidden": [1] * 10**4},
+    "a metric that takes all memory": {
+        "metrics.x": {"_target_": "torchmetrics.classification.BinaryAUROC", "thresholds": 10**10}
+    },
+    "many processes": {"data.num_workers": 10**5},
+    "many devices": {"trainer.devices": "100000"},
     "Hydra's own node": {"hydra": {"callbacks": {"x": MKDIR}}},
     "a list of defaults": {"defaults": [{"override /hydra/launcher": "basic"}]},
 }

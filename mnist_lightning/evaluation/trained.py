@@ -18,7 +18,7 @@ from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
 from mnist_lightning.rundir.outside import as_text, as_word
-from mnist_lightning.targets import PARTS, TargetError, strange_modules
+from mnist_lightning.targets import PARTS, TargetError, make, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
 
 OPERATIONS = 10_000  # of torch, to try a net: a recurrent one takes some for each row of an image
@@ -64,26 +64,46 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     recipe["class_names"] = [as_text(name) for name in recipe["class_names"]]
     ours = not strange_modules({group: recipe[group] for group in PARTS})
-    most = OPERATIONS + OPERATIONS_OF_A_WEIGHT * len(checkpoint["state_dict"])
-    bounds = Bounded(most)
+    bounds = Bounded(checkpoint)
     try:
         with bounds if ours else nullcontext():
             classifier = rebuild(recipe, checkpoint["state_dict"]).eval()
-        with Bounded(most) if ours else nullcontext():  # another: the first one tells what the net takes
+        with (
+            Bounded(checkpoint) if ours else nullcontext()
+        ):  # another: the first one tells what the net takes
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:  # whatever a class raises that is given what it does not expect
         cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
-    batch = eval_batch_size(classifier.image_shape)
-    wanted = bounds.largest // 2 * batch  # it was tried on two images
-    if wanted > threads.free_memory():
-        raise OSError(
-            f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {batch} images, more than the memory"
-            " that is free"
-        )
+    bounds.check_batch(eval_batch_size(classifier.image_shape), path)
     return classifier, checkpoint
+
+
+def check_net(model: Mapping[str, Any], path: Path, checkpoint: Mapping[str, Any], **sizes: Any) -> None:
+    """Whether the net that a run's settings describe is the one whose weights its checkpoint holds; before
+    memory is taken for it.
+
+    Args:
+        model: the settings, which may be a stranger's.
+        path: of the checkpoint.
+        sizes: see ``targets.make``.
+
+    Raises:
+        OSError: it is not.
+        TargetError: it can't be built.
+    """
+    if strange_modules({"model": model}):
+        return
+    with Bounded(checkpoint), torch.device("meta"):
+        net = make(model, "model", **sizes)
+    described = {f"net.{name}": one.shape for name, one in net.state_dict().items()}
+    held = {name: one.shape for name, one in checkpoint["state_dict"].items() if name.startswith("net.")}
+    if described != held:
+        raise OSError(
+            f"{path} can't be gone on with: it holds the weights of another net than its settings describe"
+        )
 
 
 DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()
@@ -95,6 +115,9 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
 
     What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
 
+    Args:
+        checkpoint: that holds the net's weights.
+
     Attributes:
         largest: bytes of the largest tensor that an operation has given.
 
@@ -102,10 +125,26 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         MemoryError: it was to do more.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
         super().__init__()
-        self.left = most
+        self.left = OPERATIONS + OPERATIONS_OF_A_WEIGHT * len(checkpoint["state_dict"])
         self.largest = 0
+
+    def check_batch(self, size: int, path: Path) -> None:
+        """Whether there is memory for a batch, once the net was tried on two images.
+
+        Args:
+            path: the net's file.
+
+        Raises:
+            OSError: there is not.
+        """
+        wanted = self.largest // 2 * size
+        if wanted > threads.free_memory():
+            raise OSError(
+                f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {size} images, more than the"
+                " memory that is free"
+            )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -125,6 +164,8 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         Args:
             most: bytes that a result may take: what is no more than what is there already is no danger.
         """
+        if getattr(func, "is_view", False):  # of what is there: a weight, transposed
+            return
         where = {"device": "meta"} if "device" in kwargs else {}
         try:
             empty = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs | where))

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.atomic import write_atomic
-from mnist_lightning.rundir.outside import as_text, expand_home, open_file, read_file
+from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
 log = logging.getLogger(__name__)
 
 LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
+LARGEST = 2**30  # bytes of a table that is written again and again
 WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
 MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of our pages
 LOGS = "logs"  # what lies there is this project's
@@ -70,11 +71,11 @@ def replace_unchanged(folder: Path, contents: Mapping[str, bytes]) -> None:
     lines = read_lines(mark)
     known = [line for line in lines if re.fullmatch(r"[0-9a-f]{64} \S+", line)]
     now = [f"{hashlib.sha256(content).hexdigest()} {name}" for name, content in contents.items()]
-    same, changed = [], []
+    same: list[str] = []
+    changed: list[str] = []
     for path in (folder / name for name in contents):
         if path.is_file() and not path.is_symlink():
-            with open_file(path) as file:
-                line = f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.name}"
+            line = f"{hashlib.sha256(read_file(path, most=LARGEST)).hexdigest()} {path.name}"
             (same if line in (*known, *now) else changed).append(line)
     others = [line for line in lines if line not in known]
     kept = [line for line in known if line in same or line.partition(" ")[2] not in contents]
