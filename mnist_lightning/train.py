@@ -181,7 +181,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.evaluation.trained import Bounded, check_net, describe_device
+    from mnist_lightning.evaluation.trained import Bounded, check_net, check_numbers, describe_device
     from mnist_lightning.rundir.checkpoint import (
         BEST,
         LocalCheckpointIO,
@@ -214,6 +214,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
         log.info("going on from %s, step %d", newest, checkpoint["global_step"])
         check_net(settings.model, newest, checkpoint, **sizes_of(datamodule))
+        check_numbers(settings.metrics, newest)
         parts = {key: getattr(settings, key) for key in PARTS}
         bounds = None if strange_modules(parts) else Bounded(checkpoint)
     classifier = make_classifier(settings, datamodule, bounds=bounds)

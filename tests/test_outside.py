@@ -426,6 +426,10 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "a metric of many classes": lambda c: change(
         c, metrics={"acc": {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", "num_classes": 10**5}}
     ),
+    "a metric of many copies": lambda c: change(
+        c, metrics={"x": {"_target_": "torchmetrics.wrappers.MultioutputWrapper", "num_outputs": 10**9,
+                          "base_metric": {"_target_": "torchmetrics.classification.BinaryAUROC"}}}
+    ),
     "metrics that are none": lambda c: change(c, metrics=[1]),
     "a large image": lambda c: change(c, image_shape=[1, 10**6, 10**6]),
     "no image": lambda c: change(c, image_shape=[0, 28, 28]),

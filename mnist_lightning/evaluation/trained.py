@@ -187,12 +187,31 @@ def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
     shape, names = recipe["image_shape"], recipe["class_names"]
     if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
         raise OSError(f"{path} is refused: its net has more settings than a person writes")
+    check_numbers(recipe["metrics"], path)
     numbers = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     if not numbers or len(shape) != 3 or math.prod(shape) > MOST_PIXELS:
         raise OSError(f"{path} is refused: its image_shape is no (C, H, W)")
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or not 2 <= len(names) <= MOST_CLASSES:
         raise OSError(f"{path} is refused: its class_names are no list of names")
+
+
+def check_numbers(metrics: Any, path: Path) -> None:
+    """
+    Args:
+        metrics: settings of metrics, which may be a stranger's.
+
+    Raises:
+        OSError: a known one is to have a number of parts, or of copies, that no machine can hold.
+    """
+    if not isinstance(metrics, Mapping) or strange_modules({"metrics": metrics}):
+        return
+    left: list[Any] = [metrics]
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and value > MOST_CLASSES:
+            raise OSError(f"{path} is refused: a metric of {value:,} parts is more than {MOST_CLASSES:,}")
+        left += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
 
 
 def load_data(
