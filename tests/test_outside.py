@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, settle
+from hydra.core.utils import JobReturn, JobStatus
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 from test_report import make_sweep
 from test_trust import FORWARD
 
@@ -39,6 +41,7 @@ from mnist_lightning.rundir.outside import (
     read_yaml,
 )
 from mnist_lightning.rundir.status import Status, is_locked, lock, read
+from mnist_lightning.sweeps.grid import GridSweeper
 from mnist_lightning.sweeps.report import write_report, write_tables
 from mnist_lightning.sweeps.results import read_multirun, read_sweep
 from mnist_lightning.sweeps.study import JOURNAL, mend_journal
@@ -282,6 +285,27 @@ def test_a_report_that_somebody_has_changed_is_kept(folder: Path, caplog: pytest
         assert f"{name} is not as this project has written it: it is kept as {aside.name}" in caplog.text
         assert {name: (folder / name).read_bytes() for name in names} == whole
     assert len(list(folder.glob("*-changed-*"))) == 4
+
+
+def test_a_sweep_whose_folder_takes_nothing_more_is_still_summarized(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a full disk: neither a job's end nor the report is written."""
+    (folder / "report.md").mkdir()  # no file can be written here
+    (folder / "6" / "status.json").write_text('{"state": "running"}')
+    sweeper = GridSweeper(max_batch_size=None)
+    sweeper.sweep_dir, sweeper.lost = folder, []
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"subdir": "${hydra.job.num}"}}})
+    ended = JobReturn(status=JobStatus.FAILED)
+    ended.return_value = CommandError("No space left on device")
+    sweeper.note_lost(6, ["seed=1"], ended)
+    assert "job   6 failed  No space left on device" in caplog.text
+    with pytest.raises(SystemExit, match="jobs did not finish"):
+        sweeper.finish()
+    told = capsys.readouterr()
+    assert "model.hidden" in told.out
+    assert "the report is not of this moment" in told.err
+    assert "report.md" in told.err
 
 
 def test_a_report_is_ours_again_after_a_kill(folder: Path) -> None:
