@@ -1,8 +1,8 @@
-"""The table of what feed-forward nets reach on MNIST's test images, from the folders of finished runs.
+"""Write a table of the test errors of feed-forward nets on MNIST, from the folders of finished runs.
 
-Runs that differ in their seed alone make one row: each seed's error, their mean and standard deviation.
-What evaluate wrote of the same runs (tta=16, runs=[…]) makes rows of its own.  The images that all seeds
-of a preset get wrong go into a figure beside the table.  What the table says of other presets stays.
+Runs that differ only in the seed form one row: the error for each seed, the mean and the standard deviation.
+Results of evaluate for the same runs (tta=16, runs=[…]) form rows of their own.  A figure beside the table
+shows the images that a preset's nets misread with every seed.  Rows of other presets in the table stay.
 
     python -m benchmarks.accuracy logs/train/runs logs/evaluate
 """
@@ -33,35 +33,39 @@ REFERENCES = (
     ("committee of 7 such nets", "0.31", "Ciresan 2011, arXiv 1103.4487"),
 )
 TRAIN = "python -m mnist_lightning.train"
-DEFAULT = "default"  # the name of the runs of which nothing was chosen
+DEFAULT = "default"  # the name of runs without overrides
 WRONG = "## Wrong in all seeds: "
 ASIDE = ("seed=", "data.data_dir=", "data.num_workers=", "hydra", "resume=", "test=", "logger=", "callbacks")
-MOST_SHOWN = 80  # images of a figure
+MOST_SHOWN = 80  # images in a figure
 
 
 @dataclass(frozen=True)
 class Result:
-    """One reading of the test images."""
+    """The test error of one net, or of several nets together."""
 
-    preset: str  # what the training's command line chose, without the seed
-    way: str  # of evaluation: "" for the net alone
+    preset: str  # the overrides of the training, without the seed
+    way: str  # how the net was evaluated: "" for the net alone
     seed: str
     error: float  # in %
-    seconds: float | None  # of training
+    seconds: float | None  # training time
     parameters: int | None
-    correct: Path | None
+    correct: Path | None  # the file that says which test images the net classified correctly
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="of runs and evaluations, or above them")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.md"), help="the table")
-    parser.add_argument("--hardware", default="not told", help="what the runs ran on, in words")
-    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/", help="where MNIST lies")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="folders of runs and evaluations, or their parents"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/accuracy.md"), help="the file of the table"
+    )
+    parser.add_argument("--hardware", default="not told", help="the machine of the runs, in words")
+    parser.add_argument("--data-dir", default="~/.pytorch/MNIST_data/", help="the folder of MNIST")
     arguments = parser.parse_args()
     results = sorted(collect(arguments.folders), key=lambda one: (one.preset, one.way, one.seed))
     if not results:
-        sys.exit(f"no run that has read the test images under {', '.join(map(str, arguments.folders))}")
+        sys.exit(f"no run under {', '.join(map(str, arguments.folders))} has a test error")
     groups: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
     for result in results:
         groups[result.preset, result.way].append(result)
@@ -98,14 +102,14 @@ def _of_training(folder: Path, metrics: dict[str, Any]) -> Result:
 
 
 def _of_evaluation(metrics: dict[str, Any]) -> list[Result]:
-    """None where the net alone was evaluated: its training has told that."""
+    """Read the result of an evaluation; return [] for one net without tta, because its training tested it."""
     runs = [Path(checkpoint).parent.parent for checkpoint in metrics["checkpoints"]]
     ways = [f"mean of {len(runs)} nets"] * (len(runs) > 1) + [f"tta={metrics['tta']}"] * bool(metrics["tta"])
     reports = [run / "metrics.json" for run in runs]
     if not ways:
         return []
     if missing := [str(report) for report in reports if not report.is_file()]:
-        print(f"left out, the runs have moved: {', '.join(missing)}", file=sys.stderr)
+        print(f"left out, because these files are missing: {', '.join(missing)}", file=sys.stderr)
         return []
     told = [json.loads(report.read_text()) for report in reports]
     seconds = [one["train_seconds"] for one in told if "train_seconds" in one]
@@ -123,7 +127,7 @@ def _of_evaluation(metrics: dict[str, Any]) -> list[Result]:
 
 
 def name_preset(run: Path) -> str:
-    """What was typed for a run, less what does not decide how good it gets."""
+    """Return a run's overrides, without those that do not influence the accuracy."""
     saved = run / ".hydra" / "overrides.yaml"
     overrides = yaml.safe_load(saved.read_text()) if saved.is_file() else ["unknown"]
     kept = [one for one in overrides if not one.lstrip("+").startswith(ASIDE)]
@@ -132,11 +136,11 @@ def name_preset(run: Path) -> str:
 
 @dataclass(frozen=True)
 class Chapter:
-    """What the page says of one preset."""
+    """The part of the page about one preset."""
 
-    rows: list[str]  # of the table
+    rows: list[str]  # rows of the table
     command: str
-    picture: str  # Markdown, or "" where there is none
+    picture: str  # Markdown, or "" without a picture
 
 
 def write_chapters(
@@ -162,7 +166,7 @@ def write_row(preset: str, way: str, results: list[Result], hardware: str) -> st
     each = ", ".join(f"{result.seed}: {result.error:.2f}" for result in results)
     seconds = [result.seconds for result in results if result.seconds is not None]
     duration = "–"
-    if seconds:  # not a mean: the hour of the day weighs on it as much as the work
+    if seconds:  # the range, not the mean, because other work on the machine slows some runs
         ends = dict.fromkeys(f"{end:,.0f}" for end in (min(seconds), max(seconds)))
         duration = f"{' to '.join(ends)} s"
     parameters = f"{results[0].parameters:,}" if results[0].parameters else "–"
@@ -172,7 +176,7 @@ def write_row(preset: str, way: str, results: list[Result], hardware: str) -> st
 
 
 def read_chapters(page: str) -> dict[str, Chapter]:
-    """The inverse of ``write``: what a page says of each preset, word for word."""
+    """Read the chapters that ``write`` has written to a page, word for word."""
     rows: dict[str, list[str]] = collections.defaultdict(list)
     for row in re.finditer(r"^\| \*\*(.+?)\*\*.*$", page, re.MULTILINE):
         rows[row[1]].append(row[0])
@@ -204,7 +208,7 @@ def write(chapters: dict[str, Chapter]) -> str:
 
 
 def draw(groups: dict[tuple[str, str], list[Result]], data_dir: str, output: Path) -> dict[str, Path]:
-    """A sheet for each preset: the test images that none of its seeds reads correctly."""
+    """Draw, for each preset, the test images that its nets misread with every seed; return the files."""
     shared = {"batch_size": 1, "val_size": 0, "split_seed": 0, "num_workers": 0, "seed": 0}
     datamodule = MNISTDataModule(name="mnist", data_dir=data_dir, **shared)
     datamodule.prepare_data()

@@ -1,7 +1,7 @@
-"""What it costs to deform an image: ours, torchvision's transforms one by one, kornia's on the batch.
+"""Measure the time to deform an image: by ours, by torchvision for each image, by kornia for the batch.
 
-The three take turns on the same batches of MNIST's size, so that a busy machine slows them alike; the
-table gives the median of each and how many times longer it takes than ours.
+The three take turns on the same batches of images of MNIST's size, so that a busy machine slows all of them.
+The table gives the median time of each, and how many times longer it takes than ours.
 
     pip install kornia
     python -m benchmarks.augmentation --output augmentation.json
@@ -28,11 +28,11 @@ Deform = Callable[[Tensor], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=256, help="images at once")
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--device", default="cpu", help="where the batch is; cuda leaves torchvision out")
-    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
+    parser.add_argument("--rounds", type=int, default=30, help="number of measurements of each")
+    parser.add_argument("--threads", type=int, default=1, help="torch's number of threads")
+    parser.add_argument("--device", default="cpu", help="the batch's device; cuda leaves torchvision out")
+    parser.add_argument("--output", type=Path, help="also write the numbers to this file, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = measure(arguments.batch_size, arguments.rounds, arguments.device)
@@ -89,7 +89,7 @@ def contestants(device: str) -> dict[str, Deform]:
 
 
 def measure(batch_size: int, rounds: int, device: str) -> dict[str, object]:
-    """Microseconds an image, of each in turn."""
+    """Measure microseconds for each image, of all candidates in turn."""
     images = torch.randint(0, 256, (batch_size, 28, 28), dtype=torch.uint8, device=device)
     candidates = contestants(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -112,7 +112,7 @@ def measure(batch_size: int, rounds: int, device: str) -> dict[str, object]:
         "torch": str(torch.__version__),
         "us_per_image": {name: statistics.median(values) for name, values in times.items()},
         "fastest_us_per_image": {name: min(values) for name, values in times.items()},
-        # of each round by itself: what else the machine does then weighs on both
+        # the ratio within each round: other work on the machine slows both
         "times_ours": {
             name: statistics.median(a / b for a, b in zip(values, ours, strict=True))
             for name, values in times.items()

@@ -1,6 +1,6 @@
-"""A plain torch loop: the project's net, images in memory, optimizer and schedule, and nothing around them.
+"""Train in a plain torch loop with the project's net, images in memory, optimizer and schedule.
 
-As a script it trains the project's default net and evaluates it on the test images after each epoch:
+As a script, it trains the project's default net and evaluates it on the test images after each epoch:
 
     python -m benchmarks.bare_loop
 """
@@ -27,14 +27,17 @@ def train_epoch(
     scheduler: LRScheduler | None,
     steps: int | None = None,
 ) -> None:
-    """One epoch.
+    """Train for one epoch.
 
     Args:
-        net: (B, 28, 28) uint8 -> (B, 10).
+        net: (B, 28, 28) uint8 -> (B, 10) logits.
         images: (N, 28, 28) uint8, on the net's device.
-        labels: (N,) int64, there too.
-        order: (M,) int64, the indices of the epoch.
-        steps: at most so many; None: all.
+        labels: (N,) int64, on the same device.
+        order: (M,) int64, the indices of the images in the order of training.
+        batch_size: the number of images in a step.
+        optimizer: updates the net's parameters.
+        scheduler: changes the learning rate after each step; None: it is constant.
+        steps: the largest number of steps; None: all.
     """
     for batch in order.to(images.device).split(batch_size)[:steps]:
         loss = F.cross_entropy(net(images[batch]), labels[batch])
@@ -51,7 +54,7 @@ def accuracy(net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) ->
 
 
 def main() -> None:
-    """The default run's settings, written out."""
+    """Train with the settings of the default run, written out."""
     from mnist_lightning.images.preprocess import Preprocess
     from mnist_lightning.network import FeedForward
 

@@ -1,13 +1,13 @@
-"""A training on a machine that has other work too.
+"""Measure training on a machine that does other work at the same time.
 
-**runs** Seconds of training of this project's default net, of a bare torch loop of the same and of a usual
-tutorial's loop: one alone, beside a process that keeps a core busy, two at once and four at once (the slowest
-of these counts).  With ``--beside`` another checkout of this project takes its turns too.
+**runs** Seconds of training of this project's default net, of the same in a bare torch loop, and of a usual
+tutorial's loop: one alone, one beside a process that keeps a core busy, two at once, and four at once (the
+slowest counts).  With ``--beside``, another checkout of this project is measured, too.
 
 **sweep** Seconds of a whole sweep of small jobs, by launcher.
 
-**crossover** A step of bare torch on one thread and on all cores, alone and beside a busy process, by hidden
-units and batch size: from where on is it worth sharing?  (``benchmarks.step_time``)
+**crossover** Milliseconds of a step of bare torch on one thread and on all cores, alone and beside a busy
+process, by hidden units and batch size: for which sizes do more threads help?  (``benchmarks.step_time``)
 
     python -m benchmarks.busy
     python -m benchmarks.busy --only runs --beside ../the-commit-before
@@ -46,7 +46,7 @@ LAUNCHERS = ("basic", "processes", "auto")
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes, each of which keeps a core busy."""
+    """Run ``count`` processes during the block, each of which keeps a core busy."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -57,7 +57,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def make_contestants(arguments: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
-    """By name: a checkout and a command that trains."""
+    """Return a checkout and a command that trains, by the contestant's name."""
     data = f"data.data_dir={arguments.data_dir}"
     train = ["-m", "mnist_lightning.train", "hydra.run.dir=run", "test=false", data, *arguments.settings]
     train.append(f"trainer.max_epochs={arguments.epochs}")
@@ -73,7 +73,7 @@ def make_contestants(arguments: argparse.Namespace) -> dict[str, tuple[Path, lis
 
 
 def train(checkout: Path, command: list[str], *, count: int, beside: int) -> float:
-    """Seconds of training, of the slowest of ``count`` processes that run the command at once."""
+    """Measure seconds of training: the slowest of ``count`` processes that run the command at once."""
     with ExitStack() as stack:
         folders = [stack.enter_context(empty_folder()) for _ in range(count)]
         stack.enter_context(busy(beside))
@@ -84,7 +84,7 @@ def train(checkout: Path, command: list[str], *, count: int, beside: int) -> flo
 
 
 def read_seconds(folder: Path) -> float:
-    """What ``metrics.json`` or the last line that was printed tells of the training."""
+    """Read the seconds of training from ``metrics.json``, or from the last printed line without one."""
     metrics = folder / "run" / "metrics.json"
     if metrics.exists():
         return float(json.loads(metrics.read_text())["train_seconds"])
@@ -92,7 +92,7 @@ def read_seconds(folder: Path) -> float:
 
 
 def sweep(launcher: str, *, jobs: int, data_dir: Path) -> float:
-    """Seconds of a whole sweep of jobs of an epoch."""
+    """Measure seconds of a whole sweep, whose jobs train for one epoch each."""
     seeds = ",".join(map(str, range(1, jobs + 1)))
     with empty_folder() as folder:
         begin = time.perf_counter()
@@ -106,7 +106,7 @@ def sweep(launcher: str, *, jobs: int, data_dir: Path) -> float:
 
 
 def time_steps(number: int, beside: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a step by "hidden batch flops"."""
+    """Measure milliseconds of a step, by the text "hidden batch flops"."""
     with empty_folder() as folder, busy(beside):
         seconds = str(arguments.step_seconds)
         more = ("--threads", str(number), "--seconds", seconds)
@@ -183,16 +183,24 @@ def measure_crossover(arguments: argparse.Namespace) -> tuple[Table, dict[str, l
 
 def main() -> None:
     parser = make_parser("busy", __doc__, repeats=7)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="these tables")
-    parser.add_argument("--beside", type=Path, help="another checkout of this project, measured in turn")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="the tables to make (all)")
+    parser.add_argument("--beside", type=Path, help="another checkout of this project to measure in turn")
     parser.add_argument(
-        "--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), help="of runs (all)"
+        "--conditions",
+        nargs="+",
+        choices=list(CONDITIONS),
+        default=list(CONDITIONS),
+        help="conditions of runs (all)",
     )
-    parser.add_argument("--settings", nargs="+", default=[], help="for train, say experiment=strong (none)")
-    parser.add_argument("--epochs", type=int, default=4, help="of a run (4)")
-    parser.add_argument("--steps", type=int, default=100, help="of the two loops (100)")
-    parser.add_argument("--jobs", type=int, default=12, help="of the sweep (12)")
-    parser.add_argument("--step-seconds", type=float, default=0.5, help="for each cell of crossover (0.5)")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], help="overrides for train, such as experiment=strong (none)"
+    )
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of a run (4)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the two loops (100)")
+    parser.add_argument("--jobs", type=int, default=12, help="jobs of the sweep (12)")
+    parser.add_argument(
+        "--step-seconds", type=float, default=0.5, help="seconds for each cell of crossover (0.5)"
+    )
     parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
     arguments = parser.parse_args()
     arguments.data_dir = Path(arguments.data_dir).absolute()

@@ -1,5 +1,7 @@
-"""The project as a contestant: the test accuracy after each epoch, with the time at which it was known.
-By itself the project never looks at the test images in between."""
+"""Measure the project's test accuracy after each epoch, and the time at which it is known.
+
+The project by itself never uses the test images during training.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from benchmarks.contestant import append
 
 
 class EpochAccuracy(Callback):
-    """A user's callback to ``train``, given by ``+callbacks.epoch_accuracy._target_=…``."""
+    """Write the test accuracy after each epoch; add it by ``+callbacks.epoch_accuracy._target_=…``."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)  # Lightning gives a callback a `log` of its own

@@ -1,21 +1,21 @@
-"""How many digits keep the net's own reading when they come as pictures of all kinds.
+"""Measure how well a net reads digits in pictures of many kinds.
 
-Real MNIST test digits are rendered as people's pictures come: off-centre, thin, coloured, photographed, …
-Each picture goes the way of ``python -m mnist_lightning.predict``; its reading is compared with the net's
-reading of the original 28×28 image, right or wrong.
+MNIST test digits are drawn in the way of people's pictures: off-centre, thin, coloured, photographed, …
+Each picture is prepared as ``python -m mnist_lightning.predict`` does it.  The net's prediction is compared
+with the label, and with its prediction for the original 28×28 image.
 
     python benchmarks/handwriting.py checkpoint.ckpt
     python benchmarks/handwriting.py checkpoint.ckpt --digits 1000 --seed 3 --sheet kinds.png
 
-Or how many pictures of a folder are read right.  Its ``labels.csv`` has the columns ``file`` (within the
-folder) and ``label`` (a class name), and may have ``kind`` and ``source``, say a person or a web page:
+With ``--folder``, the pictures of a folder are read instead.  Its ``labels.csv`` has the columns ``file``
+(in the folder) and ``label`` (a class name), and may have ``kind`` and ``source`` (a person or a web page):
 
     python benchmarks/handwriting.py checkpoint.ckpt --folder my_pictures --apart printed,clipart
 
-Pictures of one source are alike, so the intervals draw sources, not pictures, with replacement.
+Pictures from the same source are alike, so the bootstrap intervals resample sources instead of pictures.
 
-Or of how many letters it is told that they are no digits, or not surely ones.  They are drawn in fonts that
-matplotlib brings, or in those of a folder; letters that digits look like are left out:
+With ``--letters``, the net reads letters, and the share of answers "no digit" and "not sure" is printed.  The
+letters are drawn in fonts of matplotlib or of a folder; letters that look like digits are left out:
 
     python benchmarks/handwriting.py checkpoint.ckpt --letters
     python benchmarks/handwriting.py checkpoint.ckpt --letters /usr/share/fonts/truetype/liberation
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-Digit = NDArray[np.uint8]  # (28, 28), ink is high
+Digit = NDArray[np.uint8]  # (28, 28), 255 is ink
 Render = Callable[[Digit, np.random.Generator], Image.Image]
 
 ZOOM = 8
@@ -46,14 +46,14 @@ def _enlarge(digit: Digit, zoom: float = ZOOM) -> Image.Image:
 def _paint(
     ink: Image.Image, ink_color: tuple[int, ...] = (0, 0, 0), paper: tuple[int, ...] = (255, 255, 255)
 ) -> Image.Image:
-    """Ink of a colour on paper of a colour, through the ink image as a mask."""
+    """Paint ink on paper in the given colours (RGB, 0 to 255), with the ink image as a mask."""
     picture = Image.new("RGB", ink.size, paper)
     picture.paste(Image.new("RGB", ink.size, ink_color), mask=ink)
     return picture
 
 
 def _place(ink: Image.Image, size: tuple[int, int], random: np.random.Generator) -> Image.Image:
-    """The ink somewhere on a larger canvas."""
+    """Place the digit at a random position on a larger canvas."""
     canvas = Image.new("L", size, 0)
     box = ink.getbbox() or (0, 0, 1, 1)
     digit = ink.crop(box)
@@ -84,7 +84,7 @@ def small_in_large(digit: Digit, random: np.random.Generator) -> Image.Image:
 
 
 def rotated(digit: Digit, random: np.random.Generator) -> Image.Image:
-    """By up to 10 degrees."""
+    """Rotate the digit by up to 10 degrees."""
     return _paint(_enlarge(digit).rotate(random.uniform(-10, 10), Image.Resampling.BICUBIC))
 
 
@@ -93,7 +93,7 @@ def inverted(digit: Digit, random: np.random.Generator) -> Image.Image:
 
 
 def coloured(digit: Digit, random: np.random.Generator) -> Image.Image:
-    """Any ink on any paper, as long as some channel tells them apart by 80 levels."""
+    """Paint with random colours of ink and paper that differ by at least 80 levels in one channel."""
     while True:
         ink, paper = random.integers(0, 256, (2, 3)).tolist()
         if max(abs(a - b) for a, b in zip(ink, paper, strict=True)) >= 80:
@@ -109,17 +109,17 @@ def transparent(digit: Digit, random: np.random.Generator) -> Image.Image:
 
 
 def thin(digit: Digit, random: np.random.Generator) -> Image.Image:
-    """Strokes lose about 0.9 MNIST pixels of their 2 to 3."""
+    """Make the strokes, 2 to 3 MNIST pixels wide, thinner by about 0.9 pixels."""
     return _paint(_enlarge(digit).filter(ImageFilter.MinFilter(7)))
 
 
 def thick(digit: Digit, random: np.random.Generator) -> Image.Image:
-    """Strokes gain about 1.1 MNIST pixels."""
+    """Make the strokes thicker by about 1.1 MNIST pixels."""
     return _paint(_enlarge(digit).filter(ImageFilter.MaxFilter(9)))
 
 
 def photographed(digit: Digit, random: np.random.Generator) -> Image.Image:
-    """A pen on paper under a lamp: a strong gradient of light, blur, noise."""
+    """Imitate a photograph of a pen on paper under a lamp: a strong gradient of light, blur and noise."""
     ink = np.asarray(_place(_enlarge(digit), (360, 300), random).filter(ImageFilter.GaussianBlur(1.5))) / 255
     y, x = np.mgrid[-1 : 1 : ink.shape[0] * 1j, -1 : 1 : ink.shape[1] * 1j]
     angle = random.uniform(0, 2 * np.pi)
@@ -152,14 +152,19 @@ LETTERS = [letter for letter in string.ascii_letters if letter not in "lIioOsSzZ
 
 
 def through_predict(picture: Image.Image, folder: Path) -> Digit:
-    """What the net sees of a picture; all paper where no digit is found in it."""
+    """Return the net's input for a picture, an empty image if no digit is found in it.
+
+    Args:
+        picture: the picture.
+        folder: a folder for the picture's file.
+    """
     path = folder / "picture.png"
     picture.save(path, compress_level=1)
     return prepare(path)
 
 
 def prepare(path: Path) -> Digit:
-    """What the net sees of a picture file; all paper where no digit is found in it.
+    """Return the net's input for a picture file, an empty image if no digit is found in it.
 
     Raises:
         OSError: the file can't be read.
@@ -176,14 +181,15 @@ def prepare(path: Path) -> Digit:
 def interval_over_sources(
     right: NDArray[np.bool_], sources: list[str], *, seed: int = 0
 ) -> tuple[float, float]:
-    """A 95 % interval of the share that is right: percentiles over sources drawn with replacement.
+    """Return a 95 % interval of the share of correct predictions, in [0, 1].
 
-    The bootstrap of clusters: Field and Welsh 2007, "Bootstrapping clustered data", Journal of the Royal
-    Statistical Society B 69(3).
+    It is a cluster bootstrap, which draws sources with replacement: Field and Welsh 2007, "Bootstrapping
+    clustered data", Journal of the Royal Statistical Society B 69(3).
 
     Args:
-        right: (N,) whether each picture is read right, N > 0.
-        sources: of each picture.
+        right: (N,) whether the prediction for each picture is correct, N > 0.
+        sources: the source of each picture.
+        seed: the seed of the resampling.
     """
     names, numbers = np.unique(sources, return_inverse=True)
     hits = np.bincount(numbers, weights=right, minlength=len(names))
@@ -195,10 +201,10 @@ def interval_over_sources(
 
 
 def read_labels(folder: Path) -> list[dict[str, str]]:
-    """The rows of a folder's ``labels.csv``: file, label, kind and source.
+    """Read the rows of a folder's ``labels.csv``: file, label, kind and source.
 
     Raises:
-        SystemExit: there is no such file, it lacks a column, or a picture is missing.
+        SystemExit: the file does not exist or lacks a column, or a picture is missing.
     """
     path = folder / "labels.csv"
     try:
@@ -207,7 +213,7 @@ def read_labels(folder: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{path}: {getattr(error, 'strerror', None) or error}")
     if not rows:
-        sys.exit(f"{path} names no picture: it needs a line for each, under file,label,kind,source")
+        sys.exit(f"{path} names no picture: it needs a line for each, below the line file,label,kind,source")
     for column in ("file", "label"):
         if any(not row.get(column) for row in rows):
             sys.exit(f"{path} has lines without a {column}: its columns are file,label,kind,source")
@@ -222,7 +228,7 @@ def read_labels(folder: Path) -> list[dict[str, str]]:
 
 
 def draw_letters(font: Path) -> list[Image.Image]:
-    """``LETTERS``, black on white, each on a picture of its own."""
+    """Draw each of ``LETTERS``, black on white, on a picture of 300 × 300 pixels."""
     drawn = []
     for letter in LETTERS:
         picture = Image.new("RGB", (300, 300), "white")
@@ -233,12 +239,13 @@ def draw_letters(font: Path) -> list[Image.Image]:
 
 
 def report_letters(checkpoint: Path, folder: Path | None) -> str:
-    """What is told of letters, by font, and how many of the validation images read correctly stay answers, as
-    lines of text.
+    """Report, as lines of text, the shares of letters that are "no digit" or "not sure", by font, and the
+    share of correctly classified validation images that are neither.
 
     Args:
-        folder: of fonts; None: matplotlib's DejaVu.  With its others, STIX and Computer Modern, it was chosen
-            how letters are told.
+        checkpoint: the net.
+        folder: the folder of the fonts; None: matplotlib's DejaVu fonts.  Matplotlib's other fonts, STIX and
+            Computer Modern, were used to choose how letters are recognised.
     """
     import matplotlib
     import torch
@@ -252,7 +259,7 @@ def report_letters(checkpoint: Path, folder: Path | None) -> str:
     if folder is None:
         fonts = [font for font in fonts if font.stem.startswith("DejaVu") and "Display" not in font.stem]
     if not fonts:
-        sys.exit(f"{folder}: no *.ttf lies in it")
+        sys.exit(f"{folder} has no *.ttf file")
     width = max(len(font.stem) for font in fonts)
     lines, told = [f"{'font':{width}}  letters  no digit  not sure"], []
     for font in fonts:
@@ -269,15 +276,17 @@ def report_letters(checkpoint: Path, folder: Path | None) -> str:
     right = said.probabilities.argmax(axis=1) == val.labels.numpy()
     kept = np.array(said.told)[right] == "sure"
     return "\n".join(
-        [*lines, f"of the validation images read correctly {100 * kept.mean():.1f} % stay answers"]
+        [*lines, f"{100 * kept.mean():.1f} % of the correctly read validation images are neither"]
     )
 
 
 def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
-    """Accuracy by kind of a folder's pictures, and of how many it is told, right or wrong, that they are not
-    sure or no digit; as lines of text.
+    """Report, as lines of text, the accuracy on a folder's pictures by kind, and the share of pictures that
+    are "not sure" or "no digit".
 
     Args:
+        checkpoint: the net.
+        folder: the folder of the pictures, with its ``labels.csv``.
         apart: kinds that do not count in the total.
     """
     rows = read_labels(folder)
@@ -313,7 +322,7 @@ def report_folder(checkpoint: Path, folder: Path, apart: list[str]) -> str:
             sources = [row["source"] for row, member in zip(rows, members, strict=True) if member]
             low, high = interval_over_sources(right[chosen], sources)
             share = f"{100 * right[chosen].mean():.1f} %"
-            told = f"{100 * doubted[chosen].mean():.1f} %"  # right or wrong
+            told = f"{100 * doubted[chosen].mean():.1f} %"  # of correct and of wrong predictions
             ends = f"{100 * low:.1f} to {100 * high:.1f} %" if len({*sources}) > 1 else "one source"
             lines.append(
                 f"{name:{width}}  {chosen.sum():8}  {len({*sources}):7}  {share:>7}  {told:>7}  {ends}"
@@ -326,13 +335,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--digits", type=int, default=300, help="how many of each kind (300)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses digits, places and colours (0)")
-    parser.add_argument("--sheet", type=Path, help="write a picture of what the net saw")
-    parser.add_argument("--folder", type=Path, help="read the pictures that its labels.csv names instead")
-    parser.add_argument("--apart", default="", help="kinds of the folder that the total leaves out, a,b,c")
+    parser.add_argument("--digits", type=int, default=300, help="number of digits of each kind (300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for digits, positions and colours (0)")
+    parser.add_argument("--sheet", type=Path, help="write a picture of the net's inputs to this file")
+    parser.add_argument("--folder", type=Path, help="read the pictures in this folder's labels.csv instead")
+    parser.add_argument("--apart", default="", help="kinds of the folder to leave out of the total, a,b,c")
     parser.add_argument(
-        "--letters", nargs="?", const="", help="read letters instead, of matplotlib's fonts or of a folder's"
+        "--letters", nargs="?", const="", help="read letters instead, in matplotlib's fonts or a folder's"
     )
     arguments = parser.parse_args()
     if arguments.letters is not None:
@@ -356,7 +365,9 @@ def main() -> None:
     chosen = torch.from_numpy(random.choice(len(test), arguments.digits, replace=False))
     originals, labels = test.images[chosen], test.labels[chosen]
     own = log_probabilities(classifier, originals).argmax(dim=1)
-    print(f"{len(chosen)} test digits, the net reads {100 * (own == labels).float().mean():.1f} % right\n")
+    print(
+        f"{len(chosen)} test digits, the net reads {100 * (own == labels).float().mean():.1f} % correctly\n"
+    )
     print(f"{'kind':16} same reading   right")
     sheet = [*originals[:12].numpy()]
     with tempfile.TemporaryDirectory() as folder:

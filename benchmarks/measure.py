@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, taking turns, tables, and the file of results."""
+"""Code shared by the benchmarks: describe the machine, take turns, and write tables and result files."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ RESULTS = Path("logs/benchmarks")
 
 @dataclass
 class Table:
-    """Cells are text, ready to be read."""
+    """A table whose cells are text."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
 
     def __str__(self) -> str:
-        """As Markdown."""
+        """Format the table as Markdown."""
         lines = [self.header, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
 
@@ -42,17 +42,19 @@ class Table:
 
 
 def make_parser(name: str, description: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """Of a benchmark: its options for how often, and where the results go."""
+    """Make a benchmark's parser with the options ``--pairs`` and ``--output``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=repeats, help=f"how often each is measured ({repeats})")
-    parser.add_argument("--output", type=Path, help=f"JSON file of the results ({RESULTS}/{name}.json)")
+    parser.add_argument(
+        "--pairs", type=int, default=repeats, help=f"number of measurements of each ({repeats})"
+    )
+    parser.add_argument("--output", type=Path, help=f"JSON file for the results ({RESULTS}/{name}.json)")
     return parser
 
 
 def publish(name: str, arguments: argparse.Namespace, tables: list[Table], samples: Any) -> Path:
-    """Print the tables; write them with all samples, the options and the machine's description."""
+    """Print the tables, and write them to a file with all samples, the options and the machine."""
     path: Path = arguments.output or RESULTS / f"{name}.json"
     options = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
     content = {
@@ -85,10 +87,10 @@ def describe_machine() -> dict[str, str]:
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, list[Any]]:
-    """A B A B …, so that a slower hour of the machine hits all alike.
+    """Run the contestants in turn (A B A B …), so that other work on the machine slows all of them.
 
     Returns:
-        What each contestant's calls gave, ``pairs`` of them.
+        the results of each contestant's ``pairs`` calls, by its name.
     """
     results: dict[str, list[Any]] = {name: [] for name in contestants}
     for pair in range(pairs):
@@ -99,12 +101,12 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], pairs: int) -> dict
 
 
 def ratio(values: Sequence[float], references: Sequence[float]) -> float:
-    """The median of the ratios within each pair."""
+    """Return the median of the ratios within each pair."""
     return statistics.median(value / reference for value, reference in zip(values, references, strict=True))
 
 
 def spread(values: Sequence[float], *, scale: float = 1.0, digits: int = 2) -> str:
-    """``median (smallest–largest)``."""
+    """Format values as ``median (smallest–largest)``."""
     low, middle, high = (scale * x for x in (min(values), statistics.median(values), max(values)))
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
@@ -116,7 +118,7 @@ def empty_folder() -> Iterator[Path]:
 
 
 def start(*arguments: str, cwd: Path, checkout: Path = REPOSITORY) -> "subprocess.Popen[bytes]":
-    """``python *arguments`` of a checkout in another folder; its output goes to ``cwd/output``."""
+    """Start ``python *arguments`` in ``cwd`` with a checkout's code; the output goes to ``cwd/output``."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": ""}
     with (cwd / "output").open("wb") as output:
         return subprocess.Popen(
@@ -125,9 +127,10 @@ def start(*arguments: str, cwd: Path, checkout: Path = REPOSITORY) -> "subproces
 
 
 def check_exit(code: int, cwd: Path, *, expected: int = 0) -> None:
-    """
+    """Check a process's exit code.
+
     Raises:
-        SystemExit: with what the process wrote, if it ended otherwise.
+        SystemExit: the code is not the expected one; the message holds the process's output.
     """
     if code != expected:
         sys.exit(f"exit code {code}, expected {expected}:\n{(cwd / 'output').read_text()}")

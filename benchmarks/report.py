@@ -13,7 +13,7 @@ MARKER = "<!-- below: written by python -m benchmarks.report -->"
 
 
 def render(path: Path) -> str:
-    """A benchmark's tables with the machine they were measured on, as Markdown."""
+    """Format a benchmark's tables, and the machine on which it ran, as Markdown."""
     content = json.loads(path.read_text())
     machine = content["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "lightning", "hydra-core"))

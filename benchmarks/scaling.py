@@ -1,12 +1,12 @@
-"""Time and peak memory of a whole run against one setting at a time.
+"""Measure how the time and peak memory of a run depend on one setting at a time.
 
-Each run is a process of ``train`` with the default settings but for the one that is varied, and few
-epochs.  Its training time is ``train_seconds`` of its ``metrics.json`` (steps, validation, checkpoints);
-its peak memory is what the system reports of the process (``ru_maxrss``), beside that of a process which
-only imports what ``train`` imports.  With two processes (``trainer=ddp``) the memory is the larger one's
-and images a second are those of both together; each has its share of the cores.
-bfloat16 for the large net is left out on a CPU that has no instructions for it: a single product of a
-256×4096 by a 4096×4096 matrix was seen to take half a minute there.
+Each run is a process of ``train`` with few epochs and the default settings, except for the one that varies.
+Its training time is ``train_seconds`` in its ``metrics.json`` (steps, validation, checkpoints).  Its peak
+memory is that reported by the system (``ru_maxrss``), minus the peak of a process that only imports what
+``train`` imports.  With two processes (``trainer=ddp``), the memory is that of the larger one, and images per
+second are those of both together; each process gets its share of the cores.  bfloat16 for the large net is
+left out on a CPU without instructions for it, where a single product of a 256×4096 and a 4096×4096 matrix
+took half a minute.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --only threads processes
@@ -34,10 +34,10 @@ from benchmarks.measure import (
 )
 
 IMPORTS = "import hydra, lightning, torch, torchvision, matplotlib.figure, torch.utils.tensorboard"
-NUM_TRAIN, BATCH_SIZE = 55_000, 256  # of the default run
+NUM_TRAIN, BATCH_SIZE = 55_000, 256  # in the default run
 LARGE = "model.hidden=[2048,2048]"
 BF16 = "trainer.precision=bf16-mixed"
-# a table's name -> the rows' names -> what is said on the command line
+# a table's name -> a row's name -> overrides
 GROUPS: dict[str, dict[str, list[str]]] = {
     "hidden": {
         f"model.hidden={hidden}": [f"model.hidden={hidden}"]
@@ -65,11 +65,12 @@ GROUPS: dict[str, dict[str, list[str]]] = {
 
 @dataclass
 class Run:
-    """
+    """The result of one run.
+
     Attributes:
-        images: that were trained on, counted in each epoch.
-        seconds: of training.
-        peak: MiB of the process (the larger one of two).
+        images: the number of training images, summed over epochs.
+        seconds: training time.
+        peak: peak memory in MiB of the process, or of the larger one of two.
     """
 
     images: int
@@ -78,7 +79,7 @@ class Run:
 
 
 def run(arguments: list[str], *, images: int) -> Run:
-    """One whole command; ``images`` are those of an epoch."""
+    """Run one whole command; ``images`` is the number of training images in an epoch."""
     with empty_folder() as folder:
         process = start("-m", "mnist_lightning.train", *arguments, cwd=folder)
         peak = wait(process.pid, folder)
@@ -87,13 +88,13 @@ def run(arguments: list[str], *, images: int) -> Run:
 
 
 def measure_imports() -> float:
-    """MiB."""
+    """Measure the peak memory in MiB of a process that only imports."""
     with empty_folder() as folder:
         return wait(start("-c", IMPORTS, cwd=folder).pid, folder)
 
 
 def wait(pid: int, folder: Path) -> float:
-    """-> MiB at the process's peak, or at that of the largest process it has waited for"""
+    """Return the peak memory in MiB of a process, or of the largest process that it has waited for."""
     _, status, usage = os.wait4(pid, 0)
     check_exit(os.waitstatus_to_exitcode(status), folder)
     kibibytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
@@ -101,7 +102,7 @@ def wait(pid: int, folder: Path) -> float:
 
 
 def computes_bfloat16() -> bool:
-    """Whether a GPU or the CPU does it in hardware; where that can't be told, yes."""
+    """Tell whether a GPU or the CPU computes bfloat16 in hardware; True if that is unknown."""
     flags = Path("/proc/cpuinfo")
     told = flags.read_text() if flags.exists() else "bf16"
     return "bf16" in told or shutil.which("nvidia-smi") is not None
@@ -123,10 +124,12 @@ def tabulate(group: str, runs: dict[str, list[Run]], imports: float) -> Table:
 
 def main() -> None:
     parser = make_parser("scaling", __doc__, repeats=3)
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="these tables")
-    parser.add_argument("--rows", type=int, help="so many rows of each at most (all)")
-    parser.add_argument("--epochs", type=int, default=2, help="of each run (2)")
-    parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="the tables to make"
+    )
+    parser.add_argument("--rows", type=int, help="number of rows of each table (all)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each run (2)")
+    parser.add_argument("--steps", type=int, help="steps of each epoch, at most (all)")
     parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
     arguments = parser.parse_args()
     tables, samples = [], {}

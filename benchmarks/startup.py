@@ -1,9 +1,8 @@
-"""How long until a command answers, each beside the floor under it.
+"""Measure how long commands take to answer, and compare each with the smallest possible time, its floor.
 
-``--help``, ``--cfg job`` and a config error stand beside ``import hydra`` and beside an empty Hydra
-application that makes the same kind of mistake, each as a whole process.  The first training step, up to
-its end, stands beside ``import torch, lightning``, up to the end of that; both clocks start before the
-process does.
+The floor of ``--help``, ``--cfg job`` and a config error is ``import hydra``; an empty Hydra application with
+the same kind of error is measured, too.  All of these are whole processes.  For the end of the first training
+step, the floor is the end of ``import torch, lightning``.  The clock always starts before the process does.
 
     python -m benchmarks.startup
 """
@@ -34,7 +33,7 @@ WRITE = f"import time; open({STAMP!r}, 'w').write(str(time.time()))"
 
 
 class FirstStep(Callback):
-    """Notes when the first step has ended, and ends the process there."""
+    """Write the time at the end of the first step to a file, and end the process."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         with open(STAMP, "w") as file:
@@ -43,7 +42,7 @@ class FirstStep(Callback):
 
 
 def run_whole(*command: str, code: int = 0) -> float:
-    """Seconds from the start to the end of a process."""
+    """Measure seconds from the start to the end of a process."""
     with empty_folder() as folder:
         began = time.perf_counter()
         ended_with = start(*command, cwd=folder).wait()
@@ -53,7 +52,7 @@ def run_whole(*command: str, code: int = 0) -> float:
 
 
 def run_to_stamp(*command: str) -> float:
-    """Seconds from the start of a process to the time that it writes down."""
+    """Measure seconds from the start of a process to the time that it writes to a file."""
     with empty_folder() as folder:
         began = time.time()
         check_exit(start(*command, cwd=folder).wait(), folder)
@@ -69,7 +68,7 @@ def main() -> None:
         "+callbacks.first_step._target_=benchmarks.startup.FirstStep",
     )
     hydra, torch = "import hydra", "import torch, lightning"
-    measured: dict[str, tuple[Callable[[], float], str]] = {  # and the floor
+    measured: dict[str, tuple[Callable[[], float], str]] = {  # and the name of the floor
         hydra: (partial(run_whole, "-c", hydra), hydra),
         "empty Hydra app: config error": (partial(run_whole, "-c", EMPTY_APP, "x=1", code=1), hydra),
         "empty Hydra app: --help": (partial(run_whole, "-c", EMPTY_APP, "--help"), hydra),
@@ -80,7 +79,7 @@ def main() -> None:
         "train, to the end of its first step": (partial(run_to_stamp, *first_step), torch),
     }
     for run, _ in measured.values():
-        run()  # fills the disk cache, compiles, unpacks
+        run()  # fill the disk cache, compile, unpack
     seconds = take_turns({name: run for name, (run, _) in measured.items()}, arguments.pairs)
     rows = []
     for name, (_, floor) in measured.items():

@@ -1,14 +1,14 @@
-"""What a training step costs beside the same arithmetic in a plain torch loop.
+"""Compare the time of a training step with that of the same arithmetic in a plain torch loop.
 
-``train`` is the project's own train(), everything on that a user has on: progress bar on a terminal,
-TensorBoard, CSV, metrics, checkpoints, default net and settings (without validation, which is no step).
-The bare loop starts from the same weights, takes the same images in the same order with the same
-optimizer and schedule, and must end with the same weights to the bit: this is checked in each pair.
-At batch 64 bare Lightning (``Trainer(barebones=True)``) stands beside them, with the same check, and a
-tutorial's loop beside ``experiment=tutorial``: same net, optimizer and order, its loss must agree.
+``train`` is the project's own train() with everything that is on by default: progress bar on a terminal,
+TensorBoard, CSV, metrics, checkpoints, default net and settings, but without validation.  The bare loop
+starts from the same weights, and uses the same images in the same order, the same optimizer and the same
+schedule; each pair of runs is checked to end with the same weights to the bit.  At batch size 64, bare
+Lightning (``Trainer(barebones=True)``) is measured with the same check.  A tutorial's loop is compared with
+``experiment=tutorial``, with the same net, optimizer and order; their losses must agree.
 
-Only the steps are timed: from the start of an epoch, the shuffling included, to the end of its last
-step.  One untimed round comes first.
+Only the steps are timed: from the start of an epoch, including shuffling, to the end of its last step.  One
+untimed round comes first.
 
     python -m benchmarks.step_overhead
     python -m benchmarks.step_overhead --device cuda
@@ -43,18 +43,19 @@ from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.train import make_classifier, train
 from mnist_lightning.workarounds import quiet_lightning, skip_device_probe
 
-EPOCHS = {64: 1, 256: 4, 1024: 12}  # so that a round takes about a second
+EPOCHS = {64: 1, 256: 4, 1024: 12}  # by batch size, so that a round takes about a second
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass
 class Result:
-    """Of one round.
+    """The result of one round.
 
     Attributes:
-        steps: how many were timed, and took ``seconds``.
-        weights: of the net after them, on the CPU.
-        loss: mean over the last epoch; None where nobody asked.
+        steps: the number of timed steps.
+        seconds: the time of all these steps.
+        weights: the net's weights after the last step, on the CPU.
+        loss: the mean loss of the last epoch; None if unknown.
     """
 
     steps: int
@@ -64,7 +65,7 @@ class Result:
 
     @property
     def step(self) -> float:
-        """Seconds."""
+        """Seconds per step."""
         return self.seconds / self.steps
 
 
@@ -74,7 +75,7 @@ def synchronize() -> None:
 
 
 class TimedProgress(Progress):
-    """The progress bar itself, so that no callback is added for the sake of the measurement."""
+    """The progress bar with a clock, so that measuring needs no further callback."""
 
     seconds = 0.0
     steps = 0
@@ -95,7 +96,7 @@ class TimedProgress(Progress):
 
 
 def settle(run_dir: Path, overrides: list[str]) -> Train:
-    """Checked settings, composed as the command would."""
+    """Compose and check settings, as the command does."""
     register()
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides, return_hydra_config=True)
@@ -131,7 +132,7 @@ def run_project(overrides: list[str]) -> Result:
 
 @dataclass
 class Start:
-    """What a run begins with, made as ``train`` makes it."""
+    """The settings, classifier and data at the start of a run, made as ``train`` makes them."""
 
     settings: Train
     classifier: DigitClassifier
@@ -153,7 +154,7 @@ class Start:
 
     @property
     def whole_net(self) -> torch.nn.Sequential:
-        """From stored images to logits."""
+        """The module from stored images to logits: (B, H, W) uint8 -> (B, 10)."""
         return torch.nn.Sequential(self.classifier.preprocess, self.classifier.net)
 
     @property
@@ -161,12 +162,12 @@ class Start:
         return int(self.settings.trainer["max_epochs"])
 
     def count_steps(self, limit: int | None) -> int:
-        """Of an epoch."""
+        """Return the number of steps in an epoch, at most ``limit``."""
         steps = -(-len(self.digits) // self.settings.data.batch_size)
         return min(steps, limit or steps)
 
     def make_optimizer(self, limit: int | None) -> tuple[Any, Any]:
-        """The optimizer, and its schedule or None."""
+        """Return the optimizer, and its schedule or None."""
         make, make_scheduler = self.classifier.make_optimizer, self.classifier.make_scheduler
         assert make is not None
         optimizer = make(self.classifier.net.parameters())
@@ -193,7 +194,7 @@ def run_bare(overrides: list[str], device: str, limit: int | None) -> Result:
 
 
 class BareModule(L.LightningModule):
-    """Lightning's own example of a module, and a clock."""
+    """A minimal LightningModule, as in Lightning's own examples, with a clock."""
 
     def __init__(self, start: Start, limit: int | None) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ def run_bare_lightning(overrides: list[str], device: str, limit: int | None) -> 
 
 
 def run_tutorial(overrides: list[str], data_dir: Path, limit: int | None) -> Result:
-    """One epoch of the tutorial's loop from the weights and in the order of ``experiment=tutorial``."""
+    """Run the tutorial's loop for one epoch with the initial weights and order of ``experiment=tutorial``."""
     start = Start.make(overrides)
     net = tutorial_loop.make_net()
     ours = [value for name, value in copy_weights(start.classifier.net).items() if name.startswith("layers")]
@@ -257,9 +258,10 @@ def copy_weights(net: torch.nn.Module) -> Weights:
 
 
 def check_same_work(results: dict[str, list[Result]], *, device: str) -> None:
-    """
+    """Check that all contestants computed the same.
+
     Raises:
-        SystemExit: contestants differ in their number of steps, or in what they computed.
+        SystemExit: they differ in their number of steps, in their weights or in their losses.
     """
     first, *others = results
     for name in others:
@@ -270,7 +272,7 @@ def check_same_work(results: dict[str, list[Result]], *, device: str) -> None:
                 same = abs(one.loss - two.loss) < 1e-3 * abs(one.loss)
             elif device == "cpu":
                 same = all(torch.equal(one.weights[key], two.weights[key]) for key in one.weights)
-            else:  # a GPU may add up in another order
+            else:  # a GPU may sum in another order
                 same = all(
                     torch.allclose(one.weights[key], two.weights[key], 1e-2, 1e-2) for key in one.weights
                 )
@@ -280,7 +282,7 @@ def check_same_work(results: dict[str, list[Result]], *, device: str) -> None:
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Standard error as a terminal that nobody looks at, so that the progress bar is drawn."""
+    """Replace standard error by a pseudo-terminal within the block, so that the progress bar is drawn."""
     reading, writing = os.openpty()
     before, sys.stderr = sys.stderr, os.fdopen(writing, "w")
 
@@ -289,7 +291,7 @@ def terminal() -> Iterator[None]:
             try:
                 if not os.read(reading, 65536):
                     return
-            except OSError:  # Linux's way to say that the other end is closed
+            except OSError:  # on Linux: the other end is closed
                 return
 
     thread = threading.Thread(target=drain, daemon=True)
@@ -369,9 +371,9 @@ def tabulate_tutorial(results: dict[str, list[Result]], device: str) -> Table:
 def main() -> None:
     parser = make_parser("step_overhead", __doc__, repeats=7)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(EPOCHS), help="64 256 1024")
-    parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
+    parser.add_argument("--steps", type=int, help="steps of an epoch, at most (all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1, help="of all contestants (1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contestant (1)")
     parser.add_argument("--data-dir", type=Path, default=Path("~/.pytorch/MNIST_data/").expanduser())
     arguments = parser.parse_args()
     with threads.use(arguments.threads):

@@ -1,7 +1,7 @@
-"""Milliseconds of a training step of bare torch, by hidden units, batch size and number of threads.
+"""Measure a training step of bare torch in milliseconds, by hidden units, batch size and number of threads.
 
-Forward, backward and AdamW of a 784-hidden-10 net, threads waiting as the project's commands let them.
-Prints a line of JSON for each size; ``benchmarks.busy`` starts it on a quiet and on a busy machine.
+A step is forward, backward and AdamW of a 784-hidden-10 net; idle threads wait as in the project's commands.
+The script prints a line of JSON for each size; ``benchmarks.busy`` runs it on a quiet and on a busy machine.
 
     python -m benchmarks.step_time --threads 2
 """
@@ -20,10 +20,10 @@ MIN_STEPS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="(1)")
-    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN, help=f"{HIDDEN}")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help=f"{BATCHES}")
-    parser.add_argument("--seconds", type=float, default=0.7, help="for each size (0.7)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's number of threads (1)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN, help=f"hidden units {HIDDEN}")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help=f"batch sizes {BATCHES}")
+    parser.add_argument("--seconds", type=float, default=0.7, help="seconds for each size (0.7)")
     arguments = parser.parse_args()
     threads.wait_passively()
     with threads.use(arguments.threads):
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(hidden: int, batch: int, seconds: float) -> tuple[int, float]:
-    """-> floating-point operations of a step as the project counts them, median milliseconds of a step"""
+    """Return a step's floating-point operations, as the project counts them, and its median milliseconds."""
     import torch
     from torch.nn import functional as F
 

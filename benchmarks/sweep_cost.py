@@ -1,8 +1,8 @@
-"""What a sweep costs beside its training.
+"""Measure the time that a sweep takes in addition to training.
 
-Trains a short sweep with Hydra's basic launcher and tells what each job after the first adds to its
-training time; then copies a finished job's folder to a sweep of many jobs and times its tables and its
-full report.
+The script trains a short sweep with Hydra's basic launcher and prints the time that each job after the first
+takes beyond its training.  Then it copies a finished job's folder to a sweep of many jobs and measures the
+time to write its tables and its full report.
 
     python benchmarks/sweep_cost.py --jobs 1000
 """
@@ -25,8 +25,8 @@ from mnist_lightning.sweeps.report import write_report, write_tables
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000, help="jobs of the sweep whose report is timed")
-    parser.add_argument("--trained", type=int, default=10, help="jobs that are really trained")
-    parser.add_argument("--epochs", type=int, default=2, help="of each of these")
+    parser.add_argument("--trained", type=int, default=10, help="jobs that are trained")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each trained job")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         sweep = train(Path(temporary), arguments.trained, arguments.epochs)
@@ -36,7 +36,7 @@ def main() -> None:
             f" (median of {len(added)}, {min(added):.2f}–{max(added):.2f} s)"
         )
         multiply(sweep, arguments.jobs)
-        write_tables(sweep)  # imports numpy
+        write_tables(sweep)  # untimed: imports numpy
         for name, write in (("tables", write_tables), ("full report", write_report)):
             start = time.monotonic()
             write(sweep)
@@ -52,7 +52,7 @@ def train(cwd: Path, jobs: int, epochs: int) -> Path:
 
 
 def measure_added(sweep: Path) -> list[float]:
-    """Seconds from one job's start to the next one's, less those of its training; without the first job."""
+    """Return, for each job but the first, the seconds until the next job's start minus those of training."""
     statuses = [read(sweep / str(number)) for number in range(len(list(sweep.glob("*/status.json"))))]
     known = [status for status in statuses if status is not None]
     return [
@@ -62,7 +62,7 @@ def measure_added(sweep: Path) -> list[float]:
 
 
 def multiply(sweep: Path, jobs: int) -> None:
-    """Fill the sweep with copies of its first job under other settings: three seeds of each."""
+    """Fill the sweep with copies of its first job under other settings, with three seeds of each setting."""
     source = sweep / "0"
     status = json.loads((source / "status.json").read_text())
     for number in range(jobs):

@@ -1,13 +1,13 @@
-"""How long from pressing Enter to a net of 97, 97.5, 98 and 99 % on the official test images.
+"""Measure the time from pressing Enter to a test accuracy of 97, 97.5, 98 and 99 %.
 
-Each contestant is a cold process: Python starts, imports, reads the data, trains.  Its clock starts
-before the process does.  So that all are looked at alike, each evaluates the 10,000 test images after
-every epoch and notes the time at which it knew the accuracy; that evaluation is part of its time.  The
-project never does this by itself: a callback of the benchmark is given to it, through the command line.
-An accuracy counts as reached at the first epoch that shows it; no run is chosen by it.
+Each contestant is a new process: Python starts, imports, reads the data and trains.  The clock starts before
+the process does.  Each contestant evaluates the 10,000 test images after every epoch and writes down the time
+at which it knew the accuracy; this evaluation counts as part of its time.  The project by itself never uses
+the test images during training: the benchmark adds a callback on the command line.  An accuracy counts as
+reached at the first epoch that shows it; nothing is chosen by it.
 
-The contestants: this project (``--project`` takes its command's arguments, "" is the default run; can be
-given again), the tutorial's loop for its 15 epochs, and a bare torch loop with the default run's settings.
+The contestants are this project (``--project`` takes its command's arguments, "" is the default run; it can
+be repeated), the tutorial's loop for its 15 epochs, and a bare torch loop with the default run's settings.
 
     python -m benchmarks.time_to_accuracy
     python -m benchmarks.time_to_accuracy --project "" --project "experiment=tutorial"
@@ -42,17 +42,18 @@ LOG = "test_accuracy.jsonl"
 
 @dataclass
 class Run:
-    """
+    """The result of one process.
+
     Attributes:
         seconds: from the start of the process to its end.
-        curve: seconds since the start, and test accuracy, after each epoch.
+        curve: for each epoch, the seconds since the start and the test accuracy in [0, 1].
     """
 
     seconds: float
     curve: list[tuple[float, float]]
 
     def reached(self, level: float) -> float:
-        """Seconds; infinite where it never was."""
+        """Return the seconds until a test accuracy was reached, infinite if it never was."""
         return next((seconds for seconds, accuracy in self.curve if accuracy >= level), math.inf)
 
 
@@ -67,7 +68,7 @@ def run(command: list[str]) -> Run:
 
 
 def list_contestants(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Command lines, without Python itself."""
+    """Return the command line of each contestant, without "python", by its name."""
     data_dir, steps = arguments.data_dir, arguments.steps
     limit = [] if steps is None else ["--steps", str(steps)]
     callback = [
@@ -105,12 +106,12 @@ def tabulate(runs: dict[str, list[Run]]) -> Table:
 
 def main() -> None:
     parser = make_parser("time_to_accuracy", __doc__, repeats=5)
-    parser.add_argument("--project", action="append", help='arguments of train; again for another ("")')
-    parser.add_argument("--epochs", type=int, help="of each contestant (as each says itself)")
-    parser.add_argument("--steps", type=int, help="of an epoch at most (all)")
+    parser.add_argument("--project", action="append", help='arguments of train; can be repeated ("")')
+    parser.add_argument("--epochs", type=int, help="epochs of each contestant (its own default)")
+    parser.add_argument("--steps", type=int, help="steps of each epoch, at most (all)")
     parser.add_argument("--data-dir", default=os.path.expanduser("~/.pytorch/MNIST_data/"))
     arguments = parser.parse_args()
-    unpack(Path(arguments.data_dir))  # the project would do so, in its own time
+    unpack(Path(arguments.data_dir))  # so that the time to unpack is not measured
     contestants: dict[str, Callable[[], Run]] = {
         name: partial(run, command) for name, command in list_contestants(arguments).items()
     }

@@ -1,8 +1,8 @@
-"""The training of a usual beginners' MNIST tutorial: each image is decoded and transformed by itself.
+"""Train as a usual MNIST tutorial for beginners does, decoding and transforming one image at a time.
 
-784-128-64-10 with ReLU and log-softmax, negative log-likelihood, SGD with momentum, batches of 64 from
-torchvision's MNIST through ``ToTensor`` and ``Normalize``; the loss of each step is read.  As a script it
-trains for 15 epochs and evaluates on the test images after each:
+The net is 784-128-64-10 with ReLU and log-softmax; the loss is the negative log-likelihood, the optimizer SGD
+with momentum.  Batches of 64 come from torchvision's MNIST through ``ToTensor`` and ``Normalize``; the loss
+of each step is read.  As a script, it trains for 15 epochs and evaluates the test images after each:
 
     python -m benchmarks.tutorial_loop
 """
@@ -46,14 +46,14 @@ def read_data(data_dir: Path, *, train: bool) -> "Dataset[tuple[Tensor, int]]":
 def make_loader(
     dataset: "Dataset[tuple[Tensor, int]]", sampler: "Sampler[int] | list[int] | None" = None
 ) -> "DataLoader[tuple[Tensor, Tensor]]":
-    """Shuffled, or in the sampler's order."""
+    """Make a loader of shuffled images, or of images in the sampler's order."""
     return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=sampler is None, sampler=sampler)  # type: ignore[arg-type]
 
 
 def train_epoch(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer
 ) -> float:
-    """-> the mean of the steps' losses"""
+    """Train for one epoch, and return the mean of the steps' losses."""
     criterion = nn.NLLLoss()
     total, steps = 0.0, 0
     for images, labels in batches:

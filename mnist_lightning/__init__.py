@@ -35,8 +35,8 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are first asked for: torch takes seconds."""
-    if name == "train":  # a module that can be called
+    """Import a public name at its first use, because importing torch takes seconds."""
+    if name == "train":  # this module can be called
         return importlib.import_module(f"{__name__}.train")
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

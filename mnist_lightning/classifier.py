@@ -1,4 +1,4 @@
-"""The LightningModule: loss, metrics, optimizer and schedule around the net."""
+"""Define the LightningModule, which adds loss, metrics, optimizer and schedule to a net."""
 
 import functools
 import logging
@@ -33,55 +33,62 @@ Batch = tuple[Tensor, Tensor]  # images (B, H, W) or (B, H, W, C) uint8, labels 
 TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in a scheduler's arguments
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.004, weight_decay=0.01, fused=True)
 COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=TOTAL_STEPS)  # type: ignore[arg-type]
-LOSS = "loss"  # the name of the loss among the metrics
+LOSS = "loss"  # key of the loss among the metrics
 
 
 class Probabilities(nn.Module):
-    """Logits divided by a temperature, as probabilities: the order of the classes stays.  (B, C) -> (B, C)"""
+    """Turn logits into probabilities at a temperature, which keeps the order of the classes.
+
+    Args:
+        temperature: the number by which logits are divided before softmax, > 0 (Guo et al. 2017, arXiv
+            1706.04599, section 4.2).
+    """
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
 
     def forward(self, outputs: Tensor) -> Tensor:
+        """(B, num_classes) float logits -> (B, num_classes) float, each row with sum 1"""
         return (outputs / self.temperature).softmax(dim=1)
 
 
 class DigitClassifier(L.LightningModule):
-    """Trains and measures a net.
+    """Train and measure a net with Lightning.
 
-    A step does no more Python work than it must: it leaves its outputs in a list, and
-    ``_count`` moves them into the metrics once every ``log_every_n_steps`` steps and at the end
-    of an epoch.  ``self.log`` and a metric's update in each step would double a small net's time.
+    A training step does as little in Python as possible: it only appends its outputs to a list.  ``_count``
+    moves them into the metrics every ``log_every_n_steps`` steps and at the end of an epoch.  Calling
+    ``self.log`` and updating a metric in each step would double the training time of a small net.
 
-    The outputs reach loss and metrics as the net gives them, (B, num_classes) with labels (B,) int64.  Of
-    a net with a single output, a regression, torch's and TorchMetrics' own get (B,) and (B,) float32.
+    Loss and metrics get the net's outputs, (B, num_classes) float, and labels (B,) int64.  Where the net has
+    a single output (a regression), those of torch and TorchMetrics get (B,) float and labels (B,) float32.
 
     Args:
-        net: (B, C, H, W) float32, normalised -> (B, num_classes) logits, or (B, 1) numbers.
-        preprocess: from stored images to what the net sees; None: ``Preprocess()``.
-        loss: of outputs and labels, a single number; None: ``CrossEntropy()``.
-        metrics: by name; each stage gets copies.  None: "acc", the share of images that are named correctly.
+        net: maps (B, C, H, W) float32, normalised, to logits (B, num_classes) or, for a regression, (B, 1).
+        preprocess: maps stored images to the net's input; None: ``Preprocess()``.
+        loss: maps outputs and labels to a single number; None: ``CrossEntropy()``.
+        metrics: metrics by name; training, validation and test get a copy of each.  None: "acc", the share
+            of correctly classified images.
         image_shape: (C, H, W).
-        class_names: by label; None: the ten digits.
+        class_names: name of each label; None: the ten digits.
         optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning-rate schedule from the optimizer; None keeps it constant.  An
-            argument that is the string "total_steps" is replaced by the run's number of optimizer
-            steps, and the schedule is then stepped after each of them, else after each epoch.
-        decay_biases: whether weight decay acts on biases and on norms' parameters too.
-        seed: of the deformations of the training images, where ``preprocess`` has some: they are a
-            function of (seed, step, rank), resumed or not.
+        scheduler: makes the learning-rate schedule from the optimizer; None keeps the learning rate
+            constant.  If one of its arguments is the string "total_steps", the run's number of optimizer
+            steps replaces it and the schedule advances after each step; else it advances after each epoch.
+        decay_biases: whether weight decay also acts on biases and on the parameters of norms.
+        seed: seed of the random deformations of training images, if ``preprocess`` has any.  They are a
+            function of (seed, step, rank), so that a resumed run draws the same ones.
 
     Attributes:
-        num_outputs: of the net for each image; known once ``check`` has run.
-        temperature: by which logits are divided where probabilities are made of them; see ``confidence``.
-        sure: the least probability with which a class is an answer, in [0, 1].
-        likeness: what images of each class look like, a ``likeness.Likeness``; None where it is not known.
-        logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` give their values to loggers as
-            Lightning does, and return them.  A run of ``train`` writes the test's itself.
-        may_diverge: whether training goes on where a loss is NaN or infinite, whose step is then not counted.
-        measured: what the training epoch under way, or the last one, has measured so far, by name with a
-            stage.  Lightning's ``callback_metrics`` keep the values of earlier epochs as well.
+        num_outputs: number of outputs for each image; ``check`` sets it.
+        temperature: the number by which logits are divided before softmax; see ``confidence``.
+        sure: the least probability, in [0, 1], at which the most probable class counts as an answer.
+        likeness: a ``likeness.Likeness``, which tells images of no class; None if none was fitted.
+        logs_evaluations: whether ``trainer.validate`` and ``trainer.test`` log and return their metrics, as
+            Lightning does by default.  ``train`` logs them itself.
+        may_diverge: whether training goes on after a NaN or infinite loss; metrics then skip its step.
+        measured: metrics of the current or last training epoch, as {"val/acc": 0.98}.  Lightning's
+            ``callback_metrics`` also keep values of earlier epochs.
     """
 
     def __init__(
@@ -111,7 +118,7 @@ class DigitClassifier(L.LightningModule):
                 **{"num_classes": num_classes, "average": "micro", "validate_args": False},
             }
             metrics = {"acc": accuracy}
-        # plain data: the checkpoint must load with weights_only=True, and tell how to build all this again
+        # plain data: the checkpoint must load with weights_only=True, and hold what rebuilds this classifier
         self.save_hyperparameters(
             {
                 "model": getattr(net, "recipe", None),
@@ -141,10 +148,10 @@ class DigitClassifier(L.LightningModule):
             ).clone()
             for stage in ("train", "val", "test")
         )
-        self.train_metrics.persistent(True)  # a checkpoint within an epoch holds its first part
-        self._interval = 0  # batches between two counts
+        self.train_metrics.persistent(True)  # a checkpoint within an epoch holds the metrics so far
+        self._interval = 0  # number of batches between two calls of _count
         self._resumed: dict[str, Any] | None = None  # the checkpoint to go on from
-        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, outputs, labels of a step
+        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, outputs and labels of each step
 
     @property
     def names_classes(self) -> bool:
@@ -152,20 +159,20 @@ class DigitClassifier(L.LightningModule):
         return self.num_outputs == self.num_classes
 
     def higher_is_better(self, name: str) -> bool | None:
-        """What a metric says of itself, by its name with a stage: the loss is to be low."""
+        """Whether a metric, named as "val/acc", should become high; None if the metric does not say."""
         return False if name.endswith(f"/{LOSS}") else self.val_metrics[name].higher_is_better
 
     def check(self) -> None:
-        """Try net, loss and metrics on two blank images.
+        """Try net, loss and metrics on two blank images, and set ``num_outputs``.
 
         Raises:
-            MisconfigurationException: one of them does not fit the images, the labels or the others.
+            MisconfigurationException: a part does not fit the images, the labels or another part.
         """
         images = torch.zeros(2, *self.image_shape, device=self.device)
         labels = torch.arange(2, device=self.device) % self.num_classes
         name = f"model: {name_of(self.net)}"
         with on_trial(self), _one_line(f"{name} can't take images {tuple(images.shape)}"):
-            outputs = self.net.forward(images)  # not net(images), which may be compiled
+            outputs = self.net.forward(images)  # net(images) may start a compilation
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if shape not in ((2, self.num_classes), (2, 1)):
             raise MisconfigurationException(
@@ -208,17 +215,19 @@ class DigitClassifier(L.LightningModule):
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> "DigitClassifier":
-        """A trained net from a checkpoint of a run, or of Lightning's ModelCheckpoint.
+        """Load a trained classifier from a checkpoint of a run or of Lightning's ModelCheckpoint.
 
-        Nets, losses and metrics of this project, torch and TorchMetrics are built as the checkpoint tells.
-        Others are never imported by a name in a file: pass them.
+        Nets, losses and metrics of this project, torch and TorchMetrics are built from the settings in the
+        checkpoint.  Code of others is never imported by a name in a file: pass the objects instead.
 
         Args:
-            net: built as for the training; its weights are replaced.
-            loss, metrics: as they were for the training.
+            checkpoint_path: the checkpoint file.
+            map_location: the device for the weights, see ``torch.load``.
+            net: a net with the architecture of the trained one; its weights are replaced.
+            loss, metrics: the loss and the metrics of the training.
 
         Raises:
-            ValueError: the checkpoint names, or needs, what must be passed.
+            ValueError: the checkpoint does not say how to build a part, or names code of others for it.
             OSError: the file can't be read.
         """
         checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
@@ -234,19 +243,20 @@ class DigitClassifier(L.LightningModule):
         return rebuild(recipe, checkpoint["state_dict"], net=net, loss=loss, metrics=metrics)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module's setter would look for parameters, buffers and modules each time
+        # nn.Module's setter is slow: it looks for parameters, buffers and modules each time
         if name == SET_EACH_STEP:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def forward(self, images: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
-        """The net's outputs for stored images.
+        """Compute the net's outputs for stored images.
 
         (B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, num_outputs) float
 
         Args:
-            key: of the deformations that the net is to see; None: the images as they are.
+            images: images as the data set stores them.
+            key: numbers that select a random deformation of each image; None: no deformation.
         """
         outputs: Tensor = self.net(self.preprocess(images, key))
         return outputs
@@ -263,14 +273,14 @@ class DigitClassifier(L.LightningModule):
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1  # of this one, from 0
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1  # number of this batch, from 0
         loss = self._step(batch, (self.seed, step, self.trainer.global_rank))
         if len(self._outputs) >= self._interval and not self._accumulates():
             self._count("train")
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the net's outputs, for callbacks.  -> (B, num_outputs)"""
+        """Measure a validation batch; return the net's outputs for callbacks.  -> (B, num_outputs) float"""
         self._step(batch)
         return self._outputs[-1][1]
 
@@ -278,23 +288,31 @@ class DigitClassifier(L.LightningModule):
         self._step(batch)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """(B, num_classes) probabilities, or (B, 1) numbers of a regression, for stored images or a batch."""
+        """Predict (B, num_classes) probabilities or, for a regression, (B, 1) numbers.
+
+        Args:
+            batch: stored images, or a batch of images and labels.
+            batch_idx: not used.
+        """
         outputs: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
         return self.to_probabilities(outputs) if self.names_classes else outputs
 
     def to_probabilities(self, outputs: Tensor) -> Tensor:
-        """(B, num_classes) logits -> (B, num_classes) probabilities, as sure as validation images bear out"""
+        """Turn logits into probabilities at the temperature that was fitted on validation images.
+
+        (B, num_classes) float -> (B, num_classes) float
+        """
         probabilities: Tensor = Probabilities(self.temperature)(outputs)
         return probabilities
 
     def on_train_epoch_start(self) -> None:
-        # not called where an epoch is resumed within
+        # Lightning does not call this hook when a run resumes within an epoch
         self.train_metrics.reset()
         self.measured = {}
         self._interval = self._count_batches()
 
     def _count_batches(self) -> int:
-        """Batches between two points of train/loss_step."""
+        """Number of batches between two points of the train/loss_step curve."""
         steps: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return steps * self.trainer.accumulate_grad_batches
 
@@ -307,11 +325,11 @@ class DigitClassifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
-            self._outputs.clear()  # of an untrained net: no epoch's values
+            self._outputs.clear()  # they are of the untrained net and belong to no epoch
             return
         self._count("val")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
-        # what trainer.validate measures after training is no point of the learning curve
+        # trainer.validate after the training adds no point to the learning curve
         self._report("val", write=fitting)
         if fitting and self.trainer.lr_scheduler_configs:
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
@@ -326,24 +344,24 @@ class DigitClassifier(L.LightningModule):
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         if self._resumed is None:
             self._interval = self._count_batches()
-            if rank:  # else dropout and noise would be the same in all processes
+            if rank:  # else all processes draw the same dropout and noise
                 torch.manual_seed((rank << 32) + self.seed)
             return
         for optimizer in self.trainer.optimizers:
             check_state(optimizer)
-        # nothing between here and the next step draws a random number
+        # restore the random states last: nothing between here and the next step draws a random number
         saved, self._resumed = self._resumed, None
-        if "accumulate_grad_batches" in saved:  # a schedule of it acts only where an epoch begins
+        if "accumulate_grad_batches" in saved:  # Lightning's scheduler of it acts only at an epoch's start
             self.trainer.accumulate_grad_batches = saved["accumulate_grad_batches"]
         self._interval = self._count_batches()
         self.measured = dict(saved.get("measured", {}))
-        processes = saved.get("processes", [saved])  # an earlier version kept one process's, not in a list
+        processes = saved.get("processes", [saved])  # earlier versions kept one process's state, not a list
         if len(processes) == world_size:
             set_random_state(processes[rank]["random_state"], self.device)
             outputs = processes[rank]["uncounted"]
         else:
             log.warning(
-                "the checkpoint was written by %d processes, these are %d: they draw other random numbers",
+                "the checkpoint was written by %d processes, and this run has %d: random numbers will differ",
                 len(processes),
                 world_size,
             )
@@ -353,12 +371,12 @@ class DigitClassifier(L.LightningModule):
             loss, its_outputs, labels = (tensor.to(self.device) for tensor in step)
             self._outputs.append((loss, its_outputs, labels))
         if rank:
-            self.train_metrics.reset()  # the checkpoint's are those of all processes together
+            self.train_metrics.reset()  # the checkpoint's metrics, of all processes, go to rank 0 alone
         for name, gradient in saved.get("gradients", {}).items():
             self.get_parameter(name).grad = gradient.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact resumption needs; refuse to save a net that has gone wrong.
+        """Add to the checkpoint what an exact resumption needs; refuse to save NaN or infinite weights.
 
         Raises:
             FloatingPointError: a loss or a weight is NaN or infinite.
@@ -409,10 +427,10 @@ class DigitClassifier(L.LightningModule):
                 )
 
     def _count(self, stage: str) -> None:
-        """Move what the steps left in ``_outputs`` into the stage's metrics.
+        """Move the outputs that steps have left in ``_outputs`` into the stage's metrics.
 
         Raises:
-            FloatingPointError: the loss of one of these steps was NaN or infinite.
+            FloatingPointError: the loss of one of these steps is NaN or infinite.
         """
         if not self._outputs:
             return
@@ -426,13 +444,14 @@ class DigitClassifier(L.LightningModule):
         sizes = torch.tensor([len(step) for step in labels], device=losses.device)
         self._update(stage, losses, sizes, torch.cat(outputs), torch.cat(labels))
         if stage == "train":
-            mean = losses.mean().item()  # of the steps since the last such value
+            mean = losses.mean().item()  # over the steps since the previous point of this curve
             self._write({"train/loss_step": mean, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
 
     def glance(self) -> dict[str, float]:
-        """Mean loss of the training steps that are not counted yet, and the share of their images that is
-        named correctly, as "acc", where the net names classes; empty where all are counted.  Of this process
-        alone."""
+        """Return the mean "loss" and, for a classifier, the accuracy "acc" of this process's latest steps.
+
+        These are the steps that are not in the metrics yet; if there are none, the result is empty.
+        """
         if not self._outputs:
             return {}
         losses, outputs, labels = zip(*self._outputs, strict=True)
@@ -442,7 +461,13 @@ class DigitClassifier(L.LightningModule):
         return values
 
     def measure(self, stage: str, outputs: Tensor, labels: Tensor) -> None:
-        """Move outputs that the net has given into a stage's metrics.  (B, num_outputs) float, (B,) int64"""
+        """Add the net's outputs for a batch to the metrics of a stage.
+
+        Args:
+            stage: "train", "val" or "test".
+            outputs: (B, num_outputs) float.
+            labels: (B,) int64.
+        """
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._update(stage, loss, torch.tensor(len(labels)), outputs, labels)
 
@@ -454,7 +479,7 @@ class DigitClassifier(L.LightningModule):
                 metric.update(*_fit(metric, outputs, labels))
 
     def _check_losses(self, stage: str) -> Tensor:
-        """The losses of the steps in ``_outputs``.  -> (len(_outputs),)
+        """Return the losses of the steps in ``_outputs``.  -> (len(_outputs),) float
 
         Raises:
             FloatingPointError: one of them is NaN or infinite.
@@ -469,10 +494,10 @@ class DigitClassifier(L.LightningModule):
         return losses
 
     def _report(self, stage: str, *, write: bool = True) -> None:
-        """Give an epoch's metrics to Lightning (for callbacks) and, at once, to the loggers.
+        """Give an epoch's metrics to Lightning, for callbacks, and at once to the loggers.
 
-        Lightning would write them after the epoch's checkpoint, and a run killed between the two
-        would resume without them.
+        Lightning gives them to the loggers only after the epoch's checkpoint is written, so that a run killed
+        in between would resume without them.
         """
         metrics = getattr(self, f"{stage}_metrics")
         fitting = self.trainer.state.fn == TrainerFn.FITTING
@@ -484,12 +509,12 @@ class DigitClassifier(L.LightningModule):
             self._write(values)
 
     def _write(self, values: dict[str, float]) -> None:
-        """Give values of the training epoch under way to the loggers."""
+        """Give values of the current training epoch to the loggers."""
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch + 1, **values}, step=self._last_step())
 
     def _accumulates(self) -> bool:
-        """Whether the optimizer waits for the gradients of batches to come."""
+        """Whether the optimizer still waits for gradients of further batches."""
         batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         rest: int = batches % self.trainer.accumulate_grad_batches
         return rest > 0 and bool(batches < self.trainer.num_training_batches)
@@ -499,14 +524,14 @@ class DigitClassifier(L.LightningModule):
         return bool(progress.processed < progress.ready)
 
     def _last_step(self) -> int:
-        """The number of the latest optimizer step, or of the one under way; from 1, over all epochs."""
+        """Return the number of the current or latest optimizer step, counted from 1 over all epochs."""
         return self.global_step + self._is_in_step()
 
     def _step_of(self, lag: int) -> int:
-        """The number of the optimizer step to which a batch belongs.
+        """Return the number of the optimizer step to which a batch of this epoch belongs.
 
         Args:
-            lag: batches before the latest one, in the same epoch.
+            lag: how many batches lie between this batch and the latest one.
         """
         accumulate = self.trainer.accumulate_grad_batches
         latest = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -519,8 +544,10 @@ class DigitClassifier(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, also beside a fused optimizer in bfloat16: Lightning takes its gradients
-        for scaled ones, which they are in float16 alone."""
+        """Clip gradients as Lightning does, and also with a fused optimizer in bfloat16.
+
+        Lightning refuses the latter, as if its gradients were scaled; only float16 scales gradients.
+        """
         precision = self.trainer.precision_plugin
         if isinstance(precision, MixedPrecision) and precision.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -538,14 +565,14 @@ class DigitClassifier(L.LightningModule):
         )
         try:
             scheduler = self.make_scheduler(optimizer, **total_steps)
-        except ZeroDivisionError as error:  # OneCycleLR's, where it would rise for exactly one step
+        except ZeroDivisionError as error:  # OneCycleLR raises it if the rate rises for exactly one step
             steps = ", ".join(f"{name}={number}" for name, number in total_steps.items())
             raise MisconfigurationException(
                 f"the scheduler can't plan a run with {steps}: train for some steps more or fewer"
             ) from error
         if isinstance(scheduler, ReduceLROnPlateau):
-            # Lightning would step it after the epoch's checkpoint, and a resumed run would miss that:
-            # on_validation_epoch_end does it instead
+            # on_validation_epoch_end advances it: Lightning does so after the epoch's checkpoint is written,
+            # and a resumed run would miss it
             never = 2**62
             return {
                 "optimizer": optimizer,
@@ -563,19 +590,24 @@ def rebuild(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> DigitClassifier:
-    """A trained classifier from what a checkpoint holds.
+    """Build a trained classifier from the contents of a checkpoint.
 
     Args:
         recipe: the hyper-parameters of a ``DigitClassifier``.
         weights: its ``state_dict``.
-        net, loss, metrics: instead of those that the recipe tells.
+        net, loss, metrics: objects to use in place of those that the recipe describes.
+
+    Raises:
+        TargetError: a part can't be built from the recipe.
+        ValueError: a weight has another type than the net's.
+        RuntimeError: the weights are not those of this net.
     """
     own = {name.removeprefix("net."): tensor for name, tensor in weights.items() if name.startswith("net.")}
-    # of what can be known, no memory is taken for weights that the file does not hold
+    # a net of a known class is built without memory for its weights: those of the file take their place
     ours = net is None and not strange_modules({"model": recipe["model"]})
     with torch.device("meta") if ours else nullcontext():
         net = make(recipe["model"], "model") if net is None else net
-    if ours:  # given as they are: in the precision that the net computes in
+    if ours:  # load_state_dict(assign=True) does not convert the weights to the net's precision
         wanted = net.state_dict()
         own = {name: as_in(wanted.get(name), tensor) for name, tensor in own.items()}
     net.load_state_dict(own, strict=True, assign=ours)
@@ -600,24 +632,30 @@ def rebuild(
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """
+    """Check that a fused optimizer's state, read from a file, has the sizes of its weights.
+
+    torch's fused optimizers do not check this, and would write beyond the end of a smaller state.
+
     Raises:
-        ValueError: a state that was read from a file does not have its weights' sizes: torch's fused
-            optimizers don't look, and would write beyond its end.
+        ValueError: a state has another size than its weight.
     """
     for group in optimizer.param_groups:
         for weight in group["params"] if group.get("fused") else ():
             for name, value in optimizer.state[weight].items():
                 wanted = torch.Size() if name == "step" else weight.shape
                 if not isinstance(value, Tensor) or value.shape != wanted or not value.is_contiguous():
-                    raise ValueError(f"{name} of an optimizer is not of the size {tuple(wanted)}")
+                    raise ValueError(f"{name} of an optimizer does not have the shape {tuple(wanted)}")
 
 
 def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
-    """Convert a weight to the type of the one that it replaces.
+    """Convert a weight to the type of the weight that it replaces.
+
+    Args:
+        wanted: the weight to replace; None leaves ``given`` as it is.
+        given: the new weight, of any shape.
 
     Raises:
-        ValueError: it is of another kind: a complex one, say.
+        ValueError: the types differ, and one of them is no real floating-point type (such as complex).
     """
     if wanted is None or wanted.dtype == given.dtype:
         return given
@@ -627,7 +665,7 @@ def as_in(wanted: Tensor | None, given: Tensor) -> Tensor:
 
 
 def get_random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's random generators, the CPU's and the device's, by kind of device."""
+    """Return the states of torch's random generators by device type: the CPU's and the device's."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -635,7 +673,7 @@ def get_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore the random states that ``get_random_state`` returned, on the same kind of device."""
+    """Restore the random states that ``get_random_state`` returned; warn if this device type has none."""
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[device.type])
@@ -644,7 +682,7 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """The environment that decides the last bits of a result, by its name in a sentence."""
+    """Return what decides the rounding of a result: torch's version, number of threads and device type."""
     return {
         "torch": str(torch.__version__),
         "num_threads": torch.get_num_threads(),
@@ -653,7 +691,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups: the second, biases and norms' parameters, without weight decay."""
+    """Divide parameters into an optimizer's groups: biases and parameters of norms get no weight decay."""
     decayed: dict[nn.Parameter, bool] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -666,7 +704,7 @@ def group_by_decay(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and labels as a loss or a metric wants them, see ``DigitClassifier``."""
+    """Return outputs and labels in the shapes that a loss or a metric needs, see ``DigitClassifier``."""
     if outputs.shape[1] == 1:
         kind = measure.func if isinstance(measure, functools.partial) else type(measure)
         if (kind.__module__ or "torch").split(".")[0] in ("torch", "torchmetrics"):
@@ -676,14 +714,18 @@ def _fit(measure: Any, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def _one_line(told: str) -> Iterator[None]:
-    """
+    """Turn any error of a user's net, loss or metric into one line.
+
+    Args:
+        told: the beginning of the line.
+
     Raises:
-        MisconfigurationException: whatever a user's net, loss or metric raises, in one line.
+        MisconfigurationException: the block has raised an error.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # torch's way to say that a loss of outputs (B, 1) and labels (B,) is one of all pairs
+            # torch warns so if a loss broadcasts outputs (B, 1) and labels (B,) to all pairs
             warnings.filterwarnings("error", message="Using a target size", category=UserWarning)
             yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Shared by the commands: paths on the command line as typed, errors in one line."""
+"""Set up every command: read paths from the command line as they are typed, print errors in one line."""
 
 import codecs
 import contextlib
@@ -23,20 +23,20 @@ from mnist_lightning.rundir.outside import as_command, as_text
 
 
 class CommandError(CompactHydraException):
-    """A command that could not go on; Hydra prints it without a traceback."""
+    """A command can't go on; Hydra prints the message without a traceback."""
 
 
-PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # a text of which Hydra's grammar makes itself, but for these:
+PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # text that Hydra's grammar reads as itself, except these words:
 WORDS = ("null", "true", "false", "nan", "inf")
-INTERPOLATION = r"\$\{[\w.]+(:[^{}]*(\{[^{}]*\}[^{}]*)*)?\}"  # of a key, or of a resolver: ${now:%H-%M}
+INTERPOLATION = r"\$\{[\w.]+(:[^{}]*(\{[^{}]*\}[^{}]*)*)?\}"  # ${key}, or a resolver's: ${now:%H-%M}
 
 SPELLED = {"±": "+/-", "…": "...", "–": "-", "×": "x", "≥": ">=", "→": "->", "“": '"', "”": '"', "’": "'"}
 
 typed: list[str] = []
-"""The command as its user typed it."""
+"""The command and its arguments as the user typed them."""
 
 
-# What is coloured in a line on a terminal: a pattern -> a code of ECMA-48 (1991), 8.3.117
+# Parts of a line that get a colour on a terminal: a pattern -> a code of ECMA-48 (1991), 8.3.117
 BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
 COLOURED = (
     (re.compile(r"^epoch +\d+(/\d+)?(?=  )", re.M), BOLD),
@@ -51,14 +51,14 @@ COLOURED = (
 
 
 class PlainFormatter(logging.Formatter):
-    """Lines in which no text of a file or a name moves the terminal's cursor or takes its colours."""
+    """Format messages so that no text from a file or a name moves the cursor or changes colours."""
 
     def format(self, record: logging.LogRecord) -> str:
         return as_text(super().format(record), lines=True)
 
 
 class ConsoleFormatter(PlainFormatter):
-    """The same in colours, where the lines go to a terminal whose user does not forbid it."""
+    """Format messages like ``PlainFormatter``, in colours where the terminal and its user allow them."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -72,8 +72,8 @@ class ConsoleFormatter(PlainFormatter):
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether it is a terminal that shows colours, and NO_COLOR (https://no-color.org) is not set."""
-    knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints the codes
+    """Whether a stream is a terminal with colours, and NO_COLOR (https://no-color.org) is not set."""
+    knows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows' older console prints codes as text
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return knows and wanted and stream.isatty()
 
@@ -83,28 +83,32 @@ def paint(text: str, code: str) -> str:
 
 
 def begin() -> None:
-    """Do what every command does first, before Hydra looks for plugins and before torch is imported."""
+    """Prepare the process of a command, before Hydra looks for plugins and before torch is imported."""
     threads.wait_passively()
-    gc.set_threshold(20_000)  # with Python's 700, looking for cycles is a tenth of a short command
+    gc.set_threshold(20_000)  # with Python's 700, a short command spends a tenth of its time on collections
     workarounds.share_config_store()
     workarounds.keep_names_literal()
     workarounds.read_yaml_by_libyaml()
     workarounds.tell_settings_in_a_line()
     codecs.register_error("spelled", spell)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may know fewer letters than we print
+        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may lack signs that we print
             stream.reconfigure(errors="spelled")
     workarounds.compose_once()
     workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
-    folder = os.getcwd()  # as with python -m, a console script finds what lies where it is typed
+    folder = os.getcwd()  # a console script finds modules in the working folder, as python -m does
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
         sys.path.insert(0, folder)
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """Like ``codecs.backslashreplace_errors``, but with readable substitutes for missing signs."""
+    """Replace signs that an encoding lacks by readable ones, else as ``codecs.backslashreplace_errors`` does.
+
+    Returns:
+        The replacement, and the position after the missing signs.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -113,10 +117,11 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def retype(argument: str, *, without: Collection[str] = ()) -> str:
-    """The typed command with another argument, to be typed again.
+    """Return the typed command with one argument added or replaced, for the user to type.
 
     Args:
-        without: keys that are left out.
+        argument: as "key=value".
+        without: keys whose arguments are left out.
     """
     if not typed:
         return argument
@@ -130,11 +135,15 @@ def retype(argument: str, *, without: Collection[str] = ()) -> str:
 
 
 def quote_paths(keys: Collection[str], arguments: Sequence[str]) -> list[str]:
-    """Quote the values of these keys among the arguments, so that Hydra reads them as they stand.
+    """Quote the values of these keys, so that Hydra reads them literally.
 
     Hydra's grammar gives a meaning to spaces, ``( ) = , # $`` and quotes.  In a list ``[a,b]`` each
-    element is quoted.  A value that the user has quoted for Hydra already is left alone.  ``${…}`` is what
-    Hydra documents, unless something of that very name exists.
+    element is quoted.  A value that the user has already quoted for Hydra stays as it is.  ``${…}`` keeps
+    its meaning in Hydra, unless a file or folder of that name exists.
+
+    Args:
+        keys: keys whose values are paths or other free text.
+        arguments: the command line.
     """
     pattern = re.compile(rf"(\+{{0,2}}(?:{'|'.join(map(re.escape, keys))})=)(.+)", re.DOTALL)
     matches = [(argument, pattern.fullmatch(argument)) for argument in arguments]
@@ -148,7 +157,7 @@ def _quote_value(value: str) -> str:
     if value[0] == "[" and value[-1] == "]" and not os.path.exists(value):
         return "[" + ",".join(_quote_value(element) for element in _split_list(value[1:-1])) + "]"
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
-        inside = value[1:-1]  # Windows' cmd.exe leaves quotes around a folder's name, which may end in "\\"
+        inside = value[1:-1]  # Windows' cmd.exe keeps quotes around a folder's name, which may end in "\\"
         is_cut = (len(inside) - len(inside.rstrip("\\"))) % 2
         return quote(inside, literal=False) if is_cut else value
     if PLAIN.fullmatch(value) and value.lower() not in WORDS:
@@ -158,8 +167,7 @@ def _quote_value(value: str) -> str:
 
 
 def _split_list(text: str) -> list[str]:
-    """The elements of a list as typed: parted at commas, but not inside quotes or inside the name of
-    something that exists."""
+    """Split a typed list at its commas, except inside quotes and inside names of existing files."""
     pieces = re.findall(r"""\s*('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,]*)\s*(?:,|$)""", text)
     pieces = pieces[:-1] if pieces and not pieces[-1] else pieces  # the pattern also matches the end
     elements = []
@@ -172,10 +180,11 @@ def _split_list(text: str) -> list[str]:
 
 
 def quote(value: str, *, literal: bool = True) -> str:
-    """A string literal of Hydra's override grammar that means exactly ``value``.
+    """Return a string literal of Hydra's override grammar that stands for ``value``.
 
     Args:
-        literal: False: what ``${…}`` stands for is put in its place.
+        value: any text.
+        literal: whether ``${…}`` is plain text; otherwise Hydra replaces it.
     """
     # a backslash escapes only before a quote (there it must be doubled), or before "${"
     escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
@@ -185,8 +194,10 @@ def quote(value: str, *, literal: bool = True) -> str:
 
 
 def is_of_lightning(error: Exception) -> bool:
-    """Whether Lightning itself has raised an error: it says of settings what it can't do with them, in a
-    ValueError, a RuntimeError or an AttributeError."""
+    """Whether Lightning's own code has raised an error.
+
+    Lightning tells of unusable settings by a ValueError, a RuntimeError or an AttributeError.
+    """
     frames = traceback.walk_tb(error.__traceback__)
     names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
     return bool(names) and names[-1].split(".")[0] == "lightning"
@@ -194,20 +205,21 @@ def is_of_lightning(error: Exception) -> bool:
 
 @contextmanager
 def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> Iterator[None]:
-    """Tell what a user can mend (files, folders, numbers, devices) in one line on stderr.
+    """Print an error that the user can correct (a file, folder, number or device) as one line on stderr.
 
     Args:
-        log_file: gets the traceback of any error.
-        in_sweep: raise a ``CommandError`` instead of leaving the process, so that the other jobs go on.
+        log_file: file to which the traceback of any error is appended.
+        in_sweep: raise a ``CommandError`` instead of ending the process, so that the other jobs go on.
 
     Raises:
-        SystemExit: with the line, or with the shell's code of a signal that has come; Hydra lets it pass
-            without adding lines of its own.
+        SystemExit: with the line, or with the shell's exit code for a signal that has arrived.  Hydra adds
+            no lines to it.
+        CommandError: with the line, if ``in_sweep``.
     """
     try:
         yield
     except Exception as error:
-        signals.stop_if_asked()  # some libraries swallow what a signal raised in an import, and then fail
+        signals.stop_if_asked()  # a library may catch a signal's exception in an import, and then fail
         if log_file is not None:
             with contextlib.suppress(OSError), log_file.open("a", encoding="utf-8") as file:
                 traceback.print_exc(file=file)

@@ -1,4 +1,4 @@
-"""Which net is better, and what sets them apart:  python -m mnist_lightning.compare runs=[A,B]"""
+"""Compare trained nets and their runs:  python -m mnist_lightning.compare runs=[A,B]"""
 
 import csv
 import io
@@ -34,18 +34,22 @@ log = logging.getLogger(__name__)
 Content = TypeVar("Content")
 
 CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
-LEVEL = 0.05  # of McNemar's test
-METRICS = ("epochs", "train_seconds", "num_parameters")  # of metrics.json, beside the split's scores
+LEVEL = 0.05  # significance level of McNemar's test
+METRICS = ("epochs", "train_seconds", "num_parameters")  # shown from metrics.json, after the scores
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A net and its run's files.
+    """A net to compare, with its run's files.
 
     Attributes:
-        folder: of the run; None where only a checkpoint file is known.
-        evaluation: None of a net that names no classes.
-        own: its run's own loss and metrics, by name.
+        name: "A", "B", …
+        folder: the run's folder; None if only a checkpoint file is known.
+        settings: the run's settings by dotted key.
+        images: the split on which the net was evaluated.
+        evaluation: the net's scores; None for a regression.
+        own: the run's own loss and metrics, by name.
+        loss_name: the loss's class or function.
     """
 
     name: str
@@ -70,11 +74,11 @@ def run(cfg: DictConfig) -> None:
 
 
 def compare(settings: Compare) -> None:
-    """Print and write what differs between nets: settings, metrics, curves, and which is better.
+    """Print and write how nets differ in settings, metrics and curves, and test which of two is better.
 
     Raises:
-        OSError: the nets were not measured on the same images, a checkpoint or the data can't be read,
-            or the output can't be written.
+        OSError: the nets have different images in this split, a checkpoint or the data can't be read, or
+            the output can't be written.
     """
     paths = [find_checkpoint(name) for name in settings.runs]
     log.info("loading torch and Lightning …")
@@ -108,8 +112,8 @@ def compare(settings: Compare) -> None:
         print(f"\n{result['mcnemar']['sentence']}")
     if settings.split == "test":
         print(
-            "\nWhoever chooses a net by its test images has no independent estimate of its accuracy left:"
-            " choose by split=val, and read the test images once."
+            "\nIf you choose a net by its test accuracy, no images are left to estimate its accuracy without"
+            " bias: choose by split=val, and read the test images once."
         )
     write_atomic(folder / "comparison.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
     histories = {c.name: history for c in contestants if (history := read_curves(c.folder))}
@@ -123,7 +127,11 @@ def compare(settings: Compare) -> None:
 
 
 def judge(a: "Evaluation", b: "Evaluation") -> dict[str, Any]:
-    """McNemar's test of two nets on the same images, and its meaning in a sentence."""
+    """Apply McNemar's exact test to two nets on the same images, and say in a sentence what it means.
+
+    Returns:
+        "only_A_right" and "only_B_right", numbers of images; "p"; and "sentence".
+    """
     from mnist_lightning.evaluation.scores import mcnemar
 
     a_right, b_right = a.predictions == a.labels, b.predictions == b.labels
@@ -133,26 +141,29 @@ def judge(a: "Evaluation", b: "Evaluation") -> dict[str, Any]:
     if p < LEVEL:
         (better, more), (worse, fewer) = sorted([("A", only_a), ("B", only_b)], key=lambda side: -side[1])
         sentence = (
-            f"{better} is better than {worse}: {more} images right that {worse} gets wrong,"
-            f" {fewer} the other way, {p_text} (McNemar's exact test)."
+            f"{better} is better than {worse}: it is right on {more} images where {worse} is wrong,"
+            f" and wrong on {fewer} where the other is right, {p_text} (McNemar's exact test)."
         )
     else:
         sentence = (
-            f"No evidence of a difference: {only_a} images only A gets right, {only_b} only B,"
+            f"No evidence of a difference: only A is right on {only_a} images, only B on {only_b},"
             f" {p_text} (McNemar's exact test)."
         )
     return {"only_A_right": only_a, "only_B_right": only_b, "p": p, "sentence": sentence}
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The keys whose values are not all the same, with their values; "–" where a run has no such key."""
+    """Return the keys whose values differ between runs, with one value for each run; "–" if it has none."""
     keys = sorted({key for one in settings for key in one})
     rows = {key: [one.get(key, "–") for one in settings] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, list[Any]]:
-    """Scores on the split and what metrics.json tells of the training; never test scores unasked."""
+    """Return a row of values for each score on the split, and for each entry of ``METRICS``.
+
+    Scores on the test images appear only with split="test".
+    """
     evaluations = [contestant.evaluation for contestant in contestants]
     rows: dict[str, list[Any]] = {}
     if any(evaluations):
@@ -181,7 +192,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
 
 
 def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
-    """A table with a row per key and a column per run."""
+    """Format a text table with a row for each key and a column for each run."""
     if not rows:
         return ""
     cells = [["", *names]] + [[as_text(str(one)) for one in (key, *values)] for key, values in rows.items()]
@@ -194,7 +205,12 @@ def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
 
 
 def read_curves(folder: Path | None) -> "dict[str, Curve]":
-    """The curves by epoch of a run's ``csv/metrics.csv``; none where it has no such file."""
+    """Read a run's curves from its ``csv/metrics.csv``.
+
+    Returns:
+        For each metric, such as "val/acc", its epochs and its values, both (N,) float64.  Empty if there is
+        no such file, or if it can't be read, which is logged as a warning.
+    """
     import numpy as np
 
     content = read_or_warn(read_file, folder / "csv" / "metrics.csv" if folder else None)
@@ -211,14 +227,13 @@ def read_curves(folder: Path | None) -> "dict[str, Curve]":
                 epochs, values = np.array(points).T
                 history[key] = (epochs, values)
     except (ValueError, csv.Error) as error:
-        log.warning("%s has no curves that can be read: %s", folder, error)
+        log.warning("the curves of %s can't be read: %s", folder, error)
         return {}
     return history
 
 
 def read_or_warn(read: Callable[[Path], Content], path: Path | None) -> Content | None:
-    """What a file of a run holds; None, and a word, where it can't be read, and without one where it is not
-    there."""
+    """Read a file of a run; return None if it does not exist, and also warn if it can't be read."""
     if path is None or not path.is_file():
         return None
     try:
@@ -229,10 +244,10 @@ def read_or_warn(read: Callable[[Path], Content], path: Path | None) -> Content 
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings by dotted key.
+    """Read a run's saved settings, by dotted key.
 
     Raises:
-        OSError: they can't be read.
+        OSError: the file can't be read or holds no settings.
     """
     try:
         return flatten(OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False))
@@ -260,7 +275,7 @@ def _load(name: str, path: Path, settings: Compare) -> Contestant:
     split = load_split(path, checkpoint, settings.split, data_dir=settings.data_dir, trust=settings.trust)
     folder = path.parent.parent if path.parent.name == "checkpoints" else None
     values = read_or_warn(read_settings, folder / ".hydra" / "config.yaml" if folder else None)
-    if values is None:  # a checkpoint alone tells the net and the data
+    if values is None:  # a checkpoint alone has the settings of the net and the data
         parts = ("model", "loss", "metrics", "preprocess")
         values = flatten({part: checkpoint["hyper_parameters"][part] for part in parts})
         values |= {f"data.{key}": value for key, value in checkpoint["datamodule_hyper_parameters"].items()}

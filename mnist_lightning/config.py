@@ -1,7 +1,7 @@
-"""What a configuration may hold: types and limits here, values in ``conf/``.
+"""Define the types and limits of all settings; their values are in ``conf/``.
 
-``check`` is the one door from a composed or a saved config to checked values.  Nothing heavier than
-Hydra and OmegaConf is imported here, so that a mistake is reported at once.
+``check`` turns every config, composed or saved, into checked values.  This module imports nothing heavier
+than Hydra and OmegaConf, so that a mistake is reported at once.
 """
 
 import ast
@@ -28,7 +28,7 @@ from mnist_lightning.targets import TargetError, choose_mode
 
 log = logging.getLogger(__name__)
 
-# in a wheel conf/ lies inside the package, in a checkout beside it
+# conf/ is inside the package in a wheel, and beside it in a clone
 CONF_DIR = next(
     str(path)
     for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf")
@@ -37,29 +37,29 @@ CONF_DIR = next(
 
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "tanh")
 NORMS = ("none", "batch", "layer")
-RUN_DIR = "RUN_DIR"  # what ${run_dir:} gives; train puts the run's folder in its place
-# Groups that build one thing -> whether there must be one
+RUN_DIR = "RUN_DIR"  # the value of ${run_dir:}; train replaces it by the run's folder
+# Groups that build one object -> whether it is required
 GROUPS = {"model": True, "loss": True, "optimizer": True, "scheduler": False, "trainer": True}
-RESERVED = ("loss", "loss_step")  # what every run logs beside its metrics
+RESERVED = ("loss", "loss_step")  # names of curves that every run logs beside its metrics
 ACCURACIES = ("torchmetrics.Accuracy", "torchmetrics.classification.MulticlassAccuracy")
 DIGITS = tuple(name for name, known in KNOWN.items() if known.class_names == tuple("0123456789"))
 PREPROCESS = ("mean", "std", "deskew", "augment")
-USELESS = {  # Trainer's arguments that would silently do nothing -> why
+USELESS = {  # arguments of Trainer that would silently do nothing -> why
     "limit_predict_batches": "is for Trainer.predict, which no run calls",
-    "model_registry": "is where Lightning's ModelCheckpoint puts its files, and a run keeps its own",
+    "model_registry": "is for Lightning's ModelCheckpoint; a run writes its own checkpoints",
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16", "None")
-MAX_SEED = 2**32 - 1  # the largest that numpy takes
-MAX_THREADS = 1024  # OpenMP's libraries end the process where the system has no thread left to give
+MAX_SEED = 2**32 - 1  # the largest seed that NumPy accepts
+MAX_THREADS = 1024  # OpenMP's libraries end the process if the system can't start so many threads
 
 
 class ConfigError(CompactHydraException):
-    """A setting that can't be used; Hydra prints it without a traceback."""
+    """A setting can't be used; Hydra prints the message without a traceback."""
 
 
 @dataclass
 class Augment:
-    """How far training images are deformed, each in its own way (``data/augment=``); see ``Deformation``."""
+    """Amounts by which each training image is deformed at random (``data/augment=``), see ``Deformation``."""
 
     rotation: float
     scale: float
@@ -75,9 +75,10 @@ class Augment:
         self._check("flags", 0, 1, "")
 
     def check_shape(self, height: int, width: int) -> None:
-        """
+        """Check the amounts in pixels against the size of the images, in pixels.
+
         Raises:
-            ValueError: the amounts in pixels exceed images of this size.
+            ValueError: an amount is too large for images of this size.
         """
         for key in ("shift", "elastic"):
             self._check(key, 0, min(height, width) // 2, " pixels")
@@ -94,7 +95,7 @@ class Augment:
 
 @dataclass
 class Data:
-    """Where the images come from, how they are split and batched (``data=``)."""
+    """Settings of the data set: its source, splits, batches and preprocessing (``data=``)."""
 
     name: str
     data_dir: str
@@ -141,20 +142,20 @@ class Data:
         at_least("data.val_size", self.val_size or 0, 0)
         require(
             not self.augment.flags or (self.source is None and self.name in DIGITS),
-            f"data.augment.flags draws at the digits 1: it is for data={'/'.join(DIGITS)},"
+            f"data.augment.flags draws strokes on digits 1: it is for data={'/'.join(DIGITS)},"
             f" not for data={self.name}",
         )
 
     def _check_folds(self) -> None:
         at_least("data.train_size", 1 if self.train_size is None else self.train_size, 1)
         if self.num_folds is None:
-            require(self.fold is None, f"data.fold={self.fold} is one of data.num_folds, which is not given")
+            require(self.fold is None, f"data.fold={self.fold} needs data.num_folds, say data.num_folds=5")
             return
         at_least("data.num_folds", self.num_folds, 2)
         require(
             self.fold is not None,
-            f"data.num_folds={self.num_folds} wants data.fold, in [0, {self.num_folds - 1}]; or -m"
-            f" folds={self.num_folds} for all of them",
+            f"data.num_folds={self.num_folds} needs data.fold, in [0, {self.num_folds - 1}]; -m"
+            f" folds={self.num_folds} trains on all of them",
         )
         assert self.fold is not None
         require(
@@ -172,12 +173,12 @@ class Data:
         of_a_path = self.source is None and self.name in OF_A_PATH
         require(
             of_a_path == (self.path is not None),
-            f"data={self.name} wants data.path=…"
+            f"data={self.name} needs data.path=…"
             if of_a_path
-            else f"data.path is for data={self.name}: data=folder and data=npz read it",
+            else f"data.path is not for data={self.name}: only data=folder and data=npz read it",
         )
         for key, given in (("size", self.size is not None), ("grey", self.grey)):
-            require(self.name == "folder" or not given, f"data.{key} is for data=folder alone")
+            require(self.name == "folder" or not given, f"data.{key} is for data=folder only")
         at_least("data.size", 1 if self.size is None else self.size, 1)
 
     @property
@@ -185,12 +186,13 @@ class Data:
         return self.num_folds is not None or self.val_size != 0
 
     def check_shape(self, image_shape: Sequence[int]) -> None:
-        """
+        """Check the settings against the shape of the images.
+
         Args:
             image_shape: (C, H, W) of the images that were read.
 
         Raises:
-            ConfigError: a setting does not fit them.
+            ConfigError: a setting does not fit the images.
         """
         try:
             self._check_shape(image_shape)
@@ -202,7 +204,7 @@ class Data:
         self.augment.check_shape(height, width)
         require(
             channels == 1 or not self.deskew,
-            f"data.deskew is for grey images, and those of {self.name} are in colour",
+            f"data.deskew is for grey images, and the images of {self.name} are in colour",
         )
         for key in ("mean", "std"):
             value = getattr(self, key)
@@ -212,11 +214,11 @@ class Data:
             )
 
     def module_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``MNISTDataModule``, except ``seed``."""
+        """Return the keyword arguments for ``MNISTDataModule``, except ``seed``."""
         return {name: value for name, value in asdict(self).items() if name not in PREPROCESS}
 
     def preprocess_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``Preprocess``."""
+        """Return the keyword arguments for ``Preprocess``."""
         arguments = {name: value for name, value in asdict(self).items() if name in PREPROCESS}
         return arguments if self.augment.deforms else arguments | {"augment": None}
 
@@ -225,7 +227,7 @@ class Data:
 class FeedForward:
     """The settings of ``network.FeedForward`` (``model=mlp``)."""
 
-    hidden: Any  # int or list of int: structured configs know no union of the two
+    hidden: Any  # int or list of int: structured configs have no type for the union of the two
     activation: str
     dropout: float
     norm: str
@@ -265,7 +267,7 @@ class CrossEntropy:
         )
 
 
-# What of ours a _target_ names -> the types and limits of its arguments
+# Our classes that a _target_ may name -> the types and limits of their arguments
 SCHEMAS: dict[str, type[Any]] = {
     "mnist_lightning.network.FeedForward": FeedForward,
     "mnist_lightning.losses.CrossEntropy": CrossEntropy,
@@ -274,7 +276,7 @@ SCHEMAS: dict[str, type[Any]] = {
 
 @dataclass
 class Monitor:
-    """The validation metric that chooses the best epoch and that a sweep optimises."""
+    """Settings of the validation metric that chooses the best epoch and that a sweep optimises."""
 
     metric: str
     mode: str | None
@@ -286,7 +288,7 @@ class Monitor:
 
 @dataclass
 class CheckpointSchedule:
-    """When ``last.ckpt`` is written within an epoch; at an epoch's end it always is."""
+    """How often ``last.ckpt`` is written within an epoch; it is always written at the end of an epoch."""
 
     every_n_steps: int | None
     every_n_seconds: float | None
@@ -300,17 +302,17 @@ class CheckpointSchedule:
 
 @dataclass
 class Train:
-    """One run of ``python -m mnist_lightning.train``.
+    """Settings of ``python -m mnist_lightning.train``.
 
-    ``data`` is ours and typed.  Net, loss, metrics, optimizer, schedule, trainer, callbacks and loggers
-    are whatever their ``_target_`` names: ``SCHEMAS`` knows those of ours, ``_check_limits`` the usual keys
-    of others.
+    ``data`` has types.  Net, loss, metrics, optimizer, schedule, trainer, callbacks and loggers may be any
+    class that their ``_target_`` names: ``SCHEMAS`` has the types of our classes, and ``_check_limits``
+    checks common arguments of others.
     """
 
     seed: int
     test: bool
     resume: str | None
-    trust: Any  # None, str or list of str; of a resumption, see trust.py
+    trust: Any  # None, str or list of str; acts on a resumption, see trust.py
     decay_biases: bool
     ema_decay: float | None
     compile: bool
@@ -360,20 +362,22 @@ class Train:
 
     @property
     def validates(self) -> bool:
-        """Whether anything is validated, during training and after it."""
+        """Whether the run validates at all."""
         return self.data.has_validation and self.trainer.get("limit_val_batches") != 0
 
     def _check_monitor(self) -> None:
         names = ["val/loss", *(f"val/{name}" for name, metric in self.metrics.items() if metric)]
         for name, metric in self.metrics.items():
-            require(name not in RESERVED, f"metrics.{name}: give it another name, {name} is taken")
+            require(
+                name not in RESERVED, f"metrics.{name}: choose another name, every run logs {name} itself"
+            )
             require(
                 metric is None or (isinstance(metric, dict) and "_target_" in metric),
                 f"metrics.{name} names no _target_",
             )
         metric = self.monitor.metric
         one_of("monitor.metric", metric, tuple(names))
-        higher_is_better: bool | None = None  # where that can be told without importing the metric
+        higher_is_better: bool | None = None  # None: only importing the metric would tell
         if metric == "val/loss":
             higher_is_better = False
         elif self.metrics[metric.removeprefix("val/")]["_target_"] in ACCURACIES:
@@ -386,7 +390,7 @@ class Train:
             if str((logger or {}).get("_target_")).endswith(".WandbLogger"):
                 spec = importlib.util.find_spec("wandb")
                 require(
-                    spec is not None and spec.origin is not None,  # W&B names a folder so, too
+                    spec is not None and spec.origin is not None,  # W&B's folder wandb/ has no origin
                     f"logger.{name} needs the package wandb: pip install 'mnist_lightning[wandb]'",
                 )
 
@@ -399,13 +403,13 @@ class Train:
                 check_number(f"trainer.{key}", self.trainer[key], holds, wanted, whole=True)
 
     def _check_trainer(self) -> None:
-        """What of Lightning's Trainer a run has another way for; docs/lightning.md lists all of it."""
+        """Refuse arguments of Lightning's Trainer that a run can't use; docs/lightning.md lists them."""
         trainer = self.trainer
         for key, group in (("callbacks", "callbacks"), ("logger", "logger")):
             allowed = (None, False) if key == "logger" else (None,)
             require(
                 trainer.get(key) in allowed,
-                f"trainer.{key} is made by the run: +{group}.mine._target_=… adds one, {group}=… chooses",
+                f"trainer.{key} can't be set: +{group}.mine._target_=… adds one, {group}=… chooses a file",
             )
         for key, why in USELESS.items():
             require(trainer.get(key) is None, f"trainer.{key} {why}")
@@ -413,22 +417,22 @@ class Train:
         require(
             precision in PRECISIONS,
             f"trainer.precision must be one of {', '.join(PRECISIONS[:3])}, got {precision}: checkpoints hold"
-            " weights in 32 bits",
+            " weights of 32 bits",
         )
         require(
             not (precision in ("16-mixed", "16") and trainer.get("gradient_clip_val"))
             or not self.optimizer.get("fused"),
-            "trainer.gradient_clip_val with trainer.precision=16-mixed wants optimizer.fused=false: a fused"
-            " optimizer scales its gradients back itself",
+            "trainer.gradient_clip_val with trainer.precision=16-mixed needs optimizer.fused=false: a fused"
+            " optimizer removes the scale of its gradients too late for clipping",
         )
         name = re.match(r"(ddp_(spawn|fork|notebook)|(fsdp|deepspeed|model_parallel|xla))", strategy)
         require(
             name is None,
             f"trainer.strategy={strategy} can't be used: "
             + (
-                "its processes end without telling what they have kept; trainer=ddp starts others"
+                "its processes can't tell the run which checkpoint is the best; use trainer=ddp"
                 if name and name[2]
-                else "it keeps a checkpoint in pieces, and those of a run are whole files"
+                else "it splits checkpoints into several files, and a run writes each as one file"
             ),
         )
 
@@ -452,12 +456,12 @@ class Train:
                 )
         require(
             not (max_epochs == -1 and "total_steps" in self.scheduler.values()),
-            "scheduler needs the length of the run, and trainer.max_epochs=-1 has no end",
+            "scheduler needs the number of steps, and trainer.max_epochs=-1 sets no end",
         )
         step_size = self.scheduler.get("step_size")
         if isinstance(step_size, int) and isinstance(max_epochs, int) and 0 < max_epochs <= step_size:
             log.warning(
-                "scheduler.step_size=%d has no effect: trainer.max_epochs=%d is not more",
+                "scheduler.step_size=%d has no effect: the run ends before, at trainer.max_epochs=%d",
                 step_size,
                 max_epochs,
             )
@@ -468,7 +472,7 @@ SPLITS = ("test", "val", "train")
 
 @dataclass
 class Evaluate:
-    """One run of ``python -m mnist_lightning.evaluate``; None is explained in ``conf/evaluate.yaml``."""
+    """Settings of ``python -m mnist_lightning.evaluate``; ``conf/evaluate.yaml`` explains each."""
 
     run: str
     checkpoint: str | None
@@ -494,25 +498,25 @@ class Evaluate:
             self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
             require(
                 self.run == "latest" and self.checkpoint is None,
-                "runs names the nets to average: give no run and no checkpoint beside it",
+                "runs already names the nets to average: leave out run and checkpoint",
             )
         if self.folds is not None:
             require(
                 self.run == "latest" and self.checkpoint is None and not self.runs,
-                "folds names a sweep, whose nets are joined: give no run, runs and checkpoint beside it",
+                "folds already names the sweep whose nets are evaluated: leave out run, runs and checkpoint",
             )
         require(
             self.folds is not None or not self.labels,
-            "labels=true asks nets for images that they were not trained on: give folds=<sweep folder>, of"
-            " python -m mnist_lightning.train -m folds=5",
+            "labels=true needs nets that were not trained on the images they judge: give folds=<sweep folder>"
+            " of python -m mnist_lightning.train -m folds=5",
         )
 
 
 @dataclass
 class Predict:
-    """One run of ``python -m mnist_lightning.predict``."""
+    """Settings of ``python -m mnist_lightning.predict``; ``conf/predict.yaml`` explains each."""
 
-    images: Any  # str or list of str: structured configs know no union of the two
+    images: Any  # str or list of str: structured configs have no type for the union of the two
     layout: str
     run: str
     checkpoint: str | None
@@ -532,7 +536,7 @@ class Predict:
 
 @dataclass
 class Explain:
-    """One run of ``python -m mnist_lightning.explain``; None is explained in ``conf/explain.yaml``."""
+    """Settings of ``python -m mnist_lightning.explain``; ``conf/explain.yaml`` explains each."""
 
     images: Any  # str or list of str
     index: Any  # int or list of int
@@ -556,7 +560,7 @@ class Explain:
         asked = [self.images != [], self.index != [], self.mistakes > 0]
         require(
             sum(asked) == 1,
-            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"
+            "give one of images=my_digit.png, index=[3,7] and mistakes=12"
             + (", not several" if sum(asked) else ""),
         )
         if self.images != []:
@@ -566,7 +570,7 @@ class Explain:
 
 @dataclass
 class Compare:
-    """One run of ``python -m mnist_lightning.compare``."""
+    """Settings of ``python -m mnist_lightning.compare``; ``conf/compare.yaml`` explains each."""
 
     runs: Any  # list of str
     split: str
@@ -586,7 +590,7 @@ class Compare:
 
 @dataclass
 class Visualize:
-    """One run of ``python -m mnist_lightning.visualize``."""
+    """Settings of ``python -m mnist_lightning.visualize``; ``conf/visualize.yaml`` explains each."""
 
     data: Data
     film: str | None
@@ -600,7 +604,7 @@ class Visualize:
 
 @dataclass
 class Export:
-    """One run of ``python -m mnist_lightning.export``; None is explained in ``conf/export.yaml``."""
+    """Settings of ``python -m mnist_lightning.export``; ``conf/export.yaml`` explains each."""
 
     format: str
     film: bool
@@ -614,14 +618,14 @@ class Export:
     def __post_init__(self) -> None:
         one_of("format", self.format, ("onnx", "html"))
         require(not self.film or self.format == "html", "film=true is for the page: add format=html")
-        require(not self.film or self.checkpoint is None, "film=true wants a run: a checkpoint has no film")
+        require(not self.film or self.checkpoint is None, "film=true needs a run: a checkpoint has no film")
         check_source(self.run, self.checkpoint)
         check_threads(self.threads)
 
 
 @dataclass
 class Report:
-    """One run of ``python -m mnist_lightning.report``."""
+    """Settings of ``python -m mnist_lightning.report``; ``conf/report.yaml`` explains each."""
 
     run: str
     runs: Any  # str or list of str
@@ -643,13 +647,13 @@ class Report:
             )
             if is_given
         ]
-        require(len(given) <= 1, f"{' and '.join(given)}: each says what is reported, give one of them")
+        require(len(given) <= 1, f"{' and '.join(given)}: each names what to report, give only one of them")
         require(self.html or self.output is None, "output names the page's file: add html=true")
 
 
 @dataclass
 class Runs:
-    """One run of ``python -m mnist_lightning.runs``."""
+    """Settings of ``python -m mnist_lightning.runs``; ``conf/runs.yaml`` explains each."""
 
     under: str
     filter: str | None
@@ -667,7 +671,7 @@ class Runs:
         self.delete = check_names("delete", self.delete, "delete=logs/train/runs/A", at_least=0)
 
 
-Limit = tuple[Callable[[Any], bool], str]  # a predicate, and in words what it wants
+Limit = tuple[Callable[[Any], bool], str]  # a predicate, and the allowed values in words
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
 NOT_NEGATIVE: Limit = (lambda x: x >= 0, ">= 0")
@@ -692,14 +696,14 @@ Settings = TypeVar("Settings")
 
 
 def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
-    """Checked values from a composed or a saved config.
+    """Check a composed or saved config, and return its values as an object of the schema.
 
     Args:
-        cfg: Hydra's own node, where there is one, is left aside.
-        schema: the dataclass of the command.
+        cfg: the config; Hydra's own node in it is ignored.
+        schema: the dataclass of the command, such as ``Train``.
 
     Raises:
-        ConfigError: a key is missing, misspelt, of another type or out of its limits.
+        ConfigError: a key is missing or misspelt, or its value has the wrong type or is out of its limits.
     """
     own = without_hydra(cfg)
     try:
@@ -712,8 +716,11 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
 
 
 def register() -> None:
-    """Make the schemas known to Hydra, which then refuses misspelt keys and wrong types itself, and
-    ``${run_dir:}``, ``${single_run:}``, ``${changes:}`` and ``${settings:}`` to OmegaConf."""
+    """Register the schemas with Hydra and the resolvers of ``conf/`` with OmegaConf.
+
+    Hydra then refuses misspelt keys and wrong types itself.  The resolvers are ``${run_dir:}``,
+    ``${single_run:}``, ``${changes:}`` and ``${settings:}``.
+    """
     for schema in (Train, Visualize, Evaluate, Compare, Predict, Explain, Export, Report, Runs):
         name = f"{schema.__name__.lower()}_schema"
         ConfigStore.instance().store(name=name, node=schema, provider="mnist_lightning")
@@ -728,12 +735,16 @@ def _is_single_run() -> bool:
 
 
 def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a group, with types and limits checked where their ``_target_`` is ours.
+    """Check a group's settings if its ``_target_`` is one of our classes, and return them.
 
-    What is not given is the signature's default.
+    Arguments that are not given get their defaults from the class's signature.
+
+    Args:
+        group: the name of the group, for messages.
+        settings: ``_target_`` and its arguments.
 
     Raises:
-        ValueError: a key is misspelt, of another type or out of its limits.
+        ValueError: a key is misspelt, or its value has the wrong type or is out of its limits.
     """
     target = str(settings.get("_target_"))
     schema = SCHEMAS.get(target)
@@ -757,8 +768,10 @@ def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def read_signature(target: str) -> dict[str, Any]:
-    """The arguments of a class of this package and their defaults, None where there is none, from its source:
-    importing it would import torch."""
+    """Read the arguments of a class of this package and their defaults (None where there is none).
+
+    They are parsed from its source file, because importing it would import torch.
+    """
     module, _, name = target.removeprefix("mnist_lightning.").rpartition(".")
     source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -781,7 +794,17 @@ def require(holds: bool, message: str) -> None:
 
 
 def check_names(key: str, value: Any, example: str, *, at_least: int) -> list[str]:
-    """One name or a list of names, as a list of strings."""
+    """Check a name or a list of names, and return a list of strings.
+
+    Args:
+        key: the setting, for the message.
+        value: what the user has given.
+        example: a valid setting, for the message.
+        at_least: the number of names that are needed.
+
+    Raises:
+        ValueError: there are fewer names, or one is empty or no text.
+    """
     names = value if isinstance(value, list) else [value]
     holds = len(names) >= at_least and all(
         isinstance(name, (str, int, float)) and str(name) for name in names
@@ -794,7 +817,7 @@ def check_names(key: str, value: Any, example: str, *, at_least: int) -> list[st
 def check_source(run: str, checkpoint: str | None) -> None:
     require(
         checkpoint is None or run == "latest",
-        f"run and checkpoint name two nets, give one of them: run={run} checkpoint={checkpoint}",
+        f"run and checkpoint name two nets, give only one: run={run} checkpoint={checkpoint}",
     )
 
 
@@ -811,9 +834,10 @@ def check_seed(key: str, value: int) -> None:
 
 
 def check_device(name: str) -> None:
-    """
+    """Check the name of a device.
+
     Raises:
-        ConfigError: it names no kind of device that torch computes on.
+        ValueError: torch has no such device.
     """
     known = re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name)
     require(known is not None, f"device must be auto, cpu, cuda, cuda:<number> or mps, got {name}")

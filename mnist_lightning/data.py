@@ -1,8 +1,8 @@
-"""A data set in memory: the three splits, the loaders.
+"""Load a data set into memory, split it and serve batches of it.
 
-All images stay as uint8 in the memory of the device that trains, and a batch is one indexing operation
-there; ``Preprocess`` does the rest.  Decoding and transforming image by image is what makes a usual MNIST
-project several times slower than its arithmetic.
+All images stay as uint8 in the memory of the device that trains, so that a batch is one indexing operation;
+``Preprocess`` does the rest.  Usual MNIST projects decode and transform each image by itself, which takes
+several times as long as the arithmetic of the net.
 """
 
 import functools
@@ -22,16 +22,16 @@ from mnist_lightning.images.known import KNOWN, check_sizes
 from mnist_lightning.images.sources import Source, find_source
 from mnist_lightning.rundir.outside import expand_home
 
-TEST_SHARE = 1 / 5  # of a data set that has no test images of its own
+TEST_SHARE = 1 / 5  # the share of images that become the test split where a data set has none
 
 
 def eval_batch_size(image_shape: Sequence[int]) -> int:
-    """How many images are shown to a net at once where no gradient is needed: 6 MB as float."""
+    """Number of images in a batch that needs no gradients: as many as take 6 MB as float32."""
     return max(1, 2_000 * 28 * 28 // math.prod(image_shape))
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels in memory.
+    """A PyTorch data set of images and labels that lie in memory.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) uint8.
@@ -49,11 +49,11 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole batch at once, its indices on the images' device.
+        """Return a whole batch at once.  The indices lie on the images' device.
 
         (B,) int64 -> (B, H, W) or (B, H, W, 3) uint8, (B,) int64
         """
-        # which copies whole images, in a sixth of the time that images[indices] takes pixel by pixel
+        # index_select copies whole images, in a sixth of the time that images[indices] takes pixel by pixel
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
 
     def to(self, device: torch.device) -> "Images":
@@ -61,24 +61,23 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EpochSampler(Sampler[int]):
-    """The indices of one epoch for one process, as a function of (seed, epoch, rank).
+    """Give one process its indices of each epoch, as a function of (seed, epoch, rank).
 
-    Of every ``world_size`` consecutive indices of the epoch's order a process takes one, so that
-    the processes' k-th batches together are the k-th batch that a single process would see.
-    Shuffled (training) epochs leave out the up to ``world_size - 1`` last indices of their order,
-    others of them each epoch, so that all processes take the same number of steps; nothing is ever
-    repeated.
+    Each process takes one of every ``world_size`` consecutive indices of the epoch's order.  So the k-th
+    batches of all processes together are the k-th batch that a single process would see.  All processes
+    take the same number of steps: a shuffled (training) epoch leaves out up to ``world_size - 1`` indices
+    at the end of its order, which are other images in each epoch.  No image is repeated within an epoch.
 
     Args:
-        num_samples: size of the data set.
-        shuffle: a new order each epoch; otherwise 0, 1, 2, …
-        seed: in [0, 2^32).
-        rank: of this process, in [0, world_size).
+        num_samples: number of images in the data set.
+        shuffle: whether each epoch has a new random order; otherwise the order is 0, 1, 2, …
+        seed: seed of the random orders, in [0, 2^32).
+        rank: number of this process, in [0, world_size).
         world_size: number of processes.
 
     Attributes:
-        epoch: whose order ``iter`` gives; Lightning calls ``set_epoch`` before each.
-        start: an epoch, and how many of this process's indices ``iter`` leaves out at its beginning.
+        epoch: the epoch whose order ``iter`` gives next; Lightning calls ``set_epoch`` before each epoch.
+        start: an epoch, and the number of indices that this process skips at the beginning of that epoch.
     """
 
     def __init__(self, num_samples: int, *, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
@@ -94,7 +93,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def order(self) -> Tensor:
-        """This process's indices of the whole epoch.  -> (len(self),) int64"""
+        """Return this process's indices of the whole epoch.  -> (len(self),) int64"""
         if not self.shuffle:
             return torch.arange(self.rank, self.num_samples, self.world_size)
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
@@ -107,7 +106,7 @@ class EpochSampler(Sampler[int]):
         return len(range(self.rank, self.num_samples, self.world_size))
 
     def take(self) -> Tensor:
-        """The indices of ``iter``, as a tensor; without ``set_epoch``, each call takes the next epoch."""
+        """Return the indices of ``iter`` as an int64 tensor, and go on to the next epoch."""
         epoch, start = self.start
         order = self.order()[start if self.epoch == epoch else 0 :]
         self.epoch += 1
@@ -118,13 +117,14 @@ class EpochSampler(Sampler[int]):
 
 
 class BatchIndices(Sampler[Tensor]):
-    """A sampler's indices in batches, as tensors on a device: they go there once an epoch, so that no step
-    waits for a copy.
+    """Cut a sampler's indices into batches, as tensors on a device.
+
+    The indices are copied to the device once an epoch, so that no step waits for a copy.
 
     Args:
-        sampler: of an epoch's indices; Lightning looks for it here to call its ``set_epoch``.
-        batch_size: of all batches but the last, which may be smaller.
-        device: of the images.
+        sampler: gives the indices; Lightning looks for it here, to call its ``set_epoch``.
+        batch_size: size of all batches except the last, which may be smaller.
+        device: the device on which the images lie.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int, device: torch.device) -> None:
@@ -140,35 +140,35 @@ class BatchIndices(Sampler[Tensor]):
 
 
 class MNISTDataModule(L.LightningDataModule):
-    """Train, validation and test splits of MNIST, or of another data set of images.
+    """Hold the training, validation and test splits of MNIST or of another data set of images.
 
-    The validation images are ``val_size`` of the training images, stratified by label and chosen by
-    ``split_seed`` alone.  The test split is the official one; where a source has none, it is a fifth of
-    the images, chosen likewise.
+    ``split_seed`` chooses ``val_size`` of the training images for validation, the same share of each class.
+    The test split is the official one; where a source has none, ``split_seed`` chooses a fifth of the images
+    in the same way.
 
     Args:
         name: a key of ``known.KNOWN``, "folder" or "npz"; with ``source``, a name for the figures.
-        data_dir: folder in torchvision's layout; made and filled where something is missing.
-        path: of "folder" and "npz".
-        size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
+        data_dir: folder in torchvision's layout; ``prepare_data`` creates it and adds missing files.
+        path: the folder of "folder", or the file of "npz".
+        size: height and width in pixels to which pictures of "folder" are resized; None keeps their size.
         grey: whether coloured pictures of "folder" become grey.
         source: ``_target_`` and arguments of a function that gives arrays, see ``arrays.check_arrays``.
-        batch_size: of training, over all processes together; divisible by their number.
-        val_size: number of validation images; 0 trains on all; None: a tenth of the training images.
-        num_folds: parts of the training images, see ``assign_folds``, of which ``fold`` is the validation
-            split, whatever ``val_size`` is; None: no folds.
-        fold: in [0, num_folds).
-        train_size: of what is left for training, how many images are used: the first so many of
-            ``order_stratified``; None: all.
-        split_seed: chooses the validation images.
-        num_workers: of each loader.
-        seed: of the order of the training images.
+        batch_size: number of training images in a step, over all processes; a multiple of their number.
+        val_size: number of validation images; 0 trains on all; None takes a tenth of the training images.
+        num_folds: number of folds into which ``assign_folds`` divides the training images.  ``fold`` is then
+            the validation split, and ``val_size`` is ignored.  None: no folds.
+        fold: number of the validation fold, in [0, num_folds).
+        train_size: number of training images to use, the first ones of ``order_stratified``; None: all that
+            validation leaves.
+        split_seed: seed that chooses the validation images.
+        num_workers: number of worker processes of each loader.
+        seed: seed of the order of the training images.
 
     Attributes:
-        splits: "train", "val" and "test", once ``setup`` has run.
-        image_shape: (C, H, W); of a data set that is not known by its name, once ``setup`` has run.
-        class_names: by label; the same.
-        fingerprint: tells whether two data sets are the same, once ``setup`` has run.
+        splits: "train", "val" and "test"; empty before ``setup``.
+        image_shape: (C, H, W); unset before ``setup`` where ``name`` is not in ``known.KNOWN``.
+        class_names: name of each label; unset before ``setup`` where ``name`` is not in ``known.KNOWN``.
+        fingerprint: a text that is the same for the same images and labels; unset before ``setup``.
     """
 
     image_shape: tuple[int, int, int]
@@ -194,7 +194,7 @@ class MNISTDataModule(L.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
-        # absolute, so that a checkpoint tells where it lies, wherever it is read
+        # an absolute path, so that a checkpoint can be read from any working folder
         place = None if path is None else expand_home(path).absolute()
         self.save_hyperparameters(
             {
@@ -228,17 +228,16 @@ class MNISTDataModule(L.LightningDataModule):
         self.is_known = name in KNOWN and source is None
         if self.is_known:
             self.image_shape, self.class_names = KNOWN[name].image_shape, list(KNOWN[name].class_names)
-        self.resume_epoch = 0  # where the training order goes on, see load_state_dict
+        self.resume_epoch = 0  # the epoch and batch to go on from, see load_state_dict
         self.resume_batch = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the order of the training images a checkpoint stands: epoch, and batch in it; and which
-        images they are."""
+        """Return the epoch, the batch within it and the images' fingerprint, for a checkpoint."""
         assert self.trainer is not None
         fit_loop = self.trainer.fit_loop
         batch = fit_loop.epoch_loop.batch_progress.current.ready
         epoch: int = fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        if 0 < batch < self.trainer.num_training_batches:  # within it, or where a limit has cut it short
+        if 0 < batch < self.trainer.num_training_batches:  # within an epoch, or a limit cut it short
             epoch = fit_loop.epoch_progress.current.started - 1  # type: ignore[attr-defined]
         else:
             batch = 0
@@ -249,7 +248,8 @@ class MNISTDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
+        """Go on from the epoch and batch of a checkpoint.
+
         Raises:
             DataError: the run was trained on other images.
         """
@@ -257,12 +257,13 @@ class MNISTDataModule(L.LightningDataModule):
         self.resume_epoch, self.resume_batch = state_dict["epoch"], state_dict["batch"]
 
     def check_fingerprint(self, state_dict: Mapping[str, Any]) -> None:
-        """
+        """Check that a checkpoint's run was trained on these images.
+
         Args:
-            state_dict: of a checkpoint, whose images are to be these.
+            state_dict: what ``state_dict`` returned for the checkpoint.
 
         Raises:
-            DataError: they are others.
+            DataError: the run was trained on other images.
         """
         before = state_dict.get("fingerprint", self.fingerprint)
         if before != self.fingerprint:
@@ -272,15 +273,16 @@ class MNISTDataModule(L.LightningDataModule):
             )
 
     def prepare_data(self) -> None:
-        """Make the data set whole where it will be read.
+        """Add the files of the data set that are missing, from the package or from the network.
 
         Raises:
-            OSError: the folder can't be made or written, or a download failed.
+            OSError: the folder can't be created or written, or a download failed.
         """
         self.source.make_whole()
 
     def setup(self, stage: str) -> None:
-        """
+        """Read the images and split them, whatever ``stage`` is; a second call does nothing.
+
         Raises:
             OSError: the images can't be read.
             DataError: they can't be used, or are too few for ``val_size`` and ``batch_size``.
@@ -308,10 +310,13 @@ class MNISTDataModule(L.LightningDataModule):
         self.image_shape = (channels[0] if channels else 1, height, width)
 
     def measure_pixels(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the training images' pixels, scaled to [0, 1], of each channel.
+        """Return each channel's mean and standard deviation over the training images.
+
+        Both are lists of C numbers, for pixels scaled to [0, 1] and rounded to six decimals.  A channel whose
+        pixels are all equal gets the standard deviation 1.
 
         Raises:
-            DataError: all pixels are equal.
+            DataError: all pixels of all channels are equal.
         """
         pixels = self.splits["train"].images.reshape(len(self.splits["train"]), -1, self.image_shape[0])
         levels = torch.arange(256, dtype=torch.float64) / 255
@@ -324,7 +329,7 @@ class MNISTDataModule(L.LightningDataModule):
             mean = float(shares @ levels)
             std = float(shares @ (levels - mean) ** 2) ** 0.5
             means.append(round(mean, 6))
-            stds.append(round(std, 6) or 1.0)  # of a channel that is always the same nothing can be learned
+            stds.append(round(std, 6) or 1.0)  # a constant channel has nothing to learn from
             blank = blank and std == 0
         if blank:
             raise DataError(f"the training images of {self.name} are blank: all pixels are equal")
@@ -355,12 +360,12 @@ class MNISTDataModule(L.LightningDataModule):
         return self._loader("test")
 
     def _loader(self, split: str, batch_size: int | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
-        if not self.splits:  # a plain loop does not call them
+        if not self.splits:  # Lightning calls these two, a plain training loop does not
             self.prepare_data()
             self.setup("fit")
         images = self.splits[split]
         trainer = self.trainer
-        overfit = getattr(trainer, "overfit_batches", 0) > 0  # the same few batches each epoch
+        overfit = getattr(trainer, "overfit_batches", 0) > 0  # then each epoch has the same few batches
         sampler = EpochSampler(
             len(images),
             shuffle=split == "train" and not overfit,
@@ -369,15 +374,15 @@ class MNISTDataModule(L.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
         )
         device = torch.device("cpu")
-        if trainer is not None and self.num_workers == 0:  # worker processes hand over through the host
+        if trainer is not None and self.num_workers == 0:  # workers pass images through CPU memory
             device = trainer.strategy.root_device
         return DataLoader(
             images.to(device),
-            batch_sampler=BatchIndices(sampler, batch_size or eval_batch_size(self.image_shape), device),  # type: ignore[arg-type]  # a tensor, no list
+            batch_sampler=BatchIndices(sampler, batch_size or eval_batch_size(self.image_shape), device),  # type: ignore[arg-type]  # gives tensors, not lists
             num_workers=self.num_workers,
             collate_fn=_identity,
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # else each epoch would draw from the global random state
+            generator=torch.Generator(),  # else each epoch draws from the global random state
         )
 
 
@@ -388,21 +393,21 @@ def _identity(batch: Any) -> Any:
 def load_mnist(
     data_dir: str | Path = "~/.pytorch/MNIST_data/", batch_size: int = 64
 ) -> tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]:
-    """The tutorial's loaders, for a plain training loop.
+    """Load MNIST for a plain training loop, as PyTorch's tutorials do.
 
-    The second one has the official test images: who compares settings by them has no images left to say how
-    good the best one is.  ``MNISTDataModule`` has three splits.
+    The second loader has the official test images.  If you compare settings on them, no images are left to
+    say how good the best setting is; ``MNISTDataModule`` has a validation split for this.
 
     Args:
-        data_dir: folder in torchvision's layout; MNIST is put there where it is missing.
-        batch_size: of all batches but the last, which may be smaller.
+        data_dir: folder in torchvision's layout; missing files of MNIST are written there.
+        batch_size: size of all batches except the last, which may be smaller.
 
     Returns:
-        Loaders of the 60,000 training and of the 10,000 test images, each shuffled anew at every pass:
-        (B, 1, 28, 28) float32 in [-1, 1], and labels (B,) int64.
+        Loaders of the 60,000 training and of the 10,000 test images.  Each pass has a new random order.
+        Batches are images (B, 1, 28, 28) float32 in [-1, 1] and labels (B,) int64.
 
     Raises:
-        OSError: the folder can't be made or written.
+        OSError: the folder can't be created or written.
     """
     source = find_source("mnist", expand_home(data_dir))
     source.make_whole()
@@ -419,22 +424,24 @@ def load_mnist(
 
 
 def _to_unit(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """From 0 … 255 to -1 … 1: mean 0.5 and standard deviation 0.5 of pixels in [0, 1]."""
+    """Scale pixels from [0, 255] to [-1, 1].  (B, 28, 28) uint8 -> (B, 1, 28, 28) float32"""
     images, labels = batch
     return (images.unsqueeze(1).float() / 255 - 0.5) / 0.5, labels
 
 
 def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the validation and of the training images, both in ascending order.
+    """Choose validation images at random, the same share of each class.
 
-    Each class gives its share of the validation images, rounded by largest remainder.
+    Shares that are no whole numbers are rounded by the largest-remainder method.
 
     Args:
-        labels: (N,) int64 of the images to share out.
-        val_size: in [0, N).
+        labels: (N,) int64, the labels of the images to split.
+        val_size: number of validation images, in [0, N).
+        split_seed: seed of the choice.
 
     Returns:
-        (val_size,) int64 and (N - val_size,) int64
+        Indices of the validation images, (val_size,) int64, and of the training images,
+        (N - val_size,) int64, both in ascending order.
     """
     generator = torch.Generator().manual_seed(split_seed)
     counts = torch.bincount(labels)
@@ -451,13 +458,14 @@ def split(labels: Tensor, val_size: int, split_seed: int) -> tuple[Tensor, Tenso
 
 
 def order_stratified(labels: Tensor, split_seed: int) -> Tensor:
-    """An order of images of which every beginning is stratified: each class has its share, within one image.
+    """Order images at random, so that the first n contain each class's share within one image, for every n.
 
     Args:
         labels: (N,) int64.
+        split_seed: seed of the order.
 
     Returns:
-        (N,) int64, indices.
+        Indices of the images in this order, (N,) int64.
     """
     generator = torch.Generator().manual_seed(split_seed)
     places = torch.empty(len(labels), dtype=torch.float64)
@@ -469,13 +477,17 @@ def order_stratified(labels: Tensor, split_seed: int) -> Tensor:
 
 
 def assign_folds(labels: Tensor, num_folds: int, split_seed: int) -> Tensor:
-    """Each image's fold.  Folds differ by one image at most, in all and in each class.
+    """Assign each image to a fold at random.
+
+    The sizes of two folds differ by at most one image, and so do their counts of each class.
 
     Args:
-        labels: (N,) int64 of the training images.
+        labels: (N,) int64, the labels of the training images.
+        num_folds: number of folds.
+        split_seed: seed of the assignment.
 
     Returns:
-        (N,) int64 in [0, num_folds).
+        The fold of each image, (N,) int64 in [0, num_folds).
     """
     generator = torch.Generator().manual_seed(split_seed)
     parts = [
@@ -487,11 +499,11 @@ def assign_folds(labels: Tensor, num_folds: int, split_seed: int) -> Tensor:
 
 
 def members_of_classes(labels: Tensor) -> list[Tensor]:
-    """The indices of each class's images, in ascending order."""
+    """Return the indices of each class's images in ascending order, one (n,) int64 tensor for each label."""
     return [(labels == label).nonzero().squeeze(1) for label in range(int(labels.max()) + 1)]
 
 
-@functools.lru_cache(maxsize=1)  # the next job of a sweep uses the same tensors, which are never written to
+@functools.lru_cache(maxsize=1)  # the jobs of a sweep share these tensors; nothing writes to them
 def read_splits(
     source: Source,
     val_size: int | None,
@@ -502,10 +514,19 @@ def read_splits(
     fold: int | None = None,
     train_size: int | None = None,
 ) -> tuple[dict[str, Images], tuple[str, ...], str]:
-    """The three splits, the classes' names and the fingerprint of a data set.
+    """Read a data set and split it; the last result is kept for the next call with the same arguments.
 
     Args:
-        state: see ``Source.stamp``.
+        source: where the images come from.
+        val_size, split_seed, num_folds, fold, train_size: see ``MNISTDataModule``.
+        state: what ``source.stamp()`` returns; another state means that files have changed.
+
+    Returns:
+        The splits "train", "val" and "test", the name of each label, and the fingerprint of the images.
+
+    Raises:
+        OSError: the images can't be read.
+        DataError: they can't be used, or are too few for these sizes.
     """
     parts, names, fingerprint = source.read()
     if "all" in parts:

@@ -1,4 +1,4 @@
-"""How good a trained net is, and where it errs:  python -m mnist_lightning.evaluate [key=value …]"""
+"""Measure a trained net and find its mistakes:  python -m mnist_lightning.evaluate [key=value …]"""
 
 import csv
 import io
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUM_MISTAKES = 40  # on the sheet
-NUM_LABELS = 12  # in the terminal
-NUM_ASKED = 10_000  # images, by which the number of threads is chosen
+NUM_MISTAKES = 40  # on the sheet of mistakes
+NUM_LABELS = 12  # doubtful labels in the terminal
+NUM_ASKED = 10_000  # number of images for which the number of threads is chosen
 FILES = (
     *("metrics.json", "predictions.csv", "confusion_matrix.png", "reliability.png", "mistakes.png"),
     *("labels.csv", "labels.png"),
@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def evaluate(settings: Evaluate) -> None:
-    """Score the net on a split; print the scores, write them, the predictions and the figures.
+    """Score the net on a split; print the scores; write scores, predictions and figures.
 
     Raises:
         OSError: the checkpoint or the data can't be read, or the output can't be written.
@@ -90,13 +90,12 @@ def evaluate(settings: Evaluate) -> None:
     averaged = len(paths) > 1 or settings.tta > 0 or sweep is not None
     for path, (classifier, _) in zip(paths, loaded, strict=True):
         if averaged and not classifier.names_classes:
-            raise OSError(f"{path}: runs and tta average probabilities, and this net gives none")
+            raise OSError(f"{path}: runs, folds and tta need probabilities, and this net is a regression")
         if settings.tta and classifier.preprocess.deform is None:
             raise OSError(
-                f"{path} was trained without deformations (data.augment), and tta averages over those of the"
-                " training: use tta=0"
+                f"{path} was trained without deformations (data.augment), over which tta averages: use tta=0"
             )
-    indices: Any = None  # of the judged images among those of the split; None: all
+    indices: Any = None  # positions of the evaluated images in the split; None: all
     missing: list[int] = []
     start = time.perf_counter()
     if sweep is None:
@@ -127,9 +126,9 @@ def evaluate(settings: Evaluate) -> None:
                 log.info("%s: %d of %d nets, %.1f s", path, len(log_probs), len(paths), seconds)
         if averaged and sweep is None:
             outputs = average(log_probs)
-        own = measure(first, outputs, split.labels)  # log-probabilities are logits too
+        own = measure(first, outputs, split.labels)  # log-probabilities can serve as logits
     classes = first.names_classes
-    temperature = 1.0 if averaged else first.temperature  # of a mean of nets none was fitted
+    temperature = 1.0 if averaged else first.temperature  # an average of nets has no fitted temperature
     log_probs_of_all = outputs.log_softmax(dim=1).numpy()
     evaluation = score(split.labels.numpy(), log_probs_of_all, temperature) if classes else None
     seconds = time.perf_counter() - start
@@ -138,7 +137,7 @@ def evaluate(settings: Evaluate) -> None:
     names = first.class_names
     own["loss"], loss_name = own.pop("loss"), name_of(first.loss)
     if evaluation and (averaged or loss_name == "mnist_lightning.losses.CrossEntropy"):
-        del own["loss"]  # of several nets there is none; and this one is in the scores
+        del own["loss"]  # an average of nets has none, and cross-entropy is among the scores
     if evaluation:
         own.pop("acc", None)
     folder = find_output(settings, paths[0])
@@ -192,13 +191,13 @@ def evaluate(settings: Evaluate) -> None:
         if settings.labels:
             print(f"\n{tabulate_labels(evaluation, doubtful, indices, names)}")
         if temperature != 1:
-            fitted = " on these images: calibration is that of others only with split=test"
+            fitted = " on these images: use split=test for the calibration on other images"
             told = fitted if settings.split == "val" else " on the validation images"
             print(f"\nprobabilities are at temperature {temperature:.2f}, fitted{told}")
         if own:
             print("\nthe run's own:")
     else:
-        print("this net gives a number for each image, no classes: its own loss and metrics")
+        print("this net is a regression: its run's own loss and metrics are")
     for key, value in own.items():
         print(f"{key:13} {show_with_unit(key, value)}" + (f"   {loss_name}" if key == "loss" else ""))
     print(f"\nwritten to {folder}:")
@@ -208,16 +207,16 @@ def evaluate(settings: Evaluate) -> None:
 
 
 def read_folds(name: str) -> Sweep:
-    """The sweep whose best setting's nets are to be joined.
+    """Read the sweep over folds whose best setting is evaluated.
 
     Raises:
-        OSError: there is no such sweep, or it has no job with a fold that has finished.
+        OSError: there is no such sweep, or no job of it with a fold has finished.
     """
     sweep = read_sweep(find_sweep(name))
     if not sweep.settings or not any(FOLD in job.params for job in sweep.settings[0].jobs):
         raise FileNotFoundError(
             f"{sweep.folder} has no finished job with a fold; python -m mnist_lightning.train -m folds=5"
-            " makes such a sweep"
+            " starts such a sweep"
         )
     return sweep
 
@@ -232,11 +231,16 @@ def tell_folds(sweep: Sweep, missing: Sequence[int]) -> None:
             f"{'left out':13} job {job.name}, fold {job.params[FOLD]}: {job.status.state}, {job.status.error}"
         )
     if missing:
-        print(f"{'missing':13} fold {', '.join(map(str, missing))}: no net has judged its images")
+        print(f"{'missing':13} fold {', '.join(map(str, missing))}: no net was evaluated on its images")
 
 
 def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> str:
-    """One line per image: its index in the split, label and the net's number."""
+    """Format a CSV table with a row for each image: its index in the split, label and the net's output.
+
+    Args:
+        outputs: (N,), the outputs of a regression.
+        labels: (N,).
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "label", "output"])
@@ -246,12 +250,14 @@ def format_outputs(outputs: "NDArray[np.float32]", labels: "NDArray[np.int64]") 
 
 
 def find_output(settings: Evaluate, checkpoint: Path) -> Path:
-    """The folder to write to: the user's, the run's, one beside a lone checkpoint file, or one of several
-    runs.  It is made.
+    """Choose and create the folder to write to.
+
+    It is the user's, one in the run's or the sweep's folder, one beside a checkpoint file, or, for several
+    runs, one under ``logs/evaluate``.
 
     Raises:
         CommandError: files that this command has not written would be overwritten.
-        OSError: it can't be made, or leads elsewhere.
+        OSError: the folder can't be created, or a link in it leads elsewhere.
     """
     if settings.output is not None:
         return claim_output(settings.output, "evaluate", FILES)
@@ -270,7 +276,7 @@ def find_output(settings: Evaluate, checkpoint: Path) -> Path:
 
 
 def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
-    """What ``metrics.json`` holds: plain numbers, None where one is not defined."""
+    """Return the scores for ``metrics.json`` as plain numbers; None where a score is not defined."""
     per_class = {
         name: [None if math.isnan(value) else float(value) for value in getattr(evaluation.scores, name)]
         for name in ("precision", "recall", "f1")
@@ -289,10 +295,11 @@ def to_metrics(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | None" = None) -> str:
-    """One line per image: its index in the split, label, prediction and the prediction's probability.
+    """Format a CSV table with a row for each image: its index, label, prediction and its probability.
 
     Args:
-        indices: (N,) of the images; None: 0, 1, 2, …
+        evaluation: of N images.
+        indices: (N,), index of each image in the split; None: 0, 1, 2, …
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -307,11 +314,13 @@ def format_predictions(evaluation: "Evaluation", indices: "NDArray[np.int64] | N
 def format_labels(
     evaluation: "Evaluation", doubtful: "NDArray[np.int64]", indices: "NDArray[np.int64]", names: list[str]
 ) -> str:
-    """A line for each label that is contradicted, the least probable first.
+    """Format a CSV table with a row for each label that the nets contradict, the least probable first.
 
     Args:
-        doubtful: (M,) places in the evaluation, see ``Evaluation.doubtful``.
-        indices: (N,) of the images among all training images.
+        evaluation: of N images.
+        doubtful: (M,), positions in the evaluation, see ``Evaluation.doubtful``.
+        indices: (N,), index of each image among all training images.
+        names: name of each class.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -340,7 +349,7 @@ def draw_labels(
         [names[label] for label in evaluation.labels[worst]],
         [names[label] for label in evaluation.predictions[worst]],
         evaluation.confidences[worst],
-        title=f"{title}: the {len(worst)} labels that are contradicted most surely, of {len(doubtful):,}",
+        title=f"{title}: the {len(worst)} least probable labels, of {len(doubtful):,} contradicted ones",
     )
 
 
@@ -350,8 +359,8 @@ def tabulate_labels(
     indices: "NDArray[np.int64]",
     names: list[str],
 ) -> str:
-    """The most doubtful labels as lines of text."""
-    lines = ["labels that are contradicted most surely, all of them in labels.csv:"]
+    """Format the most doubtful labels as lines of text."""
+    lines = ["the least probable of the contradicted labels; labels.csv has all of them:"]
     lines += ["  image  label  read as  probability of the label"]
     for place in doubtful[:NUM_LABELS]:
         label, prediction = evaluation.labels[place], evaluation.predictions[place]
@@ -363,9 +372,14 @@ def tabulate_labels(
 def draw(
     evaluation: "Evaluation", images: "NDArray[np.uint8]", names: list[str], title: str, sure: float = 0.0
 ) -> "dict[str, Figure]":
-    """
+    """Draw the figures of an evaluation, by file name.
+
     Args:
-        sure: the least probability of an answer, see ``DigitClassifier``; 0: each is one.
+        evaluation: of N images.
+        images: (N, H, W) or (N, H, W, 3).
+        names: name of each class.
+        title: the beginning of each title.
+        sure: the least probability of an answer, see ``DigitClassifier``; 0 accepts every answer.
     """
     from mnist_lightning import figures
 
@@ -398,7 +412,7 @@ def draw(
 
 
 def tabulate(evaluation: "Evaluation", names: list[str]) -> str:
-    """The scores as lines of text."""
+    """Format the scores as lines of text."""
     low, high = (100 * end for end in evaluation.interval)
     bins = len(evaluation.calibration.counts)
     width = max(5, *map(len, names))

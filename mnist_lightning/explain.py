@@ -1,4 +1,4 @@
-"""Why does a net answer as it does?  python -m mnist_lightning.explain mistakes=12"""
+"""Explain a net's answers for single images:  python -m mnist_lightning.explain mistakes=12"""
 
 import logging
 import sys
@@ -45,13 +45,13 @@ def run(cfg: DictConfig) -> None:
 def explain(settings: Explain) -> int:
     """Print a sentence and draw a figure for each image.
 
-    A picture that can't be read gets a line on stderr, and the others go on.
+    A picture that can't be read gets a line on stderr and does not stop the others.
 
     Returns:
-        The number of such pictures.
+        The number of pictures that can't be read.
 
     Raises:
-        CommandError: the net names no classes, or an index is beyond the split.
+        CommandError: the net is a regression, or an index is beyond the split.
         OSError: the checkpoint or the data can't be read, or the output can't be written.
     """
     path = find_checkpoint(settings.run, settings.checkpoint)
@@ -64,7 +64,7 @@ def explain(settings: Explain) -> int:
 
     classifier, checkpoint = load_classifier(path, trust=settings.trust)
     if not classifier.names_classes:
-        raise CommandError(f"{path}: explain is for nets that name classes, and this one gives a number")
+        raise CommandError(f"{path}: explain is for classifiers, and this net gives a number (a regression)")
 
     def load(split: str) -> "Images":
         return load_split(path, checkpoint, split, data_dir=settings.data_dir, trust=settings.trust)
@@ -110,7 +110,7 @@ def explain(settings: Explain) -> int:
 def _read_pictures(
     names: list[str], classifier: "DigitClassifier", data: "dict[str, Any]"
 ) -> "Iterator[tuple[str, Tensor | str]]":
-    """Each file's name, and its image, or why it can't be read."""
+    """Yield each file's name, and its image as uint8 (H, W) or (H, W, 3) or why it can't be read."""
     import torch
 
     from mnist_lightning.images.handwriting import read_pixels
@@ -131,10 +131,10 @@ def _read_pictures(
 def _choose_images(
     settings: Explain, classifier: "DigitClassifier", split: "Images"
 ) -> "Iterator[tuple[str, Tensor, int]]":
-    """The images of a split that are asked for, with their labels.
+    """Yield the images of a split that ``index`` or ``mistakes`` asks for: name, image and label.
 
     Raises:
-        CommandError: an index is beyond the split, or nothing is misread.
+        CommandError: an index is beyond the split, or no image is misread.
     """
     from mnist_lightning.evaluation.trained import compute_outputs
 

@@ -1,4 +1,4 @@
-"""A trained net as an ONNX file or a page:  python -m mnist_lightning.export [format=html] [key=value …]"""
+"""Write a net as an ONNX file or a page:  python -m mnist_lightning.export [format=html] [key=value …]"""
 
 import io
 import logging
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUM_CHECKED = 1_000  # test images that both nets are shown
-TOLERANCE = 1e-4  # between their probabilities; float32 sums in another order differ by some 1e-6
+NUM_CHECKED = 1_000  # number of test images on which both nets are compared
+TOLERANCE = 1e-4  # largest difference of a probability; another order of float32 sums gives about 1e-6
 
 
 def main() -> None:
@@ -47,10 +47,15 @@ def run(cfg: DictConfig) -> None:
 
 
 def find_target(settings: Export, checkpoint: Path, name: str) -> Path:
-    """The file to write: the user's, one of this name in the run's folder, or one beside a lone checkpoint.
+    """Choose the file to write: the user's, one in the run's folder, or one beside a checkpoint file.
+
+    Args:
+        settings: the command's settings.
+        checkpoint: the checkpoint that is exported.
+        name: file name in a run's folder; its suffix is the kind of file.
 
     Raises:
-        CommandError: it is a folder, or a file of another kind.
+        CommandError: the user's file is a folder or another kind of file.
     """
     kind = Path(name).suffix
     if settings.output is not None:
@@ -65,10 +70,10 @@ def find_target(settings: Export, checkpoint: Path, name: str) -> Path:
 
 
 def export_page(settings: Export) -> None:
-    """Write the net as a page to draw on, which needs no server and no network.
+    """Write the net as a page to draw on, one file that needs no server and no network.
 
     Raises:
-        CommandError: the page can't run the net, or there is no film.
+        CommandError: the page can't compute this kind of net, or the run has no film.
         OSError: the checkpoint, the data or the film can't be read, or the page can't be written.
     """
     path = find_checkpoint(settings.run, settings.checkpoint)
@@ -123,15 +128,15 @@ def export_page(settings: Export) -> None:
     write_atomic(target, content)
     print(f"checkpoint  {path}")
     print(f"written to  {target} ({len(content) / 1e3:,.0f} kB): open it in a browser")
-    told = f"{same:,} of {len(images):,} test images get the same answer from weights of 8 bits"
+    told = f"{same:,} of {len(images):,} test images get the same answer with weights of 8 bits"
     print(f"checked     {told}, largest difference of a probability {difference:.3f}")
 
 
 def export_onnx(settings: Export) -> None:
-    """Write the net as ONNX, once it gives what the PyTorch net gives.
+    """Write the net as an ONNX file, after comparing its outputs with the PyTorch net's.
 
     Raises:
-        CommandError: the extra is not installed, or the two nets differ.
+        CommandError: a package is missing, ONNX can't express the net, or the two nets differ.
         OSError: the checkpoint or the data can't be read, or the file can't be written.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
@@ -155,7 +160,7 @@ def export_onnx(settings: Export) -> None:
     print(f"checkpoint  {path}")
     print(f"written to  {target} ({len(content) / 1e6:.1f} MB)")
     sizes = ", ".join(map(str, images.shape[1:]))
-    print(f"input       images: uint8 (N, {sizes}), in [0, 255], as the data set has them")
+    print(f"input       images: uint8 (N, {sizes}), in [0, 255], as the data set stores them")
     print(f"output      {name_output(classifier)}: float32 (N, {classifier.num_outputs})")
     print(f"checked     {len(images):,} test images, largest difference to PyTorch {difference:.1e}")
 
@@ -165,10 +170,13 @@ def name_output(classifier: "DigitClassifier") -> str:
 
 
 def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
-    """The net as the content of an ONNX file: stored images in; probabilities, or its number, out.
+    """Convert the net to the content of an ONNX file, which maps stored images to probabilities.
+
+    A regression gives its outputs instead.
 
     Args:
-        images: (N, H, W) or (N, H, W, C) uint8, N >= 2; their shape is what the file will take.
+        classifier: the trained net.
+        images: (N, H, W) or (N, H, W, C) uint8, N >= 2; the file will take images of this shape, for any N.
 
     Raises:
         CommandError: ONNX can't express the net.
@@ -199,7 +207,7 @@ def to_onnx(classifier: "DigitClassifier", images: "Tensor") -> bytes:
 
 
 def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> float:
-    """The largest difference between what the ONNX and the PyTorch net give."""
+    """Return the largest difference between outputs of the ONNX net and of the PyTorch net."""
     import numpy as np
     import onnxruntime
 
@@ -214,7 +222,7 @@ def compare(content: bytes, classifier: "DigitClassifier", images: "Tensor") -> 
 
 @contextmanager
 def _quiet() -> "Iterator[None]":
-    """torch.onnx and onnxscript report their progress and their own deprecations; errors still pass."""
+    """Silence progress and deprecation messages of torch.onnx and onnxscript, but not their errors."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

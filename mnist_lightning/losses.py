@@ -1,16 +1,16 @@
-"""The loss that training minimises."""
+"""Define the loss that training minimises."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross-entropy between logits and labels.
+    """Compute the mean cross-entropy between logits and labels.
 
     Args:
-        label_smoothing: in [0, 1), the share of each label that is spread over all classes; while training
-            alone, so that validation losses can be compared (Szegedy et al. 2016, arXiv 1512.00567,
-            section 7).
+        label_smoothing: the share of each label that is spread over all classes, in [0, 1) (Szegedy et al.
+            2016, arXiv 1512.00567, section 7).  It acts in training mode only, so that validation losses of
+            different settings can be compared.
     """
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
@@ -23,7 +23,7 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B, num_classes) float, (B,) int64 -> () float"""
+        """Compute the loss of a batch.  (B, num_classes) float, (B,) int64 -> () float"""
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 

@@ -1,4 +1,4 @@
-"""The net: normalised pixels in, a logit for each class out."""
+"""Define the net: it takes normalised pixels and gives a logit for each class."""
 
 import itertools
 import math
@@ -23,13 +23,14 @@ NORMS: dict[str, type[nn.Module] | None] = {
 
 
 class GaussianNoise(nn.Module):
-    """Adds normal noise while training; nothing in eval mode.
+    """Add normal noise to all values in training mode, and none in eval mode.
 
-    Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization"; in batch-normalised
-    layers: Rasmus et al. 2015, arXiv 1507.02672, whose baseline with it errs on 0.80 % of MNIST.
+    The method is of Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization".  Rasmus
+    et al. 2015, arXiv 1507.02672, use it in layers with batch normalisation; their baseline with noise
+    misreads 0.80 % of MNIST's test images.
 
     Args:
-        std: of the noise, > 0.
+        std: standard deviation of the noise, > 0.
     """
 
     def __init__(self, std: float) -> None:
@@ -51,15 +52,15 @@ class FeedForward(nn.Module):
     Args:
         hidden: units of each hidden layer; a number is one layer, ``[]`` gives a linear classifier.
         activation: a key of ``ACTIVATIONS``.
-        dropout: probability in [0, 1) of zeroing a hidden unit while training.
+        dropout: probability of setting a hidden unit to zero in a training step, in [0, 1).
         norm: a key of ``NORMS``.
-        input_noise: standard deviation of noise that training adds to the normalised pixels; >= 0.
-        noise: standard deviation of noise that training adds before each activation; >= 0.
+        input_noise: standard deviation of noise that training adds to the normalised pixels, >= 0.
+        noise: standard deviation of noise that training adds before each activation, >= 0.
         image_shape: (C, H, W) of the images.
-        num_classes: number of logits.
+        num_classes: number of classes, each of which gets a logit.
 
     Raises:
-        ValueError: an activation or a norm that is not known.
+        ValueError: the activation or the norm is unknown.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class FeedForward(nn.Module):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
         hidden = [hidden] if isinstance(hidden, int) else list(hidden)
-        if type(self) is FeedForward:  # a subclass has arguments of its own
+        if type(self) is FeedForward:  # a subclass may take other arguments
             self.recipe = {
                 "_target_": "mnist_lightning.network.FeedForward",
                 "hidden": hidden,
@@ -108,15 +109,18 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits for a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
+        """Compute the logits of a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
         logits: Tensor = self.layers(images)
         return logits
 
 
 @contextmanager
 def on_trial(module: nn.Module) -> Iterator[None]:
-    """Try a net within the block, in eval mode and without gradients; restore it and the random state
-    afterwards."""
+    """Use a net within the block in eval mode and without gradients.
+
+    Afterwards each of its parts is in training mode again if it was before, and torch's random state is
+    restored.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""What is in a picture?  python -m mnist_lightning.predict images=my_digit.png"""
+"""Predict the digits in pictures:  python -m mnist_lightning.predict images=my_digit.png"""
 
 import csv
 import io
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_SECONDS = 20  # for a file to be read and its digits to be found
-MARKS = {"sure": "", "not sure": "?"}  # behind a digit among several
-BOX = ("left", "top", "right", "bottom")  # columns of predictions.csv: of one digit among several, in pixels
+MOST_SECONDS = 20  # time limit for reading a file and finding its digits
+MARKS = {"sure": "", "not sure": "?"}  # printed after a digit among several
+BOX = ("left", "top", "right", "bottom")  # columns of predictions.csv: place of a digit, in pixels
 
 
 def main() -> None:
@@ -55,13 +55,13 @@ def run(cfg: DictConfig) -> None:
 def predict(settings: Predict) -> int:
     """Read each picture; print, write and draw the net's answer.
 
-    A file that can't be read gets a line on stderr, and the others go on.
+    A file that can't be read gets a line on stderr and does not stop the others.
 
     Returns:
-        The number of such files.
+        The number of files that can't be read.
 
     Raises:
-        OSError: no checkpoint can be read, or the output can't be written.
+        OSError: the checkpoint can't be read, or the output can't be written.
     """
     from mnist_lightning.images.normalize import NoDigit
     from mnist_lightning.images.pictures import find_files
@@ -85,7 +85,7 @@ def predict(settings: Predict) -> int:
     names, classes = classifier.class_names, classifier.names_classes
     as_mnist = draws_like_mnist(checkpoint["datamodule_hyper_parameters"])
     if settings.layout == "many" and not (as_mnist and classes):
-        raise OSError("layout=many finds handwritten characters, and this net reads others: use layout=one")
+        raise OSError("layout=many needs a net for handwritten digits or letters: use layout=one")
     layout = settings.layout if classes else "one"
     figure_names = [f"{number:03}_{shorten_stem(file.stem)}" for number, file in enumerate(files, start=1)]
     written = ["predictions.csv", *(f"{name}.png" for name in figure_names if classes)]
@@ -158,16 +158,17 @@ def predict(settings: Predict) -> int:
 def look(
     file: Path, image_shape: "Sequence[int]", layout: str, *, as_mnist: bool
 ) -> "tuple[Image.Image, NDArray[np.uint8], list[Found]]":
-    """A picture, for people to look at, and what the net is to see of it.
+    """Read a picture and prepare it for the net.
 
     Args:
+        file: the picture's file.
         image_shape: (C, H, W) of the net's images.
         layout: see ``read_several``.
         as_mnist: see ``read_pixels``.
 
     Returns:
-        The picture, RGB; (N, H, W) or (1, H, W, 3) uint8; and the digits that were found, none where the
-        picture is read as one.
+        The picture, RGB; the net's images, (N, H, W) or (1, H, W, 3) uint8; and the digits that were found,
+        an empty list if the picture is read as a single one.
 
     Raises:
         OSError: the file can't be read.
@@ -189,7 +190,7 @@ def look(
 
 @contextmanager
 def write_table(path: Path) -> "Iterator[Any]":
-    """A CSV writer whose rows are in the file at the end, whatever ends it."""
+    """Yield a CSV writer, and write its rows to the file at the end, also after an error."""
     text = io.StringIO(newline="")
     try:
         yield csv.writer(text)

@@ -1,7 +1,7 @@
-"""The functions for Python: make settings and runs as the command does, and use trained nets.
+"""Use the project from Python: compose settings, train, and load and use trained nets.
 
-``mnist_lightning.train("model.hidden=256")`` is ``launch`` with what the command does once its settings
-are there.  The process is not ours: what a run changes in it is put back.
+``mnist_lightning.train("model.hidden=256")`` calls ``launch``, which composes the settings and then does
+what the command does.  The process belongs to the user: after a run, its global state is restored.
 """
 
 import contextlib
@@ -43,16 +43,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALONE = threading.Lock()  # one run at a time: Lightning and torch keep much for the whole process
+ALONE = threading.Lock()  # one run at a time: Lightning and torch keep global state
 DATED = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # as in conf/hydra/job_logging/train.yaml
 OURS = ("mnist_lightning", "lightning.pytorch", "lightning.fabric")
 
 
 def compose(*overrides: str) -> Train:
-    """The settings of a run, checked, as ``python -m mnist_lightning.train`` makes them of its arguments.
+    """Compose and check the settings of a run, as ``python -m mnist_lightning.train`` does.
 
     Args:
-        overrides: such arguments: ``"model.hidden=256"``, ``"experiment=strong"``, ``"--config-dir=mine"``.
+        overrides: arguments as on the command line, such as ``"model.hidden=256"``, ``"experiment=strong"``
+            or ``"--config-dir=mine"``.
 
     Raises:
         ConfigError: a setting can't be used.
@@ -64,7 +65,10 @@ def compose(*overrides: str) -> Train:
 
 
 def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
-    """A run's config with Hydra's own node, and Hydra's loader; Hydra's state in this process is kept.
+    """Compose a run's config, without changing Hydra's state in this process.
+
+    Returns:
+        The config with Hydra's own node, and Hydra's config loader.
 
     Raises:
         ConfigError, HydraException: see ``compose``.
@@ -96,15 +100,19 @@ def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
                 run_mode=RunMode.RUN,
                 from_shell=False,
             )
-        except SystemExit as error:  # with a line
+        except SystemExit as error:  # its value is a line that says what is wrong
             raise ConfigError(str(error)) from error
     return config, loader
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """
+    """Separate the flags ``--config-dir`` and ``--config-name`` from the settings.
+
+    Returns:
+        The flags by long name, and the settings.
+
     Raises:
-        ConfigError: a flag asks for more than one run's settings.
+        ConfigError: there is another flag, such as ``--multirun``.
     """
     flags: dict[str, str] = {}
     settings: list[str] = []
@@ -115,19 +123,19 @@ def split_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if name in ("--config-dir", "--config-name"):
             flags[name] = value if sign else next(rest, "")
         elif name in ("-m", "--multirun"):
-            raise ConfigError("train(…) makes one run; python -m mnist_lightning.train -m … makes a sweep")
+            raise ConfigError("train(…) trains one net; python -m mnist_lightning.train -m … runs a sweep")
         elif argument.startswith("-"):
-            raise ConfigError(f"{argument} is a flag of the command line; from Python there is --config-dir")
+            raise ConfigError(f"{argument} works on the command line only; Python takes --config-dir")
         else:
             settings.append(argument)
     return flags, settings
 
 
 class Run:
-    """What a run has left, or has left so far.
+    """A run's results, final or so far.
 
     Attributes:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -135,13 +143,13 @@ class Run:
 
     @property
     def state(self) -> str:
-        """ "completed", "interrupted", "failed", "running", or "unknown" where no status can be read."""
+        """The run's state: "completed", "interrupted", "failed", "running", or "unknown" without a status."""
         status = read(self.folder)
         return "unknown" if status is None else status.state
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What ``metrics.json`` holds; empty where the run has not ended.
+        """The contents of ``metrics.json``; empty if the run has not ended.
 
         Raises:
             OSError: the file can't be read.
@@ -150,14 +158,14 @@ class Run:
         return read_json(path) if path.is_file() else {}
 
     def load(self) -> "TrainedNet":
-        """The net of the best epoch; see ``load``."""
+        """Load the net of the best epoch; see ``load`` for what is raised."""
         return load(self.folder)
 
     def show(self) -> "Figure":
-        """Loss and metrics by epoch, which a notebook draws where this is a cell's last line.
+        """Draw loss and metrics by epoch; a notebook shows the figure if this is a cell's last line.
 
         Raises:
-            OSError: no epoch has left its numbers.
+            OSError: the run has logged no epoch.
         """
         from mnist_lightning import figures
         from mnist_lightning.compare import read_curves
@@ -185,17 +193,17 @@ class Run:
 
 
 def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequence[str]) -> Run:
-    """Make one run in this process.
+    """Train one net in this process.
 
     Args:
-        work: what the command does with checked settings, the run's folder and its overrides.
-        overrides: as on the command line.
+        work: trains with checked settings, the run's folder and its overrides.
+        overrides: arguments as on the command line.
 
     Returns:
-        The run, which Ctrl-C or a cell's interruption may have ended early, its last step saved.
+        The run.  Ctrl-C, or interrupting a notebook's cell, ends it early with its last step saved.
 
     Raises:
-        Exception: what the command would tell in a line.
+        Exception: any error that the command would print as a line.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import run_job
@@ -207,12 +215,12 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
         strategy = str(settings.trainer.get("strategy", "auto"))
         if strategy != "auto":
             raise ConfigError(
-                f"trainer.strategy={strategy} starts more processes, which a command line can:"
+                f"trainer.strategy={strategy} starts more processes, which works on the command line only:"
                 f" python -m mnist_lightning.train {' '.join(overrides)}"
             )
         try:
             prepare(config, "run")
-        except SystemExit:  # it was to be resumed, and has finished
+        except SystemExit:  # the run that resume= names has finished already
             return Run(str(config.hydra.run.dir))
         folder = Path(str(config.hydra.run.dir))
         errors: list[Exception] = []
@@ -224,7 +232,7 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
                 errors.append(error)
 
         with ExitStack() as stack:
-            stack.callback(let_go, folder)  # where the run has not come so far
+            stack.callback(let_go, folder)  # releases the folder if the run fails early
             stack.enter_context(workarounds.process_as_it_was())
             stack.enter_context(workarounds.hydra_as_it_was())
             stack.enter_context(told(folder / "train.log"))
@@ -242,24 +250,26 @@ def launch(work: Callable[[Train, Path, Sequence[str]], object], overrides: Sequ
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Let IPython show what a command tells in a line as a line, without the frames that led to it."""
+    """Make IPython show errors that a command would print as a line as one line, without a traceback."""
     try:
         yield
     except CompactHydraException as error:
         line = f"{type(error).__name__}: {error}"
-        vars(error)["_render_traceback_"] = lambda: [line]  # IPython's name for it
+        vars(error)["_render_traceback_"] = lambda: [line]  # IPython calls this
         raise
 
 
 @contextmanager
 def told(file: Path) -> Iterator[None]:
-    """Print this project's and Lightning's messages within the block and write them to a file, as the
-    command does; the loggers of the process stay as they are."""
+    """Print this project's and Lightning's messages within the block, and append them to a file.
+
+    Afterwards the loggers are restored.
+    """
     handlers: list[logging.Handler] = [
         logging.StreamHandler(sys.stdout),
         logging.FileHandler(file, encoding="utf-8"),
     ]
-    if in_notebook():  # there the epochs have a line of their own, which is drawn anew
+    if in_notebook():  # a notebook shows the epochs in a line that is drawn anew
         handlers[0].addFilter(lambda record: not record.name.endswith(".progress"))
     handlers[1].setFormatter(logging.Formatter(DATED))
     loggers = [logging.getLogger(name) for name in OURS]
@@ -279,13 +289,13 @@ def told(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Classes and probabilities of one image or many; ``labels, probabilities = prediction`` unpacks it.
+    """Predicted classes of one image or many; ``labels, probabilities = prediction`` unpacks them.
 
     Attributes:
-        labels: (N,) int64, the most probable class of each image; for one image an int.
-        probabilities: (N, num_classes) float32; for one image (num_classes,).
-        class_names: of the classes, in their order.
-        told: of each image "sure", "not sure" or "no digit", as ``predict`` says it; for one image a str.
+        labels: the most probable class of each image, (N,) int64; for one image an int.
+        probabilities: the probability of each class, (N, num_classes) float32; for one image (num_classes,).
+        class_names: name of each class.
+        told: "sure", "not sure" or "no digit" for each image, as ``predict`` prints it; for one image a str.
     """
 
     labels: "NDArray[np.int64] | int"
@@ -318,13 +328,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a net is on a split.
+    """Scores of a net on a split.
 
     Attributes:
-        metrics: what ``evaluate``'s metrics.json holds of the scores.
-        figures: by name; a notebook draws one that is a cell's last line.
+        metrics: the scores, as in the metrics.json of ``evaluate``.
+        figures: figures by name; a notebook shows one that is a cell's last line.
         table: the scores as text, as ``evaluate`` prints them.
-        class_names: in the order of the net's outputs.
+        class_names: name of each class, in the order of the net's outputs.
     """
 
     metrics: dict[str, Any]
@@ -351,12 +361,12 @@ def show_share(share: float | None) -> str:
 
 
 class TrainedNet:
-    """A trained net, to predict, evaluate and explain with.
+    """A trained net that can predict, be evaluated and be explained.
 
     Attributes:
-        path: of its checkpoint.
-        classifier: net, preprocessing and loss, in eval mode.
-        class_names: in the order of the net's outputs.
+        path: the checkpoint file.
+        classifier: the classifier with its net, preprocessing and loss, in eval mode.
+        class_names: name of each class, in the order of the net's outputs.
     """
 
     def __init__(
@@ -368,17 +378,17 @@ class TrainedNet:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the checkpoint tells of net, loss, metrics, preprocessing and data, as plain values."""
+        """The checkpoint's settings of net, loss, metrics, preprocessing and data, as plain values."""
         return dict(self._checkpoint["hyper_parameters"]) | {
             "data": dict(self._checkpoint["datamodule_hyper_parameters"])
         }
 
     @functools.cached_property
     def data(self) -> "MNISTDataModule":
-        """The data of the run, split as the run had it; ``data.splits["test"].images`` are (N, H, W) uint8.
+        """The run's data in the run's splits; ``data.splits["test"].images`` are (N, H, W) uint8.
 
         Raises:
-            OSError: it does not lie where the run read it, or is not what the run was trained on.
+            OSError: the data is no longer where the run read it, or has changed since the training.
         """
         from mnist_lightning.evaluation.trained import load_data
 
@@ -386,19 +396,19 @@ class TrainedNet:
             return load_data(self.path, self._checkpoint, data_dir=None, trust=self._trust)
 
     def predict(self, images: "Images") -> Prediction:
-        """The class of each image.
+        """Predict the class of each image.
 
         Args:
-            images: a picture's file, or a list of files, read and prepared as ``predict`` does it; or an
-                array or a tensor of the net's size: one image (H, W), (C, H, W) or (H, W, C), or many,
-                (N, H, W), (N, C, H, W) or (N, H, W, C).  Of grey images three axes are always (N, H, W).
-                Integers are uint8 in [0, 255], floating-point numbers in [0, 1]: the type decides, never
-                the values.
+            images: a picture's file or a list of files, which are prepared as the command ``predict`` does;
+                or an array or tensor of the net's image size.  One image is (H, W), (C, H, W) or (H, W, C);
+                many are (N, H, W), (N, C, H, W) or (N, H, W, C).  For a net of grey images, three axes always
+                mean (N, H, W).  Pixels are uint8 in [0, 255] or floating-point numbers in [0, 1]; the type
+                decides which, never the values.
 
         Raises:
             OSError: a file can't be read.
-            ValueError: the images have another shape, type or range; nothing stands out in a picture; or
-                the net names no classes.
+            ValueError: the images have another shape, type or range, nothing stands out in a picture, or
+                the net is a regression.
         """
         import numpy as np
         import torch
@@ -406,7 +416,7 @@ class TrainedNet:
         from mnist_lightning.evaluation.confidence import answer
 
         if not self.classifier.names_classes:
-            raise ValueError(f"{self.path} gives a number for each image, no classes: net.classifier(images)")
+            raise ValueError(f"{self.path} is a regression without classes: call net.classifier(images)")
         stored, single = self._prepare(images)
         if not len(stored):
             nothing = np.empty((0, len(self.class_names)), np.float32)
@@ -420,14 +430,18 @@ class TrainedNet:
 
     @contextmanager
     def _computing(self, num_images: int) -> Iterator[None]:
-        """Use as many threads as pay for this many images; afterwards torch has the user's number again."""
+        """Use as many threads as pay for this many images; restore the user's number afterwards."""
         from mnist_lightning.evaluation.trained import choose_threads
 
         with workarounds.usual_torch(), threads.use(choose_threads([self.classifier], num_images, None)):
             yield
 
     def _prepare(self, images: "Images") -> "tuple[NDArray[Any], bool]":
-        """(N, H, W) or (N, H, W, 3), uint8 or float32 in [0, 255], and whether it was one image alone."""
+        """Convert images to the form in which they are stored, as for ``predict``.
+
+        Returns:
+            (N, H, W) or (N, H, W, 3), uint8 or float32 in [0, 255], and whether a single image was given.
+        """
         import numpy as np
 
         if isinstance(images, (str, Path)):
@@ -441,12 +455,12 @@ class TrainedNet:
         elif np.issubdtype(array.dtype, np.floating):
             if array.size and not (array.min() >= 0 and array.max() <= 1):  # NaN too
                 raise ValueError(
-                    f"images of floating-point numbers lie in [0, 1], got {array.min():g} to {array.max():g}:"
-                    " divide by 255, or give uint8"
+                    f"images of floating-point numbers must be in [0, 1], got {array.min():g} to"
+                    f" {array.max():g}: divide by 255, or give uint8"
                 )
             scale = 255
         else:
-            raise ValueError(f"images are uint8 in [0, 255] or floats in [0, 1], got {array.dtype}")
+            raise ValueError(f"images must be uint8 in [0, 255] or floats in [0, 1], got {array.dtype}")
         if channels == 1:
             single = array.shape == (height, width)
             array = array[None] if single else array
@@ -461,7 +475,7 @@ class TrainedNet:
             one = f"({height}, {width})" if channels == 1 else f"({channels}, {height}, {width})"
             raise ValueError(
                 f"the net takes images of {one}, one or many (N, …), got {tuple(np.shape(images))};"
-                " a picture of another size is read from its file: net.predict('picture.png')"
+                " give a picture of another size as a file: net.predict('picture.png')"
             )
         if scale == 1:
             return np.ascontiguousarray(array), single
@@ -481,16 +495,15 @@ class TrainedNet:
         return pixels
 
     def explain(self, image: "Images", *, nearest: bool = True) -> "Explanation":
-        """Why the net answers as it does for one image: ``print(explanation)`` says it in words,
-        ``explanation.draw()`` shows it.
+        """Explain the net's answer for one image, in words (``print``) and as a figure (``.draw()``).
 
         Args:
-            image: one, as ``predict`` takes it.
-            nearest: whether to look for the training images that are most like it to the net.
+            image: one image, as for ``predict``.
+            nearest: whether to find the training images whose last hidden layer is most like the image's.
 
         Raises:
-            OSError: the file can't be read; or see ``data``, with ``nearest``.
-            ValueError: see ``predict``; or these are several images.
+            OSError: the file can't be read; with ``nearest``, also for the reasons of ``data``.
+            ValueError: these are several images; else see ``predict``.
         """
         import torch
 
@@ -506,14 +519,14 @@ class TrainedNet:
             return explain(self.classifier, asked[0], nearest=near)
 
     def evaluate(self, split: str = "val") -> Scores:
-        """How good the net is on a split of its run's data.
+        """Evaluate the net on a split of its run's data.
 
         Args:
-            split: "train", "val" or "test"; the test images are for the end.
+            split: "train", "val" or "test".  Read the test images only once, at the end of your work.
 
         Raises:
-            OSError: see ``data``; or the run had no such split.
-            ValueError: there is no split of this name.
+            OSError: the run had no such split; else see ``data``.
+            ValueError: no split has this name.
         """
         from mnist_lightning.evaluate import draw, tabulate, to_metrics
         from mnist_lightning.evaluation.scores import score
@@ -547,15 +560,15 @@ class TrainedNet:
 
 
 def load(run: str | Path = "latest", *, trust: Any = None) -> TrainedNet:
-    """A trained net, read back from what its run left.
+    """Load the trained net of a run.
 
     Args:
-        run: a run's folder, a checkpoint file, or "latest": the newest run under ``logs/``.
-        trust: modules of yours that the checkpoint may name, say "my_nets".
+        run: a run's folder, a checkpoint file, or "latest" for the newest run under ``logs/``.
+        trust: your modules that the checkpoint may import, such as "my_nets"; a name or a list.
 
     Raises:
-        OSError: there is none, or it can't be read.
-        TrustError: it names what is not trusted.
+        OSError: there is no such checkpoint, or it can't be read.
+        TrustError: the checkpoint names code that is not trusted.
     """
     path = find_checkpoint(str(run))
 

@@ -1,4 +1,4 @@
-"""Tell what came out of a sweep or any runs:  python -m mnist_lightning.report [html=true] [key=value …]"""
+"""Report the results of a sweep or of any runs:  python -m mnist_lightning.report [key=value …]"""
 
 import logging
 import os
@@ -37,10 +37,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def report(settings: Report) -> None:
-    """Print the settings, the best first; write a sweep's tables and figures, and the page.
+    """Print the settings, the best first; write a sweep's tables and figures and, if asked, the page.
 
     Raises:
-        CommandError: there is no such run, the filter can't be read, or the output is another's.
+        CommandError: there is no such run, the filter can't be read, or the output is another kind of file.
         OSError: a folder can't be read or written.
     """
     target = None
@@ -74,17 +74,17 @@ def write_page(results: Results, target: Path, title: str, command: list[str], s
 
 
 def find_records(settings: Report) -> list[Record]:
-    """The runs that are named, or that the filter lets through, the newest first.
+    """Find the runs that ``runs`` names or that match ``filter``, the newest first.
 
     Raises:
-        CommandError: there is none, or the filter can't be read.
-        OSError: a name is no run's and no sweep's.
+        CommandError: no run matches the filter, or the filter can't be read.
+        OSError: a name is neither a run nor a sweep.
     """
     if settings.filter is not None:
         records = list_runs(settings.under)
         found = choose(records, settings.filter, find_keys(records))
         if not found:
-            raise CommandError(f"filter: no run under {settings.under} fits {settings.filter}")
+            raise CommandError(f"filter: no run under {settings.under} matches {settings.filter}")
         return found
     folders: dict[str, Path] = {}
     for name in settings.runs:

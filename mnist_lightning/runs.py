@@ -1,4 +1,4 @@
-"""All runs at a glance:  python -m mnist_lightning.runs [key=value …]"""
+"""List, average or delete runs:  python -m mnist_lightning.runs [key=value …]"""
 
 import collections
 import csv
@@ -34,8 +34,8 @@ from mnist_lightning.sweeps.results import count_jobs
 
 log = logging.getLogger(__name__)
 
-NARROWEST = 24  # letters of what was changed, however narrow the terminal is
-# What a run's folder holds that a run, or a command that reads it, has written
+NARROWEST = 24  # least width of the column "changed", in characters
+# Names in a run's folder that runs and commands write
 OURS = re.compile(
     r"\.hydra|\.lock|\.writing-.*|checkpoints|csv|tensorboard|wandb|evaluation|film.*|metrics\.json|status\.json"
     r"|settings\.json|code\.patch|train\.log|output\.log|trial\.json|\w+_correct\.npy|fit-profile.*|lr_range\..*"
@@ -45,7 +45,7 @@ OURS = re.compile(
 
 def main() -> None:
     begin()
-    gc.disable()  # a short life among many small records: looking for cycles would take a third of it
+    gc.disable()  # collections would take a third of the time of this short command with many small records
     paths = ["under", "filter", "sort", "columns", "csv", "delete"]
     sys.argv[1:] = quote_paths(paths, sys.argv[1:])
     run()
@@ -62,10 +62,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def show(settings: Runs) -> None:
-    """Print the table, or write it as CSV.
+    """Print the table of runs, or write it as CSV.
 
     Raises:
-        OSError: there is no such folder, or the CSV file can't be written.
+        OSError: the folder does not exist, or the CSV file can't be written.
         CommandError: a key is unknown, or the filter can't be read.
     """
     nothing_yet = settings.under == "logs" and not Path(settings.under).exists()
@@ -89,7 +89,7 @@ def show(settings: Runs) -> None:
 
 
 def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Record]:
-    """Sort by a key, downwards with a minus before it; records without a value come last.
+    """Sort records by a key, in descending order if it begins with "-"; records without a value come last.
 
     Raises:
         CommandError: no run has such a key.
@@ -111,8 +111,8 @@ def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Rec
 def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) -> list[str]:
     if not records:
         if settings.filter is not None:
-            return [f"no run under {settings.under} fits {settings.filter}"]
-        return [f"no run under {settings.under} yet; python -m mnist_lightning.train makes one"]
+            return [f"no run under {settings.under} matches {settings.filter}"]
+        return [f"no run under {settings.under} yet; python -m mnist_lightning.train starts one"]
     rows = [[show_cell(record, column) for column in columns] for record in records]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if "changed" in columns and sys.stdout.isatty():
@@ -137,19 +137,19 @@ def tabulate(records: Sequence[Record], columns: Sequence[str], settings: Runs) 
 
 
 def put_rare_first(changes: Sequence[str]) -> list[str]:
-    """Each run's changes, those that the fewest other runs share first."""
+    """Order each run's changes so that those come first that the fewest runs share."""
     parts = [re.split(r" (?=~?[\w./@]+=)", changed) for changed in changes]
     counts = collections.Counter(part for of_run in parts for part in of_run)
     return [" ".join(sorted(of_run, key=counts.__getitem__)) for of_run in parts]
 
 
 def shorten(text: str, rare_first: str, width: int) -> str:
-    """The text, if it has room, or else the beginning of the other one."""
+    """Return the text if it fits into the width, else the beginning of the other text."""
     return text if len(text) <= width else rare_first[: width - 1] + "…"
 
 
 def show_cell(record: Record, column: str) -> str:
-    """A value for people: accuracies in percent, times in seconds, control characters as they are written."""
+    """Format a value for the table: accuracies in percent, times in seconds, control characters escaped."""
     value = record.get(column)
     if value is None or value == "":
         return "default" if column == "changed" else "–"
@@ -173,11 +173,11 @@ def print_lines(lines: Sequence[str]) -> None:
 
 
 def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> None:
-    """Write a row for each run, numbers as they are; "-" is the terminal.
+    """Write a CSV table with a row for each run and all digits of the numbers; "-" prints it.
 
     Raises:
-        CommandError: a file lies there that is no such table.
-        OSError: it can't be written.
+        CommandError: the file exists and is no such table.
+        OSError: the file can't be written.
     """
     names = ["run", *(column for column in columns if column != "run")]
     names = [
@@ -195,7 +195,7 @@ def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> N
     if path.exists():
         with path.open("rb") as file:
             if file.read(4) not in (b"run,", b"run\n", b""):
-                raise CommandError(f"csv={path} is there already and is no table of runs: give another name")
+                raise CommandError(f"csv={path} exists and is no table of runs: give another name")
     write_atomic(path, text.getvalue().encode())
     print(f"{len(records):,} rows written to {path}")
 
@@ -205,10 +205,10 @@ def has(records: Sequence[Record], key: str) -> bool:
 
 
 def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
-    """Delete runs, once all may be deleted and the user has agreed.
+    """Delete runs, after checking all of them and asking the user.
 
     Raises:
-        CommandError: one is none that may be deleted; nothing is.
+        CommandError: a run may not be deleted; then none is.
         OSError: a folder can't be deleted.
     """
     runs = {os.path.abspath(record["run"]): record for record in list_runs(under)}
@@ -217,7 +217,7 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
         path = Path(os.path.abspath(expand_home(name)))
         if any(part.is_symlink() for part in (path, *path.parents) if part != Path(part.anchor)
                and part.is_relative_to(os.path.abspath(under))):  # fmt: skip
-            raise CommandError(f"delete: {name} is a link, or lies behind one: delete where it leads to")
+            raise CommandError(f"delete: {name} is, or lies behind, a link: name the folder it points to")
         if str(path) not in runs:
             raise CommandError(
                 f"delete: {name} is no run under {under}; python -m mnist_lightning.runs lists them"
@@ -230,7 +230,7 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             count = "1 run" if len(chosen) == 1 else f"{len(chosen)} runs"
-            raise CommandError(f"delete: {count} would be deleted: say yes=true")
+            raise CommandError(f"delete: {count} would be deleted: confirm with yes=true")
         if input("delete for good? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing is deleted")
             return
@@ -240,12 +240,16 @@ def delete(names: Sequence[str], under: Path, *, yes: bool) -> None:
 
 
 def check_deletable(name: str, path: Path, record: Record, records: Collection[Record]) -> None:
-    """
+    """Check that a run may be deleted.
+
     Args:
-        records: of all runs, the other jobs of its sweep among them.
+        name: the run as the user named it, for messages.
+        path: its folder.
+        record: its record.
+        records: the records of all runs, including the other jobs of its sweep.
 
     Raises:
-        CommandError: a run is under way, its sweep is not finished, or something else lies in its folder.
+        CommandError: the run is running, its sweep is not finished, or its folder holds other files.
     """
     if record["state"] == "running":
         raise CommandError(f"delete: {name} is running")
@@ -262,7 +266,7 @@ def check_deletable(name: str, path: Path, record: Record, records: Collection[R
     strange = sorted(one.name for one in path.iterdir() if not OURS.fullmatch(one.name))
     if strange:
         raise CommandError(
-            f"delete: {name} holds what no run writes ({', '.join(strange)}): move it away first"
+            f"delete: {name} holds files that no run writes ({', '.join(strange)}): move them away first"
         )
 
 

@@ -1,4 +1,4 @@
-"""What each setting means, for ``--help`` and for docs/reference.md: the comment of its line in conf/."""
+"""Explain each setting, for ``--help`` and docs/reference.md, by the comment of its line in conf/."""
 
 import json
 import re
@@ -12,38 +12,38 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 WIDTH = 110  # columns of a page of help
-# Settings that say where and how, not what is trained: they are told apart nowhere
+# Settings that say where and how, but not what is trained: names and tables of runs leave them out
 WHERE = ("seed", "resume", "reproduce", "trust", "test", "threads", "data.data_dir", "data.num_workers")
-LONGEST_NAME = 60  # letters of what was typed in a folder's name
-COLUMN = 34  # of "key=value"; what is longer has a line of its own
+LONGEST_NAME = 60  # most characters that the typed settings add to a folder's name
+COLUMN = 34  # width of "key=value"; a longer one has a line of its own
 
 
 def describe_settings(config: DictConfig) -> str:
-    """Each setting of a command in a line: its key, its value, and the comment of its YAML line.
+    """Describe each setting of a command in a line: its key, its value, and the comment of its YAML line.
 
     Args:
-        config: composed, with Hydra's own node, which names the files that were chosen.
+        config: the composed config with Hydra's own node, which names the chosen files.
     """
     comments = find_comments(config.hydra)
     settings = flatten(OmegaConf.to_container(without_hydra(config)))
     lines = []
     for key, value in settings.items():
         group = key.rpartition(".")[0]
-        if group in comments:  # what its keys have in common
+        if group in comments:  # a comment on the group as a whole
             lines += _line(f"{group}.", comments.pop(group))
         lines += _line(f"{key}={show(value)}", comments.get(key, ""))
-    return "\n".join(lines).replace("$", "$$")  # Hydra fills in what follows a single one
+    return "\n".join(lines).replace("$", "$$")  # Hydra replaces what follows a single $
 
 
 def _line(setting: str, comment: str) -> list[str]:
-    """The comment beside the setting, or below it where it leaves no room."""
+    """Put the comment beside the setting, or below it if the setting is too long."""
     first, *more = textwrap.wrap(comment, WIDTH - COLUMN - 1) or [""]
     beside = [setting, f"{'':{COLUMN}} {first}"] if len(setting) > COLUMN else [f"{setting:{COLUMN}} {first}"]
     return [line.rstrip() for line in (*beside, *(f"{'':{COLUMN}} {text}" for text in more)) if line.strip()]
 
 
 def find_comments(hydra: DictConfig) -> dict[str, str]:
-    """The comments of a command's own file and of the files that were chosen, by dotted key."""
+    """Read the comments of a command's own file and of the chosen files, by dotted key."""
     folders = [
         Path(unquote(source.path)) for source in hydra.runtime.config_sources if source.schema == "file"
     ]
@@ -62,7 +62,7 @@ def find_comments(hydra: DictConfig) -> dict[str, str]:
 
 
 def read_comments(path: Path) -> dict[str, str]:
-    """The comment at the end of each key's line, and of those in the file it builds upon, by dotted key."""
+    """Read the comment at the end of each key's line, by dotted key, also from the file's base file."""
     base = find_base(path)
     comments = read_comments(base) if base else {}
     parents: list[tuple[int, str]] = []
@@ -78,19 +78,19 @@ def read_comments(path: Path) -> dict[str, str]:
 
 
 def find_base(path: Path) -> Path | None:
-    """The file beside it that a choice builds upon."""
+    """Find the first file beside this one that its defaults list names; None if there is none."""
     entries = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults", [])
     bases = (path.with_name(f"{entry}.yaml") for entry in entries if isinstance(entry, str))
     return next((base for base in bases if base.is_file()), None)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """A copy of a command's own settings."""
+    """Copy a config without Hydra's own node."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"model.hidden": [256], …}``; an empty node is a value."""
+    """Flatten nested settings to dotted keys, as ``{"model.hidden": [256], …}``; an empty node is a value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
@@ -101,7 +101,7 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def drop_places(overrides: Iterable[str]) -> list[str]:
-    """The typed settings that decide how the net is trained, the seed included."""
+    """Keep the overrides that decide what is trained, including the seed."""
     keys = {override: override.lstrip("+~").partition("=")[0] for override in overrides}
     return [
         override
@@ -111,9 +111,9 @@ def drop_places(overrides: Iterable[str]) -> list[str]:
 
 
 def name_changes(overrides: Iterable[str]) -> str:
-    """What was typed, as the end of a folder's name: "_hidden-256_lr-0.001", or "" where nothing was.
+    """Make the end of a folder's name from the overrides, such as "_hidden-256_lr-0.001".
 
-    Letters, digits, "-", "_" and "." alone, so that no shell and no file system minds them.
+    It has only letters, digits, "-", "_" and ".", which all shells and file systems accept.
     """
     name = ""
     for override in drop_places(overrides):
@@ -124,7 +124,7 @@ def name_changes(overrides: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(show, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

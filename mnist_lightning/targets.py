@@ -15,19 +15,19 @@ TARGET = "_target_"
 
 
 class TargetError(CompactHydraException):
-    """A ``_target_`` that can't be used; Hydra prints it without a traceback."""
+    """A ``_target_`` can't be used; Hydra prints the message without a traceback."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a group of settings builds.
+    """The kind of object that a group of settings builds.
 
     Attributes:
-        base: the class of what is built, by name; None: whatever can be called.
-        homes: modules, and single names, of the classes that saved settings may name.
-        inner: the same for what is built within it, as an argument.
-        functions: names of what else saved settings may name, a regular expression.
-        refused: classes of that base that no run can use -> why, and what to do instead.
+        base: name of the class that the object must be an instance of; None accepts any callable.
+        homes: modules whose classes saved settings may name, and names of single classes.
+        inner: the same for objects that are arguments of this one.
+        functions: regular expression of other names that saved settings may name.
+        refused: subclasses of ``base`` that no run can use -> why, and what to do instead.
     """
 
     base: str | None
@@ -37,27 +37,27 @@ class Kind:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-AVERAGING = "would average weights that are then not those that are tested: ema_decay=0.999 does it"
+AVERAGING = "would average weights, but not those that are tested: use ema_decay=0.999"
 REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": AVERAGING,
     "WeightAveraging": AVERAGING,
-    "BatchSizeFinder": "would let a machine's memory decide the result: data.batch_size is the batch",
-    "LearningRateFinder": "wants a module with a rate of its own: -m optimizer.lr=0.001,0.004 compares",
-    "BackboneFinetuning": "wants a module with a backbone that is already trained, and nets here have none",
-    "ModelPruning": "would leave masks in the net, which a checkpoint's own net does not have",
-    "SpikeDetection": "can't be read back from a checkpoint by Lightning 2.6, which every evaluation does",
-    "BasePredictionWriter": "waits for Trainer.predict, which no run calls: use the command predict",
+    "BatchSizeFinder": "would make the result depend on a machine's memory: set data.batch_size",
+    "LearningRateFinder": "needs a module with a learning rate of its own: use debug=lr_range",
+    "BackboneFinetuning": "needs a module with a trained backbone, which nets here do not have",
+    "ModelPruning": "would leave masks in the net, so that its checkpoint could not be loaded",
+    "SpikeDetection": "writes a state that Lightning 2.6 can't load from a checkpoint",
+    "BasePredictionWriter": "needs Trainer.predict, which no run calls: use the command predict",
 }
 
 ABSTRACT = ("lightning.pytorch.callbacks.BaseFinetuning",)
 
-# Modules of metrics that compute with what they are given: others fetch models from a server or a file
+# Modules of metrics that need only their inputs; others download models or read files
 METRICS = tuple(
     f"torchmetrics.{name}"
     for name in ("aggregation", "classification", "clustering", "nominal", "regression", "wrappers")
 )
 
-# The group of settings -> what its ``_target_`` builds, or each of its entries' where there are several
+# The group of settings -> the kind that its ``_target_``, or the ``_target_`` of each of its entries, builds
 KINDS = {
     "model": Kind("torch.nn.Module", ("mnist_lightning.network", "torch.nn"), inner=("torch.nn",)),
     "loss": Kind(
@@ -82,38 +82,39 @@ KINDS = {
     ),
     "logger": Kind(
         "lightning.pytorch.loggers.Logger",
-        (  # those that write files; others send what they are given to a server
+        (  # loggers that write files; others send data to a server
             "mnist_lightning.rundir.loggers",
             *("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"),
             *("lightning.pytorch.loggers.csv_logs", "lightning.pytorch.loggers.tensorboard"),
         ),
     ),
 }
-PARTS = ("model", "loss", "metrics")  # of a trained net, which its checkpoint tells
-SEVERAL = ("metrics", "callbacks", "logger")  # groups of things with names of their own
-SIZES = ("image_shape", "num_classes")  # filled in for nets, losses and metrics that take them by name
+PARTS = ("model", "loss", "metrics")  # groups that a checkpoint keeps, to build the trained net again
+SEVERAL = ("metrics", "callbacks", "logger")  # groups of several named entries
+SIZES = ("image_shape", "num_classes")  # given to nets, losses and metrics that have such arguments
 
 
 def kind_of(key: str) -> Kind | None:
-    """The kind of what a key of the settings, or the settings around it, builds."""
+    """Return the kind of object that the group of a key builds; None if the group builds none."""
     group, _, rest = key.partition(".")
     return KINDS.get("data.source" if group == "data" and rest.partition(".")[0] == "source" else group)
 
 
 def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
-    """Build what settings name.
+    """Build the object that a ``_target_`` names.
 
-    A net, a loss and a metric keep, as their ``recipe``, the settings that build them again.  Optimizers,
-    schedules and what is ``_partial_`` wait for their first argument.
+    A net, a loss or a metric keeps the settings that build it again as its ``recipe``.  For optimizers,
+    schedules and settings with ``_partial_`` the result is a ``functools.partial`` that waits for the first
+    argument.
 
     Args:
         config: ``_target_`` and its arguments.
-        key: of the settings, for messages; its first part says which kind is wanted.
-        offered: more arguments, passed on where the signature has them by name and ``config`` does not.
+        key: key of the settings, for messages; its first part decides the kind.
+        offered: further arguments, used if the signature has them by name and ``config`` does not.
 
     Raises:
-        TargetError: there is no such class or function, it is of another kind, takes other arguments, or
-            can't be built with these.
+        TargetError: there is no such class or function, it is of another kind, it takes other arguments, or
+            it can't be built with these.
     """
     target = find(config, key)
     arguments = {name: value for name, value in config.items() if name not in (TARGET, "_partial_")}
@@ -128,7 +129,7 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
     try:
         made = instantiate(
             {**as_literal(as_literal(recipe)), "_partial_": partial}, _convert_="all"
-        )  # it resolves twice
+        )  # instantiate resolves interpolations twice, so escape them twice
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise TargetError(
@@ -142,7 +143,7 @@ def make(config: Mapping[str, Any], key: str, **offered: Any) -> Any:
 
 
 def as_literal(value: Any) -> Any:
-    """Settings in which nothing is left to look up, such that OmegaConf takes a ``${`` in them for a text."""
+    """Escape each ``${`` in settings, so that OmegaConf reads it as text."""
     if isinstance(value, Mapping):
         return {key: as_literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -153,7 +154,7 @@ def as_literal(value: Any) -> Any:
 
 
 def check_arguments(config: Mapping[str, Any], key: str) -> None:
-    """Whether what settings name is there, and takes the arguments that it would be given.
+    """Check that a ``_target_`` exists and takes the arguments that it would get.
 
     Raises:
         TargetError: see ``make``.
@@ -164,14 +165,14 @@ def check_arguments(config: Mapping[str, Any], key: str) -> None:
 
 
 def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
-    """The class or function that settings name.
+    """Import the class or function that a ``_target_`` names.
 
     Raises:
         TargetError: there is none, or it is a class of another kind.
     """
     name = config.get(TARGET)
     if not isinstance(name, str):
-        raise TargetError(f"{key} names no {TARGET}: give it the dotted name of a class, got {name!r}")
+        raise TargetError(f"{key} names no {TARGET}: it must be the dotted name of a class, got {name!r}")
     try:
         target = get_object(name)
     except Exception as error:  # whatever the module's own code raises
@@ -187,9 +188,7 @@ def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
         if issubclass(target, get_object(refused)):
             raise TargetError(f"{key}.{TARGET}={name} {why}")
     if target in {get_object(one) for one in ABSTRACT if one.startswith(name.split(".")[0])}:
-        raise TargetError(
-            f"{key}.{TARGET}={name} does nothing by itself: name a class that is derived from it"
-        )
+        raise TargetError(f"{key}.{TARGET}={name} does nothing by itself: name a subclass of it")
     for inner in find_inner(list(config.values())):
         check_home(get_object(inner), inner)
     check_home(target, name)
@@ -198,7 +197,7 @@ def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
 
 
 def find_inner(value: Any) -> Iterator[str]:
-    """The names in what is nested in settings."""
+    """Yield each ``_target_`` that is nested in settings."""
     if isinstance(value, Mapping):
         if isinstance(value.get(TARGET), str):
             yield value[TARGET]
@@ -209,10 +208,13 @@ def find_inner(value: Any) -> Iterator[str]:
 
 
 def check_home(target: Any, name: str) -> None:
-    """
+    """Check that an object is defined in the module under whose name it was found.
+
+    A name may begin with a module that saved settings may use and lead elsewhere through its imports:
+    ``torch.nn.modules.module.torch.package.PackageExporter``.
+
     Raises:
-        TargetError: a name begins as a module that saved settings may name, and by a detour through what is
-            imported there leads elsewhere: ``torch.nn.modules.module.torch.package.PackageExporter``.
+        TargetError: the object is defined elsewhere.
     """
     modules = {one for kind in KINDS.values() for one in (*kind.homes, *kind.inner) if not is_class(one)}
     homes = [one for one in modules if name.startswith(f"{one}.")]
@@ -222,7 +224,7 @@ def check_home(target: Any, name: str) -> None:
 
 
 def is_class(name: str) -> bool:
-    """Whether a dotted name is, by its look, a class's and not a module's."""
+    """Whether the last part of a dotted name begins with a capital letter, as names of classes do."""
     return name.rpartition(".")[2][0].isupper()
 
 
@@ -238,7 +240,7 @@ def check_kind(made: Any, key: str, name: str) -> None:
 
 
 def find_arguments(target: Callable[..., Any]) -> list[str]:
-    """The names of what can be given by keyword."""
+    """Return the names of all arguments that can be given by keyword."""
     signature = read_signature(target)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = signature.parameters.values() if signature else ()
@@ -253,9 +255,10 @@ def read_signature(target: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def is_partial(config: Mapping[str, Any], key: str, target: Callable[..., Any]) -> bool:
-    """Whether what settings name is still to be given its first arguments.
+    """Whether the object needs further arguments later, as optimizers and schedules do.
 
-    A function of logits and labels is the loss itself; one that needs no more than its settings makes it.
+    A loss may be a function of logits and labels, or a function that its settings alone are enough to call
+    and that returns the loss.  Only the former needs further arguments.
     """
     if config.get("_partial_") or key in ("optimizer", "scheduler"):
         return True
@@ -269,9 +272,16 @@ def is_partial(config: Mapping[str, Any], key: str, target: Callable[..., Any]) 
 
 
 def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, partial: bool) -> None:
-    """
+    """Check arguments against a signature.
+
+    Args:
+        target: a class or function.
+        arguments: its arguments, with Hydra's ``_args_`` among them.
+        key: key of the settings, for messages.
+        partial: whether required arguments may be missing.
+
     Raises:
-        TargetError: the signature has no such arguments, or needs others.
+        TargetError: the signature does not have these arguments, or needs others.
     """
     signature = read_signature(target)
     if signature is None:
@@ -293,7 +303,7 @@ def bind(target: Callable[..., Any], arguments: Mapping[str, Any], key: str, *, 
 
 
 def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A target's own arguments, without Hydra's ``_args_``, ``_convert_`` and ``_recursive_``."""
+    """Return a target's own arguments, without ``_target_`` and Hydra's other keys."""
     return {
         name: value
         for name, value in arguments.items()
@@ -302,7 +312,7 @@ def own(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(made: Any) -> str:
-    """What was built, by the name that its settings gave it."""
+    """Return the dotted name of an object's class or function, as its settings give it."""
     recipe = getattr(made, "recipe", None)
     if recipe:
         return str(recipe[TARGET])
@@ -311,15 +321,15 @@ def name_of(made: Any) -> str:
 
 
 def choose_mode(name: str, mode: str | None, higher_is_better: bool | None) -> str:
-    """Whether a monitored metric is to become large or small, "max" or "min".
+    """Choose whether the best value of a metric is the highest ("max") or the lowest ("min").
 
     Args:
-        name: "val/…" of a metric.
-        mode: what the settings say; None: nothing.
-        higher_is_better: what the metric says of itself; None: nothing.
+        name: name of the metric, such as "val/acc".
+        mode: the mode in the settings; None: they have none.
+        higher_is_better: the metric's own attribute; None: the metric does not say.
 
     Raises:
-        TargetError: the settings say otherwise than the metric, or neither says anything.
+        TargetError: the settings contradict the metric, or neither says which is better.
     """
     wanted = {True: "max", False: "min", None: mode}[higher_is_better]
     if wanted is None:
@@ -330,13 +340,13 @@ def choose_mode(name: str, mode: str | None, higher_is_better: bool | None) -> s
 
 
 def strange_modules(config: Mapping[str, Any]) -> list[str]:
-    """The modules that will have to be trusted where these settings are read again."""
+    """Return the modules that a user has to trust to load these settings from a file."""
     names = [name for _, name, known in find_targets(config) if not known]
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
 def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """Each ``_target_``: the key of its settings, its name, and whether it ``is_known`` there."""
+    """Yield each ``_target_``: the key of its settings, its name, and whether it ``is_known`` there."""
 
     def walk(value: Any, key: str, kind: Kind | None, nested: bool) -> Iterator[tuple[str, str, bool]]:
         if isinstance(value, Mapping):
@@ -354,7 +364,7 @@ def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
         kind = KINDS.get(group)
         if group in SEVERAL and isinstance(value, Mapping) and TARGET not in value:
             for name, inner in value.items():
-                # an entry is of its group's kind, what lies below it is not
+                # an entry has its group's kind, and settings nested in it have not
                 direct = not isinstance(inner, Mapping) or TARGET in inner
                 yield from walk(inner, f"{group}.{name}", kind, not direct)
         else:
@@ -363,12 +373,14 @@ def find_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 
 def is_known(name: str, kind: Kind | None, *, nested: bool) -> bool:
-    """Whether a name is, by its look, that of a class where this kind is at home.
+    """Whether saved settings may use a name for this kind, without importing it.
 
-    ``targets.make`` looks at the class itself.
+    ``make`` checks the class itself.
 
     Args:
-        kind: None: nothing is to be built there.
+        name: a dotted name.
+        kind: the kind of the settings; None: they build nothing.
+        nested: whether the name is of an argument's settings.
     """
     if kind is None:
         return False

@@ -1,9 +1,10 @@
-"""How many threads a computation gets, and how they wait for each other.
+"""Choose the number of threads for a computation, and how they wait for each other.
 
-A small net's step is too short to be shared: two threads save a third of its time on an idle machine and
-cost ten times as much on a busy one, because OpenMP's threads spin while they wait for a thread whose core
-another process holds.  So the arithmetic of a step decides, never a clock: the same settings give the same
-number, and with it the same weights.  ``docs/speed.md`` has the measurements behind ``WORTH_SHARING``.
+A step of a small net is too short for two threads: on an idle machine they save a third of its time, but on
+a busy one they take ten times as long, because OpenMP's threads spin while they wait for a thread whose core
+another process uses.  The number depends only on the arithmetic of a step, never on a clock.  So the same
+settings give the same number and thus the same weights.  ``docs/speed.md`` has the measurements behind
+``WORTH_SHARING``.
 """
 
 import os
@@ -17,38 +18,39 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-WORTH_SHARING = 1e9  # floating-point operations of a step, from which on all cores share it
-BACKWARD = 2  # forward passes that a backward pass costs: gradients of the weights, and of the inputs
-# What OpenMP's libraries (GCC's, LLVM's and Intel's) read when torch loads them.  GCC's waits actively for so
-# many turns, some tenths of a millisecond, before it sleeps.  With none, experiment=strong takes 1.3 times as
-# long on an idle machine; with its own 300,000, a large step beside other work twice as long.
+WORTH_SHARING = 1e9  # floating-point operations of a step above which all cores share it
+BACKWARD = 2  # a backward pass costs two forward passes: gradients of the weights and of the inputs
+# Variables that the OpenMP libraries of GCC, LLVM and Intel read when torch loads them.  GCC's threads spin
+# for GOMP_SPINCOUNT turns, some tenths of a millisecond, before they sleep.  With 0 turns, experiment=strong
+# takes 1.3 times as long on an idle machine; with GCC's default of 300,000, a large step takes twice as long
+# beside other work.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
 CGROUPS = Path("/sys/fs/cgroup")
 
 ask: Callable[[int], object] | None = None
-"""In a worker of a sweep: waits until this many cores are free for its job."""
+"""A worker of a sweep sets this to a function that waits until so many cores are free for its job."""
 waited = 0.0
-"""Seconds that this process has spent in ``ask``."""
+"""The seconds that this process has spent in ``ask``."""
 
 
 def wait_passively() -> None:
-    """Let torch's threads sleep when they wait long, unless the user has said how they are to wait.
+    """Let torch's threads sleep when they wait long, unless the user's environment says how they wait.
 
-    Acts only before torch is imported.
+    Call it before torch is imported.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ.update(WAITING)
 
 
 def count_flops(net: "nn.Module", image_shape: Sequence[int], batch_size: int) -> int:
-    """Floating-point operations of a forward pass, those of matrix products and convolutions.
+    """Count the floating-point operations of matrix products and convolutions in a forward pass.
 
-    The net is tried on two blank images in eval mode; neither it nor the random state is changed.
+    The net is tried on two blank images in eval mode; neither the net nor the random state changes.
 
     Args:
-        net: takes images as float32, (B, C, H, W), on the CPU.
+        net: takes images (B, C, H, W) float32 on the CPU.
         image_shape: (C, H, W).
-        batch_size: of the pass whose operations are asked for.
+        batch_size: number of images in the forward pass.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,7 +59,7 @@ def count_flops(net: "nn.Module", image_shape: Sequence[int], batch_size: int) -
 
     images = torch.zeros(2, *image_shape)
     with on_trial(net), FlopCounterMode(display=False) as counter:
-        net.forward(images)  # not net(images): a net that is to be compiled would be, for these two
+        net.forward(images)  # net(images) would compile a net that is to be compiled, for these two images
     return int(counter.get_total_flops()) * batch_size // len(images)
 
 
@@ -65,9 +67,9 @@ def choose(flops: int, *, wanted: int | None = None, processes: int = 1) -> int:
     """Choose the number of threads for a step of ``flops`` floating-point operations.
 
     Args:
-        wanted: by the user, who is asked no questions; None: one where the step is too small to be shared,
-            else ``most()``.
-        processes: of this run on this machine, which share its cores.
+        flops: operations of the step.
+        wanted: the user's number, which decides; None: one thread for a small step, else ``most()``.
+        processes: number of processes of this run on this machine, which share its cores.
     """
     if wanted is not None:
         return wanted
@@ -75,7 +77,7 @@ def choose(flops: int, *, wanted: int | None = None, processes: int = 1) -> int:
 
 
 def most() -> int:
-    """All usable cores, or as many of them as ``OMP_NUM_THREADS`` allows."""
+    """Return the number of usable cores, at most ``OMP_NUM_THREADS``."""
     limit = re.match(r"\s*0*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
     return min(usable_cores(), int(limit[1])) if limit else usable_cores()
 
@@ -84,7 +86,7 @@ def most() -> int:
 def use(number: int) -> Iterator[None]:
     """Let torch, and processes started within the block, compute on ``number`` threads.
 
-    In a sweep's worker it begins when the cores are free.
+    In a sweep's worker, the block begins when so many cores are free.
     """
     import torch
 
@@ -95,7 +97,7 @@ def use(number: int) -> Iterator[None]:
         waited += time.monotonic() - start
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(number)
-    os.environ["OMP_NUM_THREADS"] = str(number)  # Lightning sets a number of its own where there is none
+    os.environ["OMP_NUM_THREADS"] = str(number)  # otherwise Lightning sets a number of its own
     try:
         yield
     finally:
@@ -106,16 +108,16 @@ def use(number: int) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: its affinity and its container's quota bound them."""
+    """Return the number of CPU cores that this process may use, by its affinity and container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(int, cpu_quotas())]))
 
 
 def cpu_quotas() -> Iterator[float]:
-    """The shares of time, in cores, that the control groups around this process allow it.
+    """Yield the CPU quotas of the control groups around this process, in cores.
 
-    Kernel documentation, Documentation/admin-guide/cgroup-v2.rst, "cpu.max", and
-    Documentation/scheduler/sched-bwc.rst for version 1.
+    The files are described in the kernel's Documentation/admin-guide/cgroup-v2.rst, "cpu.max", and, for
+    version 1, in Documentation/scheduler/sched-bwc.rst.
     """
     for folder in control_groups("cpu"):
         try:
@@ -125,12 +127,12 @@ def cpu_quotas() -> Iterator[float]:
                 quota, period = (read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
             if int(quota) > 0:
                 yield int(quota) / int(period)
-        except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max", or nonsense
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, "max", or not a number
             continue
 
 
 def free_memory() -> float:
-    """Bytes that new processes can still take on this machine, in this container; infinite where unknown."""
+    """Return the bytes of memory that are free on this machine and in this container; inf if unknown."""
     known = [float("inf")]
     with suppress(OSError):
         known += [1024 * int(kib) for kib in re.findall(r"MemAvailable: +(\d+)", read("/proc/meminfo"))]
@@ -139,7 +141,7 @@ def free_memory() -> float:
         most, used = ("max", "current") if version_2 else ("limit_in_bytes", "usage_in_bytes")
         try:
             idle = re.findall(r"^(?:total_)?inactive_file (\d+)", read(folder / "memory.stat"), re.M)
-            taken = int(read(folder / f"memory.{used}")) - int(idle[-1])  # without files that it can drop
+            taken = int(read(folder / f"memory.{used}")) - int(idle[-1])  # cached files can be dropped
             known.append(int(read(folder / f"memory.{most}")) - taken)
         except (OSError, ValueError, IndexError):  # no such file, or "max"
             continue
@@ -147,9 +149,9 @@ def free_memory() -> float:
 
 
 def control_groups(controller: str) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, the innermost first.
+    """Yield the folders of the control groups that this process is in, the innermost first.
 
-    In a container they lie at the root, whatever name the kernel gives them.
+    In a container they are at the root, whatever name the kernel reports.
     """
     try:
         lines = read("/proc/self/cgroup").splitlines()

@@ -65,9 +65,9 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
 def run(cfg: DictConfig) -> float | None:
-    """Train one net; returns the value of ``monitor.metric`` at its best epoch, for a sweeper."""
-    register()  # a cluster's job begins here
-    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
+    """Train one net, and return ``monitor.metric`` of its best epoch for a sweeper."""
+    register()  # a cluster's job begins here, without main()
+    logging.raiseExceptions = False  # a full disk must not print a traceback for each log message
     settings = check(cfg, Train)
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
@@ -89,11 +89,14 @@ def run(cfg: DictConfig) -> float | None:
 def follow(
     settings: Train, run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, told: bool = True
 ) -> Metrics:
-    """``train`` in a folder that no other process writes to, its state kept in ``status.json``.
+    """Train in a locked folder, keep the run's state in ``status.json``, and return its metrics.
 
     Args:
-        overrides: of the command line.
-        told: whether an error that the user can mend ends the process with its line.
+        settings: checked.
+        run_dir: the run's folder.
+        overrides: the overrides of the command line.
+        in_sweep: whether the run is a job of a sweep, which does not read the test images.
+        told: whether an error that the user can correct ends the process with a line; else it is raised.
     """
     raised = in_sweep or not told
     log_file, resumed = run_dir / "train.log", settings.resume is not None
@@ -116,16 +119,16 @@ def follow(
 
 
 def train_here(*overrides: str) -> "Run":
-    """Train one net, as ``python -m mnist_lightning.train`` does it with these arguments.
+    """Train one net, as ``python -m mnist_lightning.train`` does with these arguments.
 
-    ``run = mnist_lightning.train("model.hidden=256", "trainer.max_epochs=3")`` leaves the same files in a
-    folder of its own under ``logs/``, prints the same messages, and returns a ``Run``: ``run.metrics``,
-    ``run.load()``, ``run.show()``.  Ctrl-C, or interrupting a notebook's cell, saves the step and returns
-    too.  Runs that several threads start go one after the other.
+    ``run = mnist_lightning.train("model.hidden=256", "trainer.max_epochs=3")`` writes the same files to a
+    new folder under ``logs/``, prints the same messages, and returns a ``Run`` with ``run.metrics``,
+    ``run.load()`` and ``run.show()``.  Ctrl-C, or interrupting a notebook's cell, saves the step and returns
+    the run.  If several threads call this function, their runs take turns.
 
     Raises:
         ConfigError: a setting can't be used.
-        CommandError: what the command tells in a line: a file, a number, a device.
+        CommandError: a file, number or device can't be used; the message is what the command prints.
     """
     from mnist_lightning.python import launch
 
@@ -133,19 +136,19 @@ def train_here(*overrides: str) -> "Run":
 
 
 class TrainModule(ModuleType):
-    """This module, which can be called: ``mnist_lightning.train`` is the command and the function."""
+    """Make this module callable: ``mnist_lightning.train`` is both the command and the function."""
 
     __call__ = staticmethod(train_here)
 
 
 def work(settings: Train, run_dir: Path, overrides: Sequence[str]) -> None:
-    """Run what Python code has asked for."""
+    """Train a net for Python code, and log the results."""
     metrics = follow(settings, run_dir, overrides, in_sweep=False, told=False)
     log.info("%s", "\n".join(list_results(metrics, settings, run_dir)))
 
 
 def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
-    """The overrides that a run's settings come from, those of the run that it repeats among them."""
+    """Return the overrides of a run, after those of the run that it reproduces, if any."""
     if settings.reproduce is None:
         return list(typed)
     earlier = read(Path(settings.reproduce))
@@ -154,20 +157,21 @@ def find_overrides(typed: Sequence[str], settings: Train) -> list[str]:
 
 
 def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
-    """Run what the settings say, from the data to ``metrics.json``.
+    """Train one net with these settings, from reading the data to writing ``metrics.json``.
 
     Args:
         settings: checked.
-        run_dir: exists; gets everything that the run leaves.
+        run_dir: an existing folder for all files of the run.
         test: whether to read the official test images at the end.
 
     Returns:
-        What ``metrics.json`` holds.
+        The contents of ``metrics.json``.
 
     Raises:
         OSError: a file or folder can't be read or written, or a download failed.
         FloatingPointError: the loss or a weight became NaN or infinite.
-        MisconfigurationException: settings that Lightning can't use on this machine.
+        TargetError: a ``_target_`` can't be used.
+        MisconfigurationException: Lightning can't use the settings on this machine.
     """
     first = None
     if settings.init_from is not None and settings.resume is None:
@@ -191,7 +195,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     )
 
     unplaced = settings
-    settings = place(settings, run_dir)  # a copy, but monitor is the caller's: status.json tells its mode
+    settings = place(settings, run_dir)  # a copy that shares monitor, whose mode status.json needs
     workarounds.quiet_lightning()
     workarounds.skip_device_probe()
     workarounds.quiet_tensorboard()
@@ -201,9 +205,11 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
     if data.num_folds is not None and data.val_size != 0:
         log.info(
-            "data.num_folds=%d: fold %d is for validation, val_size is ignored", data.num_folds, data.fold
+            "data.num_folds=%d: fold %d is the validation split, val_size is ignored",
+            data.num_folds,
+            data.fold,
         )
-    if not datamodule.is_known or None in (data.mean, data.std):  # else net and loss are tried first
+    if not datamodule.is_known or None in (data.mean, data.std):  # otherwise try net and loss before reading
         datamodule.prepare_data()
         datamodule.setup("fit")
         data.check_shape(datamodule.image_shape)
@@ -221,7 +227,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     if bounds and newest:
         bounds.check_batch(data.batch_size, newest)
     classifier.logs_evaluations = False
-    for part in (classifier, datamodule):  # loggers get all settings instead
+    for part in (classifier, datamodule):  # the run gives loggers all settings itself
         part.save_hyperparameters(dict(part.hparams), logger=False)
     if first is not None:
         take_weights(classifier, first)
@@ -233,14 +239,14 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
     callbacks = make_callbacks(settings, run_dir)
     accelerator = settings.trainer.get("accelerator", "auto")
-    if accelerator == "auto":  # Lightning's would also take Apple's GPU, which nobody has measured
+    if accelerator == "auto":  # Lightning's auto would also use Apple's GPU, which nobody has measured
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer: L.Trainer = make(
         settings.trainer
         | ({} if settings.validates else {"limit_val_batches": 0})
         | {
             "accelerator": accelerator,
-            # GPUs add in another order each time, unless they are asked not to; CPUs do not
+            # GPUs add numbers in a random order, unless they are asked not to; CPUs do not
             "deterministic": settings.trainer.get("deterministic", None if accelerator == "cpu" else "warn"),
             "callbacks": callbacks,
             "enable_checkpointing": settings.trainer.get(
@@ -263,11 +269,11 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
 
         kept = trainer.checkpoint_callback if isinstance(trainer.checkpoint_callback, Checkpoints) else None
         last: Metrics = {}
-        if kept:  # now: evaluating best.ckpt brings back the state that the callbacks had then
+        if kept:  # read these now: evaluating best.ckpt restores the state that callbacks had at its epoch
             last = {f"last/{name}": value for name, value in sorted(kept.metrics.items())}
             last |= {"best_epoch": kept.best_epoch, "train_seconds": round(kept.train_seconds, 3)}
             if settings.validates and kept.best_score == -math.inf:
-                log.warning("no epoch was validated before training ended: best.ckpt is the last one")
+                log.warning("no epoch was validated before training ended: best.ckpt has the last weights")
         best = kept.folder / BEST if kept else None
         ckpt_path = best if best and best.exists() else None  # debug=fast_dev_run writes none
         metrics: Metrics = {}
@@ -284,7 +290,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         evaluated = [] if classifier.may_diverge else evaluated
         for split in evaluated if trainer.is_global_zero and classifier.names_classes else []:
             images = datamodule.splits[split]
-            classifier.to(trainer.strategy.root_device)  # Lightning has moved it back
+            classifier.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             outputs = save_correct(classifier, images.images, images.labels, run_dir / f"{split}_correct.npy")
             if split == "val" and ckpt_path and settings.validates:
                 save_confidence(ckpt_path, classifier, outputs, datamodule)
@@ -310,7 +316,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
 
 
 def check_parts(settings: Train) -> None:
-    """Whether what the settings name can be built, before any data is read.
+    """Check each ``_target_`` and its arguments before any data is read.
 
     Raises:
         TargetError: a ``_target_`` can't be used, or takes other arguments.
@@ -394,13 +400,14 @@ def make_classifier(
 
 
 def take_weights(classifier: "DigitClassifier", path: Path) -> None:
-    """Begin with the weights of another net, as far as they fit: those of the same name and shape.
+    """Copy those weights of another net that have the same name and shape, and log which.
 
     Args:
-        path: a checkpoint.
+        classifier: gets the weights.
+        path: the other net's checkpoint.
 
     Raises:
-        OSError: it can't be read, or nothing in it fits.
+        OSError: the checkpoint can't be read, or no weight fits.
     """
     from mnist_lightning.rundir.checkpoint import load
 
@@ -413,20 +420,20 @@ def take_weights(classifier: "DigitClassifier", path: Path) -> None:
     fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
     others = [
         f"{name} {tuple(value.shape)}"
-        + (f" instead of {tuple(saved[name].shape)}" if name in saved else ", which is not there")
+        + (f" instead of {tuple(saved[name].shape)}" if name in saved else ", which it lacks")
         for name, value in own.items()
         if name not in fitting
     ]
     if not fitting:
         raise OSError(f"init_from={path}: no weight fits this net ({'; '.join(others)})")
     classifier.net.load_state_dict(fitting, strict=False)
-    log.info("%d of %d weights are those of %s: %s", len(fitting), len(own), path, ", ".join(fitting))
+    log.info("%d of %d weights are from %s: %s", len(fitting), len(own), path, ", ".join(fitting))
     if others:
-        log.info("drawn anew: %s", "; ".join(others))
+        log.info("initialised at random: %s", "; ".join(others))
 
 
 def place(settings: Train, run_dir: Path) -> Train:
-    """The settings, with the run's folder where the configs have ``${run_dir:}``."""
+    """Copy the settings, with the run's folder in place of ``${run_dir:}``."""
 
     def put(value: Any) -> Any:
         if isinstance(value, dict):
@@ -445,7 +452,9 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
     """Choose the number of threads for the steps of each process of a run.
 
     Args:
-        flops: of a forward pass of a whole batch.
+        settings: have the user's number, if any.
+        flops: floating-point operations of a forward pass of a whole batch.
+        trainer: knows the processes and the device.
     """
     flops_here = flops // trainer.world_size if trainer.strategy.root_device.type == "cpu" else 0
     return threads.choose(
@@ -454,14 +463,16 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 
 def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
-    """The config's callbacks; what is ``_partial_`` gets what the run's other settings say."""
+    """Make the callbacks; those with ``_partial_`` also get arguments from the run's other settings."""
     from lightning.pytorch.callbacks import Checkpoint
 
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
     facts: dict[str, Any] = {
         "dirpath": str(run_dir / "checkpoints"),
-        "monitor": settings.monitor.metric if settings.validates else None,  # None: the last is the best
+        "monitor": settings.monitor.metric
+        if settings.validates
+        else None,  # None: best.ckpt is the last epoch's
         "mode": settings.monitor.mode,
         "stops": find_stops(settings),
         **asdict(settings.checkpoint),
@@ -470,7 +481,7 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     for name, config in settings.callbacks.items():
         if config:
             watched = str(config.get("monitor", facts["monitor"]))
-            # EarlyStopping is to look where its metric is measured, not at the end of each epoch
+            # EarlyStopping must check after validation, not at the end of each training epoch
             offered = {"check_on_train_epoch_end": not watched.startswith("val/")}
             offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
@@ -489,10 +500,11 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
 
 
 def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.loggers.Logger]":
-    """The config's loggers.
+    """Make the loggers.
 
     Args:
-        resumed_at: the next step of a run that goes on; what ours have logged from there on is dropped.
+        settings: checked.
+        resumed_at: the next step of a resumed run; our loggers drop what was logged from this step on.
     """
     from mnist_lightning.rundir.loggers import Forgiving
 
@@ -506,9 +518,10 @@ def make_loggers(settings: Train, resumed_at: int | None) -> "list[L.pytorch.log
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """
+    """Turn a failure of torch.compile within the block into one line.
+
     Raises:
-        MisconfigurationException: with compile=true, where torch.compile can't work on this machine.
+        MisconfigurationException: compile=true is set, and torch.compile does not work on this machine.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -517,20 +530,22 @@ def compiler_errors() -> Iterator[None]:
     except workarounds.compiler_failure() as error:
         cause = str(error).strip().partition("\n")[0]
         raise MisconfigurationException(
-            f"compile=true: torch.compile can't work here ({cause}); it needs a C++ compiler (g++ or clang++)"
-            " on a CPU and Triton on a GPU; compile=false needs neither"
+            f"compile=true: torch.compile does not work here ({cause}); it needs a C++ compiler (g++ or"
+            " clang++) on a CPU and Triton on a GPU; compile=false needs neither"
         ) from error
 
 
 def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tensor", path: Path) -> "Tensor":
-    """Which images the net names correctly, one bit per image (``numpy.packbits``), for paired tests.
+    """Save which images the net classifies correctly, for paired tests, and return its outputs.
 
     Args:
+        classifier: the trained classifier.
         images: (N, H, W) or (N, H, W, 3) uint8.
         labels: (N,) int64.
+        path: the file to write: one bit for each image (``numpy.packbits``), as an npy array.
 
     Returns:
-        (N, C) the net's outputs.
+        The net's outputs, (N, C) float.
     """
     import numpy as np
 
@@ -546,12 +561,13 @@ def save_correct(classifier: "DigitClassifier", images: "Tensor", labels: "Tenso
 def save_confidence(
     path: Path, classifier: "DigitClassifier", outputs: "Tensor", datamodule: "MNISTDataModule"
 ) -> None:
-    """Keep in a checkpoint how sure its net may be, fitted on its validation images.  It is replaced whole.
+    """Fit the net's confidence on the validation images, and add it to a checkpoint.
 
     Args:
-        path: of the checkpoint.
-        classifier: with its weights.
-        outputs: (N, C) float, of the validation images.
+        path: the checkpoint, which is replaced as a whole.
+        classifier: has the checkpoint's weights.
+        outputs: the net's outputs for the validation images, (N, C) float.
+        datamodule: has the training and the validation images.
 
     Raises:
         OSError: the file can't be read or written.
@@ -569,7 +585,7 @@ def save_confidence(
 
 
 def find_versions() -> dict[str, str | None]:
-    """The code that trains: this package's commit, and versions."""
+    """Return the git commit of this package, and the versions of Python and of the main packages."""
     names = ("torch", "lightning", "torchmetrics")
     versions = {"git_commit": find_commit(), "python": platform.python_version()}
     return versions | {name: version(name) for name in names} | {"mnist_lightning": __version__}
@@ -577,7 +593,7 @@ def find_versions() -> dict[str, str | None]:
 
 @functools.cache
 def find_commit() -> str | None:
-    """The git commit of this package's code, with "+" behind it where the code differs from it."""
+    """Return the git commit of this package's code, followed by "+" if the code has been changed."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -595,21 +611,22 @@ def find_commit() -> str | None:
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
     except (OSError, subprocess.TimeoutExpired):
-        return None  # no git here
+        return None  # there is no git
 
 
 def list_parameters(settings: Train) -> dict[str, Any]:
-    """Every setting by its dotted key, as loggers take parameters, but what names the run's own folder."""
+    """Return all settings by dotted key for loggers, except those that name the run's own folder."""
     flat = flatten(asdict(settings))
     mine = [key for key, value in flat.items() if str(value).partition("/")[0] == RUN_DIR]
     return {key: value for key, value in flat.items() if key not in (*mine, "resume", "reproduce")}
 
 
 def list_hparams(settings: Train, typed: str) -> dict[str, bool | float | str]:
-    """The columns of TensorBoard's HParams tab, which has the first five of those that are alike by name.
+    """Return the run's columns of TensorBoard's HParams tab.
 
     Args:
-        typed: what was changed.
+        settings: checked.
+        typed: the overrides that decide what is trained.
     """
     augment = settings.data.augment
     deforms = [f"{key}={value:g}" for key, value in vars(augment).items() if value and augment.deforms]
@@ -626,10 +643,9 @@ def list_hparams(settings: Train, typed: str) -> dict[str, bool | float | str]:
 
 
 def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics: Metrics) -> None:
-    """Give what the test has measured to all loggers, and to TensorBoard's HParams tab the run's settings
-    beside the final metrics of the net that was kept.
+    """Give the test metrics to all loggers, and settings and final metrics to TensorBoard's HParams tab.
 
-    A run that is killed before or in this has not finished, and a resumption does it again.
+    A run that is killed before the end of this has not finished, and a resumption does it again.
     """
     from mnist_lightning.rundir.loggers import TensorBoardLogger
     from mnist_lightning.rundir.tracker import WandbLogger
@@ -654,7 +670,7 @@ def write_results(trainer: "L.Trainer", settings: Train, run_dir: Path, metrics:
 
 
 def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """The summary that is printed at the end of a run, as lines."""
+    """Return the lines of the summary that is printed at the end of a run."""
     name = settings.monitor.metric.removeprefix("val/")
     words = "accuracy" if name == "acc" else name
     keys = {"test": f"test/{name}", "validation": f"val/{name}", "train": f"last/train/{name}"}
@@ -672,12 +688,12 @@ def list_results(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 
 def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """Commands to try after a run, as lines: those that its net, its loggers and its end allow."""
+    """Return lines with commands to try after a run, as its net, its loggers and its end allow."""
     if "lr_range" in settings.callbacks:
         return list_suggestion(metrics, settings)
     lines = []
     shown = as_typed(run_dir)
-    usual = shown.parts[0] == "logs"  # where the commands look
+    usual = shown.parts[0] == "logs"  # commands look for runs in logs/
     if (run_dir / "tensorboard").is_dir():
         lines.append(f"tensorboard --logdir {'logs' if usual else as_word(str(shown))}")
     if settings.resume is None and settings.reproduce is None and "hidden" in settings.model:
@@ -701,7 +717,7 @@ def list_next(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 
 def list_suggestion(metrics: Metrics, settings: Train) -> list[str]:
-    """The command that trains with the learning rate that a range test has suggested."""
+    """Return lines with the command that trains with the learning rate that a range test has suggested."""
     if "suggested_lr" not in metrics:
         return []
     rate = f"{'' if 'lr' in settings.optimizer else '+'}optimizer.lr={metrics['suggested_lr']:g}"
@@ -710,7 +726,7 @@ def list_suggestion(metrics: Metrics, settings: Train) -> list[str]:
 
 
 def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
-    """How to go on with a run whose time was over before its epochs or steps were done."""
+    """Return the command that resumes a run which reached ``max_time`` before its last epoch or step."""
     limits = {"epochs": settings.trainer.get("max_epochs"), "steps": settings.trainer.get("max_steps")}
     done = [limit is not None and 0 < limit <= int(str(metrics[name])) for name, limit in limits.items()]
     if settings.trainer.get("max_time") is None or any(done):
@@ -725,6 +741,6 @@ def list_left(metrics: Metrics, settings: Train, run_dir: Path) -> list[str]:
 
 if __name__ == "__main__":
     module = importlib.import_module("mnist_lightning.train")
-    module.main()  # not this one, which is called __main__: a cluster's launcher sends its name
+    module.main()  # by its own name, not as __main__: a cluster's launcher sends the name
 else:
     sys.modules[__name__].__class__ = TrainModule

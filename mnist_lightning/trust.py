@@ -1,8 +1,9 @@
-"""Decide which names in a file from a stranger are imported, and where its settings may write.
+"""Decide which code a checkpoint or saved settings may import, and where they may write.
 
-What is typed, lies in ``conf/`` or comes by ``--config-dir`` is the user's own.  Checkpoints and saved
-settings may come from anywhere: they may name what this project and its libraries define for that place, and
-what the user trusts by ``trust=my_nets`` or the variable ``MNIST_LIGHTNING_TRUST``.
+Settings that the user types or keeps in ``conf/`` or in ``--config-dir`` are trusted.  Checkpoints and saved
+settings may come from anywhere.  Each of their settings may name only classes of its kind (nets, losses, …)
+in this project and its libraries, and modules that the user trusts by ``trust=my_nets`` or the environment
+variable ``MNIST_LIGHTNING_TRUST``.
 """
 
 import os
@@ -23,7 +24,7 @@ from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
 KEY = "trust="
-# Arguments that name a place to write to, in Lightning's loggers, callbacks and profilers, and in ours
+# Arguments that name a file or folder to write, in loggers, callbacks and profilers of Lightning and ours
 PLACES = (
     "dirpath",
     "save_dir",
@@ -42,14 +43,17 @@ OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that re
 
 
 class TrustError(CompactHydraException):
-    """A file asks for more than it is trusted with; Hydra prints it without a traceback."""
+    """A file names code or a path that is not trusted; Hydra prints the message without a traceback."""
 
 
 def read_trust(trust: Any) -> tuple[str, ...]:
-    """Modules that the user trusts: a setting's, a name or a list of names, and the variable's.
+    """Return the modules that the user trusts, by the setting and by the environment variable.
+
+    Args:
+        trust: the setting: None, a module or a list of modules.
 
     Raises:
-        TrustError: it is neither.
+        TrustError: the setting or the variable holds something else.
     """
     names = [] if trust is None else trust if isinstance(trust, list) else [trust]
     names = [*names, *re.split(r"[\s,]+", os.environ.get(VARIABLE, ""))]
@@ -62,39 +66,43 @@ def read_trust(trust: Any) -> tuple[str, ...]:
 
 
 def typed_trust(arguments: Sequence[str]) -> tuple[str, ...]:
-    """The modules of ``trust=…`` on a command line, and the variable's."""
+    """Return the modules that ``trust=…`` on a command line and the environment variable name."""
     values = [one.lstrip("+").removeprefix(KEY) for one in arguments if one.lstrip("+").startswith(KEY)]
     typed = values[-1].strip("[]'\"") if values else ""
     return read_trust([name.strip(" '\"") for name in typed.split(",") if name and name != "null"])
 
 
 def check_recipe(recipe: Mapping[str, Any], source: Path, trust: Collection[str]) -> None:
-    """
+    """Check that the settings in a checkpoint name only trusted code.
+
     Args:
         recipe: settings in a checkpoint, by group.
-        source: the checkpoint.
+        source: the checkpoint's file, for messages.
+        trust: modules that the user trusts.
 
     Raises:
-        TrustError: it names what is not trusted, or holds an interpolation.
+        TrustError: the settings name code that is not trusted, or hold an interpolation ``${…}``.
     """
     for key, text in find_texts(recipe):
         if "${" in text:
-            raise TrustError(f"{source} is refused: its {key} is {text}, which only settings may hold")
+            raise TrustError(f"{source} is refused: its {key} is {text}, which only a settings file may hold")
     check_targets(recipe, source, trust)
 
 
 def check_settings(
     config: Mapping[str, Any], folder: Path, trust: Collection[str], *, typed: Collection[str] = ()
 ) -> None:
-    """Whether a run can go on with the settings that lie in its folder.
+    """Check the settings that are saved in a run's folder before the run is resumed.
 
     Args:
         config: the saved settings, not resolved.
-        folder: the run's.
-        typed: keys that the command line says itself, whose saved values are not used.
+        folder: the run's folder.
+        trust: modules that the user trusts.
+        typed: keys on the command line, whose saved values are not used.
 
     Raises:
-        TrustError: they name what is not trusted, look up what is outside, or write elsewhere.
+        TrustError: the settings name code that is not trusted, look up values outside the settings, or name
+            a path outside the folder.
     """
     for key, text in find_texts(config):
         if key in typed:
@@ -102,7 +110,7 @@ def check_settings(
         builds = key.split(".")[0] in KINDS
         if "${" in re.sub(OURS, "", text) or (builds and re.search(ELSEWHERE, text)):
             raise TrustError(
-                f"{folder}: {key}={text} is saved there and looks up what is none of its own; {say(key)}"
+                f"{folder}: its saved {key}={text} looks up a value outside the run's settings; {say(key)}"
             )
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(dict(config)), resolve=True)
@@ -129,18 +137,20 @@ def say(key: str) -> str:
 
 
 def stays_inside(key: str, text: str, folder: Path) -> bool:
-    """Whether a saved value names no place outside of a run's folder.
+    """Whether a saved value names no path outside the run's folder.
 
     Args:
-        text: resolved, or with ``${run_dir:}``.
+        key: the setting.
+        text: its value, resolved or with ``${run_dir:}``.
+        folder: the run's folder.
     """
     text = text.replace("${run_dir:}", RUN_DIR)
     parts = re.split(r"[/\\]", text)
     if parts[0] == RUN_DIR:
-        place = os.path.realpath(folder.joinpath(*parts[1:]))  # a link may lie there
+        place = os.path.realpath(folder.joinpath(*parts[1:]))  # follows a link in the folder
         return ".." not in parts and Path(place).is_relative_to(os.path.realpath(folder))
     if key.split(".")[0] in WRITERS and ("._args_[" in key or "$" in text):
-        return False  # a place without its name, or one that the library looks up
+        return False  # it may be a path: an argument without a name, or one that the library expands
     is_path = len(parts) > 1 and (parts[0] in ("", "~", ".", "..") or parts[0].endswith(":") or ".." in parts)
     if "://" in text or text.startswith("~") or is_path or text == "..":
         try:
@@ -155,9 +165,16 @@ def stays_inside(key: str, text: str, folder: Path) -> bool:
 def check_targets(
     config: Mapping[str, Any], source: Path, trust: Collection[str], *, typed: Collection[str] = ()
 ) -> None:
-    """
+    """Check each ``_target_`` in settings.
+
+    Args:
+        config: settings by group.
+        source: where they are saved, for messages.
+        trust: modules that the user trusts.
+        typed: keys on the command line, which are trusted.
+
     Raises:
-        TrustError: a ``_target_`` is not one that its place may name.
+        TrustError: a ``_target_`` is neither trusted nor of the kind that its setting needs.
     """
     strangers = {
         name: key
@@ -178,13 +195,13 @@ def is_trusted(name: str, trust: Collection[str]) -> bool:
 
 
 def write_trust(modules: Collection[str]) -> str:
-    """``trust=…`` as it is typed."""
+    """Format ``trust=…`` as the user would type it."""
     names = list(dict.fromkeys(modules))
     return KEY + (names[0] if len(names) == 1 else f"[{','.join(names)}]")
 
 
 def find_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in nested settings, keys that are no plain names among them, by dotted key."""
+    """Yield all texts in nested settings by dotted key, including keys that hold an interpolation."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if isinstance(name, str) and "${" in name:

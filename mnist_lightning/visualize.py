@@ -1,4 +1,4 @@
-"""What the data looks like:  python -m mnist_lightning.visualize [key=value …]"""
+"""Draw the data set, or the film of a training:  python -m mnist_lightning.visualize [key=value …]"""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NUM_IMAGES = 60  # of the grid: six rows of ten
+NUM_IMAGES = 60  # number of images in the grid: six rows of ten
 NUM_DEFORMED, NUM_VARIANTS = 7, 9
 
 
@@ -38,7 +38,7 @@ def visualize(settings: Visualize) -> None:
     """Draw the training images, their classes and their pixels.
 
     Raises:
-        OSError: the data can't be read or fetched, or the output can't be written.
+        OSError: the data can't be read or downloaded, or the output can't be written.
     """
     if settings.film is not None:
         visualize_film(settings)
@@ -77,10 +77,13 @@ def visualize_film(settings: Visualize) -> None:
 
 
 def draw(data: Data) -> "tuple[dict[str, Figure], str]":
-    """The figures by name, and a line that says what they show.
+    """Draw the figures of a data set.
+
+    Returns:
+        The figures by name, and a line with the numbers of images and the pixels' mean and deviation.
 
     Raises:
-        OSError: the data can't be read or fetched.
+        OSError: the data can't be read or downloaded.
     """
     import torch
 
@@ -97,7 +100,7 @@ def draw(data: Data) -> "tuple[dict[str, Figure], str]":
     preprocess = Preprocess(deskew=data.deskew, augment=data.preprocess_arguments()["augment"])
 
     def see(stored: torch.Tensor, key: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Images as a net sees them, but not normalised.  -> (N, H, W) or (N, H, W, 3) uint8"""
+        """Preprocess images as for the net, without normalising.  -> (N, H, W) or (N, H, W, 3) uint8"""
         parts = [preprocess.to_pixels(batch, key).round().byte() for batch in torch.split(stored, 1_000)]
         return torch.cat(parts).permute(0, 2, 3, 1) if in_colour else torch.cat(parts)[:, 0]
 

@@ -1,7 +1,6 @@
-"""Where this project goes behind a library's public names: what changes it for the whole process, and what
-uses a name that it does not promise to keep.  Why, and for which release.
+"""Collect every place that changes a library for the whole process or uses one of its private names.
 
-Commands install what changes a library; importing this package changes nothing.
+Each says why, and for which release.  Commands install the changes; importing this package changes nothing.
 """
 
 import difflib
@@ -34,20 +33,21 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 SET_EACH_STEP = "_current_fx_name"
-"""Lightning 2.6 sets this attribute some 40 times a step; ``DigitClassifier`` makes it cheap."""
+"""Lightning 2.6 sets this attribute about 40 times a step; ``DigitClassifier`` makes that cheap."""
 
 
 def share_config_store() -> None:
     """Keep Hydra 1.3 from copying its store of schemas a hundred times for a --help, which takes 1.1 s.
 
-    The store is a singleton that hands out copies of what it holds, so that it can stand for its copy.
+    The store is a singleton and returns copies of its contents, so it can serve as its own copy.
     """
     ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
 def keep_names_literal() -> None:
-    """Hydra 1.3 notes where a job writes, and where it was started, as settings, in which a folder that is
-    named ``${seed}`` would be looked up.
+    """Keep Hydra 1.3 from resolving interpolations in the names of a job's output and working folders.
+
+    Hydra saves both folders as settings, and would look up the seed for a folder named ``${seed}``.
     """
     plain = HydraConfig.set_config
     if plain.__module__ == __name__:
@@ -66,17 +66,19 @@ def keep_names_literal() -> None:
 
 
 def read_yaml_by_libyaml() -> None:
-    """OmegaConf 2.3 reads YAML by PyYAML's parser in Python, a fifth of the time of composing settings.
+    """Let OmegaConf 2.3 read YAML with PyYAML's parser in C, if PyYAML was built with it.
 
-    The same parser in C, where PyYAML was built with it, gives the same values.
+    The parser in Python takes a fifth of the time of composing settings; both give the same values.
     """
     if hasattr(yaml, "CSafeLoader"):
         yaml.SafeLoader = yaml.CSafeLoader
 
 
 def tell_settings_in_a_line() -> None:
-    """Hydra 1.3 advises "+key" for each key that is not there, a misspelt one too, over several lines, and
-    ends in a traceback for a group that is null.  Name the nearest key, or the choices, in one.
+    """Print Hydra 1.3's errors about settings in one line that names the nearest key or the choices.
+
+    Hydra advises "+key" for each unknown key, even a misspelt one, in several lines, and ends in a traceback
+    for a group that is null.
     """
     load, apply = ConfigLoaderImpl.load_configuration, ConfigLoaderImpl._apply_overrides_to_config
 
@@ -96,11 +98,11 @@ def tell_settings_in_a_line() -> None:
         for key, value in pairs:
             choices = self.get_group_options(key)
             if choices and value == "null" and "Config group override" in line:
-                line = f"{key}=null chooses nothing: {key} is one of {', '.join(choices)}"
+                line = f"{key}=null chooses nothing: {key} must be one of {', '.join(choices)}"
             elif choices and f"Could not override '{key}'" in line:
                 line = (
-                    f"{key}={value} can't be chosen beside resume=, which goes on with the run's own {key}:"
-                    f" type single settings of it, {key}.…=…"
+                    f"{key}={value} can't be chosen with resume=, which uses the run's own {key}:"
+                    f" give single settings of it, {key}.…=…"
                 )
         sys.exit(line)
 
@@ -154,10 +156,10 @@ def find_leaves(settings: Any, prefix: str = "") -> Iterator[str]:
 
 
 def compose_once() -> None:
-    """Keep Hydra 1.3 from composing all settings twice, the first time only to read ``hydra.mode`` of them.
+    """Keep Hydra 1.3 from composing all settings twice, the first time only to read their ``hydra.mode``.
 
-    What the first composing gave, settings or an error, is handed out when Hydra asks for the same again,
-    with the one word that it has added to the command line since.
+    The first result, settings or an error, is returned when Hydra composes again with the same arguments and
+    the one override that it has added.
     """
     from hydra._internal.hydra import Hydra
 
@@ -180,7 +182,7 @@ def compose_once() -> None:
             first, said = error, plain(hydra, config_name, overrides)
 
         def give_first(overrides: list[str], **arguments: Any) -> DictConfig:
-            del loader.load_configuration  # once
+            del loader.load_configuration  # it replaces a single call
             added = overrides[len(typed) :]
             if arguments != wanted or overrides[: len(typed)] != typed or added not in ([], [word]):
                 composed: DictConfig = compose(overrides=overrides, **arguments)
@@ -200,8 +202,10 @@ def compose_once() -> None:
 
 
 def start_others_as(module: str) -> None:
-    """Let Lightning 2.6 start the other processes of a run as ``python -m module``, where the file that was
-    started is none that Python runs: a console script of Windows, an .exe."""
+    """Let Lightning 2.6 start the other processes of a run as ``python -m module``.
+
+    It matters if Python can't run the file that was started: a console script on Windows is an .exe.
+    """
     main: Any = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     can_run = os.path.isfile(sys.argv[0]) if spec is None else spec.name != "__main__"
@@ -210,7 +214,7 @@ def start_others_as(module: str) -> None:
 
 
 def quiet_tensorboard() -> None:
-    """TensorBoard's writing thread prints a traceback, and gives the error to the next write as well."""
+    """Silence the traceback of TensorBoard's writing thread; the next write raises the error anyway."""
     others = threading.excepthook
 
     def hook(told: threading.ExceptHookArgs) -> None:
@@ -222,19 +226,19 @@ def quiet_tensorboard() -> None:
 
 
 def quiet_matplotlib() -> None:
-    """matplotlib 3.11 tells where it keeps a list of fonts, and that it makes one, in a home without one."""
+    """Silence matplotlib 3.11's messages about its list of fonts, which it prints if there is none yet."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of things that are meant to be as they are."""
+    """Silence Lightning's advice about settings that are chosen on purpose."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's console handler prints them already
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).handlers.clear()
         logging.getLogger(package).setLevel(logging.WARNING)  # devices, tips, "fit stopped"
     for message in (
         r".*does not have many workers",  # the images are in memory
-        r".*is smaller than the logging interval",  # epoch ends are logged whatever the interval
+        r".*is smaller than the logging interval",  # the end of an epoch is always logged
         r".*your dataloader is not resumable",  # its sampler is
         r"GPU available but not used",  # accelerator=cpu, and auto on a Mac
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
@@ -243,10 +247,10 @@ def quiet_lightning() -> None:
 
 
 def skip_device_probe() -> None:
-    """Without a GPU, keep torch from looking for one in every optimizer step.
+    """Keep torch from looking for a GPU in every optimizer step if there is none.
 
-    Importing Lightning sets this variable, and torch's optimizers then load NVIDIA's library anew
-    each time they step: 0.13 ms with torch 2.15, a tenth of a small net's step.
+    Importing Lightning sets this variable, so that torch's optimizers load NVIDIA's library in each step.
+    With torch 2.15 this takes 0.13 ms, a tenth of a small net's step.
     """
     import torch
 
@@ -261,10 +265,10 @@ def is_validation_due(trainer: "Trainer") -> bool:
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """Restore a process that is not ours, such as a notebook's, after the block.
+    """Restore a user's process, such as a notebook's, after the block.
 
-    Lightning and ``quiet_lightning`` change the environment, the filters of warnings, loggers, the random
-    states of Python, NumPy and torch, and whether torch wants deterministic algorithms.
+    Lightning and ``quiet_lightning`` change the environment, the warning filters, loggers, the random states
+    of Python, NumPy and torch, and whether torch uses deterministic algorithms.
     """
     import torch
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -293,8 +297,10 @@ def process_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def hydra_as_it_was() -> Iterator[None]:
-    """Use Hydra 1.3 within an application that uses it too: restore its version base, name of the job and
-    config after the block."""
+    """Use Hydra 1.3 within an application that uses Hydra too.
+
+    Its version base, job name and config are restored after the block.
+    """
     from hydra import version
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime, setup_globals
@@ -337,9 +343,9 @@ def usual_torch() -> Iterator[None]:
 
 
 def operation_tools() -> tuple[Any, Any, Any]:
-    """What sees each operation of torch, and what walks through its arguments.
+    """Return ``TorchDispatchMode``, which sees each operation of torch, and two functions on its arguments.
 
-    torch 2.14 documents the first, ``TorchDispatchMode``, and has public names for none of them.
+    torch 2.14 documents the first, and has public names for none of them.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map_only
@@ -348,22 +354,22 @@ def operation_tools() -> tuple[Any, Any, Any]:
 
 
 def compiler_failure() -> type[Exception]:
-    """What torch.compile raises where its backend can't work; torch 2.14 has no public name for it."""
+    """Return the exception of torch.compile if its backend fails; torch 2.14 has no public name for it."""
     from torch._dynamo.exc import BackendCompilerFailed
 
     return BackendCompilerFailed
 
 
 def trial_id(trial: "Trial | FrozenTrial") -> int:
-    """The number by which a storage knows a trial, as ``optuna.Trial`` is made from; Optuna 4 hides it."""
+    """Return a trial's number in its storage, which ``optuna.Trial`` takes; in Optuna 4 it is private."""
     return trial._trial_id
 
 
 def drop_from(logger: "TensorBoardLogger", step: int) -> None:
-    """Let the SummaryWriter that Lightning 2.6 is about to make hide what was logged from this step on."""
+    """Make the SummaryWriter that Lightning 2.6 will create hide what was logged from this step on."""
     logger._kwargs["purge_step"] = step
 
 
 def add_summary(writer: "SummaryWriter", summary: Any) -> None:
-    """Write hyper-parameters into a run's own event file: torch 2.14's ``add_hparams`` begins another one."""
+    """Write hyper-parameters to a run's own event file; torch 2.14's ``add_hparams`` starts another one."""
     writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]

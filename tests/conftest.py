@@ -1,11 +1,11 @@
-"""What the tests share: commands in folders of their own, a home for each worker's data, runs made once."""
+"""Fixtures for all tests: commands in separate folders, a home for each worker's data, and shared runs."""
 
 import os
 
-# Here, for this process before torch is imported and for all that the tests start:
+# Set for this process, before torch is imported, and for all processes that the tests start:
 os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cores
-os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps memory and reuses it: a short training
-os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # spent a fifth of its time on getting it anew
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps and reuses memory; otherwise a
+os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # short training spends a fifth of its time on it
 
 import compileall
 import gc
@@ -29,11 +29,11 @@ from processes import HEAVY, LIGHT, Fresh, Preloaded, Process
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 
-gc.set_threshold(20_000, 50, 100)  # looking for cycles as often as usual takes a sixth of a short training
+gc.set_threshold(20_000, 50, 100)  # the default would take a sixth of a short training
 
 REPOSITORY = Path(__file__).parent.parent
 
-LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # begun first, so that no worker ends alone
+LONG = ("test_sweeps.py", "test_train.py", "test_resume.py")  # start first, so that all workers end together
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -54,7 +54,7 @@ Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where Python is told to write no bytecode, each of hundreds of commands would compile all modules."""
+    """Let Python write bytecode; without it, each of hundreds of commands would compile all modules."""
     if not hasattr(config, "workerinput"):
         for package in ("mnist_lightning", "hydra_plugins", "benchmarks", "tests"):
             compileall.compile_dir(REPOSITORY / package, quiet=2)
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of pytest-xdist see."""
+    """A folder shared by all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     (folder / "shared").mkdir(exist_ok=True)
@@ -75,16 +75,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def once(shared: Path) -> Once:
-    """``once("name", make)``: the folder that ``make`` has filled, once for all workers.
+    """``once("name", make)`` returns a folder that ``make`` fills, once for all workers.
 
-    Tests only read there; whoever wants to change something copies it first.
+    Tests only read the folder; to change files, they copy it first.
     """
 
     def get(name: str, make: Callable[[Path], None]) -> Path:
         folder = shared / name
         with FileLock(shared / f"{name}.lock"):
             if not (shared / f"{name}.done").exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt has left
+                shutil.rmtree(folder, ignore_errors=True)  # a failed attempt may have left it
                 folder.mkdir()
                 make(folder)
                 (shared / f"{name}.done").touch()
@@ -95,16 +95,16 @@ def once(shared: Path) -> Once:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, str]:
-    """Of the processes: a home of their own, so that the user's data folder is not touched; one thread."""
+    """Environment variables of processes: a separate home, so that the user's data is safe, and one thread."""
     import matplotlib
 
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HYDRA", "PL_", "COV"))}
     return kept | {
         "HOME": str(tmp_path_factory.mktemp("home")),
         "OMP_NUM_THREADS": "1",
-        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # listing the system's fonts anew would take seconds
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # otherwise listing the system's fonts takes seconds
         "TORCHINDUCTOR_CACHE_DIR": str(shared / "inductor"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes that import torch
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # otherwise a pool of processes imports torch
     }
 
 
@@ -117,7 +117,7 @@ def preloaded(environment: dict[str, str]) -> Iterator[Preloaded]:
 
 @pytest.fixture(scope="session")
 def light(environment: dict[str, str]) -> Iterator[Preloaded]:
-    """An interpreter that has imported Hydra and nothing heavy."""
+    """An interpreter that has imported Hydra, but nothing heavy."""
     interpreter = Preloaded(LIGHT, environment)
     yield interpreter
     assert interpreter.close() == ""
@@ -125,8 +125,8 @@ def light(environment: dict[str, str]) -> Iterator[Preloaded]:
 
 @pytest.fixture(scope="session")
 def python(preloaded: Preloaded, environment: dict[str, str]) -> Run:
-    """``python("-m", "mnist_lightning.train", cwd=folder, CXX="g++")``, in a fork of a process that has
-    imported the heavy packages; the last of these is a variable of its environment."""
+    """``python("-m", "mnist_lightning.train", cwd=folder, CXX="g++")`` runs Python in a fork of a process that
+    has imported the heavy packages; ``CXX`` is an environment variable."""
 
     def run(*arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
         return preloaded.start(*arguments, cwd=cwd, env=environment | more).finish()
@@ -136,7 +136,7 @@ def python(preloaded: Preloaded, environment: dict[str, str]) -> Run:
 
 @pytest.fixture(scope="session")
 def command(python: Run) -> Run:
-    """``command("train", "model.hidden=64", cwd=folder)`` as a user types it, in such a fork."""
+    """``command("train", "model.hidden=64", cwd=folder)`` runs a command in such a fork."""
 
     def run(name: str, *arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
         return python("-m", f"mnist_lightning.{name}", *arguments, cwd=cwd, **more)
@@ -146,7 +146,7 @@ def command(python: Run) -> Run:
 
 @pytest.fixture(scope="session")
 def fresh_command(environment: dict[str, str]) -> Run:
-    """The same in an interpreter of its own: where its start-up or what it imports is tested."""
+    """Like ``command``, in a new interpreter, for tests of start-up and imports."""
 
     def run(name: str, *arguments: str, cwd: Path, **more: str) -> "subprocess.CompletedProcess[str]":
         process = Fresh("-m", f"mnist_lightning.{name}", *arguments, cwd=cwd, env=environment | more)
@@ -157,8 +157,8 @@ def fresh_command(environment: dict[str, str]) -> Run:
 
 @pytest.fixture
 def start(preloaded: Preloaded, environment: dict[str, str]) -> Iterator[Start]:
-    """``start("train", "seed=1", cwd=folder)``: a command under way, in a fork that is a process of its
-    own or in a ``fresh`` interpreter; what is left of it at the end of the test is killed.  See
+    """``start("train", "seed=1", cwd=folder)`` starts a command in a fork or in a ``fresh`` interpreter, and
+    does not wait for its end.  Processes that are left at the end of the test are killed.  See
     ``Preloaded.start`` for other options."""
     started: list[Process] = []
 
@@ -190,7 +190,7 @@ def start(preloaded: Preloaded, environment: dict[str, str]) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def wheel(once: Once) -> Path:
-    """The wheel of this checkout."""
+    """The file of this checkout's wheel."""
 
     def make(folder: Path) -> None:
         build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY))
@@ -201,21 +201,21 @@ def wheel(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, once: Once) -> Path:
-    """The folder in which it is unpacked: on PYTHONPATH it goes before the checkout."""
+    """A folder with the unpacked wheel, which comes before the checkout on PYTHONPATH."""
     return once("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
 
 
 @pytest.fixture
 def from_wheel(installed: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run what is installed, not the checkout."""
+    """Make commands run the installed package, not the checkout."""
     monkeypatch.setitem(environment, "PYTHONPATH", str(installed))
 
 
 @dataclass
 class DefaultRun:
-    """``python -m mnist_lightning.train`` with nothing said."""
+    """The result of ``python -m mnist_lightning.train`` without arguments."""
 
-    folder: Path  # of the run
+    folder: Path  # the run's folder
     logs: Path
     output: str
     errors: str
@@ -235,7 +235,7 @@ def default_run(fresh_command: Run, once: Once, environment: dict[str, str]) -> 
 
 
 def unpack_mnist(environment: dict[str, str]) -> None:
-    """What training has put into its home, for a worker that reads the run of another one."""
+    """Unpack MNIST in a worker's home, where training would; needed to read a run of another worker."""
     from mnist_lightning.images.sources import find_source
 
     find_source("mnist", Path(environment["HOME"], ".pytorch", "MNIST_data")).make_whole()
@@ -243,12 +243,12 @@ def unpack_mnist(environment: dict[str, str]) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MNIST, unpacked once for the tests that train in this process."""
+    """A folder with MNIST, unpacked once for the tests that train in this process."""
     return tmp_path_factory.mktemp("data")
 
 
 def settle(run_dir: Path, *overrides: str) -> Train:
-    """Checked settings of a run in ``run_dir``, composed as the command would."""
+    """Compose and check settings of a run in ``run_dir``, as the command does."""
     register()
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("train", list(overrides), return_hydra_config=True)
@@ -260,8 +260,8 @@ def settle(run_dir: Path, *overrides: str) -> Train:
 
 @pytest.fixture
 def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
-    """``fit("model.hidden=64", folder="a")``: a run in this process, without pictures; what its
-    metrics.json holds."""
+    """``fit("model.hidden=64", folder="a")`` trains in this process, without pictures, and returns the content
+    of ``metrics.json``."""
     from mnist_lightning.train import train
 
     def run(*overrides: str, folder: str = "run", test: bool = False) -> dict[str, object]:
@@ -279,7 +279,7 @@ def fit(tmp_path: Path, data_dir: Path) -> Callable[..., dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def trained_run(default_run: DefaultRun) -> Path:
-    """The default run's folder, for the tests of what reads finished runs."""
+    """The default run's folder, for tests of commands that read finished runs."""
     assert default_run.returncode == 0, default_run.errors
     return default_run.folder
 
@@ -296,7 +296,7 @@ def browser() -> Iterator[Any]:
 
 
 def check_nothing_leaves(page: Any) -> None:
-    """An open page's policy forbids a script to ask a server for anything, or to show its images.  Closes it."""
+    """Check that the open page's policy forbids requests to servers, also for images, and close the page."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
@@ -310,7 +310,7 @@ def check_nothing_leaves(page: Any) -> None:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Open]:
-    """``show(file)``: the page that a file is.  At the end: no other request was made, nothing was complained of."""
+    """``show(file)`` opens a page.  At the end, it must have made no other request and logged no error."""
     contexts, requests, complaints = [], [], []
 
     def show(file: Path, *, width: int = 1280, theme: str = "light", touch: bool = False) -> Any:
@@ -327,7 +327,7 @@ def show(browser: Any) -> Iterator[Open]:
 
     yield show
     assert {url for url in requests if not url.startswith("file://")} == set()
-    reading = "Canvas2D: Multiple readback"  # which the tests do, not the page
+    reading = "Canvas2D: Multiple readback"  # the tests do this, not the page
     assert [one for one in complaints if not one.startswith(reading)] == []
     for context in contexts:
         context.close()

@@ -1,4 +1,4 @@
-"""Things that go wrong in a job, as a user's own callback (``+callbacks.fault._target_=faults.Fault``)."""
+"""Faults in a job, as callbacks of a user (``+callbacks.fault._target_=faults.Fault``)."""
 
 import json
 import os
@@ -40,7 +40,7 @@ class Fault(Callback):
 
 
 class KillAt(Callback):
-    """SIGKILL in the first call of a hook after ``last.ckpt`` was written; no hook: never."""
+    """Send SIGKILL in the first call of a hook after ``last.ckpt`` was written; without a hook, never."""
 
     def __init__(self, hook: str | None = None) -> None:
         if hook is not None:
@@ -52,7 +52,7 @@ class KillAt(Callback):
 
 
 class Witness(Callback):
-    """Leaves in a file when a job has computed, on how many threads, and which GPU it may see."""
+    """Write to a file when a job has computed, on how many threads, and which GPU it sees."""
 
     def __init__(self, file: str, rest: float = 0.0) -> None:
         self.file = Path(file)
@@ -75,7 +75,7 @@ class Witness(Callback):
 
 
 class StepTimer(Callback):
-    """A limit on time, as Lightning's Timer, that comes at a step."""
+    """A limit like that of Lightning's Timer, reached at a given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

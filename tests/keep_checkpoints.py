@@ -1,4 +1,4 @@
-"""A callback for the tests: keeps a copy of ``last.ckpt`` of every step at which one was written."""
+"""A callback for tests: keep a copy of ``last.ckpt`` for each step at which one was written."""
 
 import shutil
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Runs Python commands in forks of one process that has imported other people's packages already.
+"""Run Python commands in forks of one process that has already imported the packages of others.
 
-``python preloaded.py <descriptor> <module> …`` imports these, reads requests from that socket (see
-``processes.Preloaded``, which writes them), forks for each, and answers with the child's id, later with its
-exit code and peak memory.  The child is a process of its own that runs a module, a script or a piece of code as ``python``
-does, to the end; it is spared only the seconds of imports.  Nothing of this project is imported before the
-fork, and nothing is computed: a fork must not inherit a pool of threads.
+``python preloaded.py <descriptor> <module> …`` imports these modules, reads requests from that socket (see
+``processes.Preloaded``, which writes them), and forks for each.  It answers with the child's id, and later with
+its exit code and peak memory.  The child runs a module, a script or a piece of code to its end, as ``python``
+does, but without the seconds of imports.  Before the fork, nothing of this project is imported and nothing is
+computed, because a fork must not inherit a pool of threads.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from typing import Any
 
 
 def give_up_roots_rights() -> None:
-    """From here on this process, and what it starts, heeds permissions, even when root runs it."""
+    """Make this process, and those that it starts, respect permissions, even if root runs it."""
     cap_dac_override, cap_dac_read_search, pr_capbset_drop = 1, 2, 24  # linux/capability.h, linux/prctl.h
     libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
     libc.capget(header, sets)
@@ -38,15 +38,18 @@ def give_up_roots_rights() -> None:
 
 
 def wait(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork for each request, and tell each child's end.  Returns in the child only: what it is to run,
-    and the descriptors for its standard output and error."""
-    children: dict[int, int] = {}  # process id -> where its exit code is written
+    """Fork for each request, and report each child's end.
+
+    Returns:
+        only in a child: what to run, and the descriptors for its standard output and error.
+    """
+    children: dict[int, int] = {}  # process id -> the descriptor to which its exit code is written
     woken, waker = os.pipe()
     for descriptor in (woken, waker):
         os.set_blocking(descriptor, False)
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the requests ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends when the requests end
     selector = selectors.DefaultSelector()
     selector.register(requests, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
@@ -84,7 +87,7 @@ def wait(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def prepare(request: dict[str, Any], output: list[int]) -> None:
-    """Make this child what a fresh interpreter in that folder, with those variables, would be."""
+    """Give this child the folder, variables and state that a new interpreter would have."""
     descriptors = (os.open(os.devnull, os.O_RDONLY), *output)
     for descriptor, target in zip(descriptors, (0, 1, 2), strict=True):
         os.dup2(descriptor, target)
@@ -95,7 +98,7 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    tempfile.tempdir = None  # TMPDIR may be another
+    tempfile.tempdir = None  # TMPDIR may have changed
     added = request["env"].get("PYTHONPATH")
     sys.path[1:1] = added.split(os.pathsep) if added else []
     importlib.invalidate_caches()
@@ -107,14 +110,26 @@ def prepare(request: dict[str, Any], output: list[int]) -> None:
         threads = int(request["env"].get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-    if "CXX" in os.environ and "torch._inductor.config" in sys.modules:  # read when it was imported
+    if "CXX" in os.environ and "torch._inductor.config" in sys.modules:  # its import has read the old CXX
         sys.modules["torch._inductor.config"].cpp.cxx = (None, os.environ["CXX"])
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
 
 
+def draw() -> None:
+    """Draw a figure once: finding the first letters of a font takes each fork 0.4 s."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow([[0, 1], [1, 0]]), label="a")
+    axes.set_title("a", loc="left")
+    FigureCanvasAgg(figure).draw()
+
+
 def run(arguments: list[str]) -> None:
-    """``python <arguments>``, in a module ``__main__`` of its own."""
+    """Run ``python <arguments>``, in a new module ``__main__``."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if arguments[0] == "-m":
         sys.path[0] = os.getcwd()
@@ -130,27 +145,29 @@ def run(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-exit_code = 1  # of an uncaught exception
+exit_code = 1  # the code for an uncaught exception
 
 
 def leave() -> None:
-    """What follows the exit handlers is spared too: taking apart all that was imported takes 2 s."""
+    """End after the exit handlers, without the 2 s for freeing all imported modules."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
 if __name__ == "__main__":
-    this = sys.modules["__main__"]  # kept: its functions go on running
-    atexit.register(leave)  # the first to be registered is the last to be called
+    this = sys.modules["__main__"]  # kept, because its functions still run
+    atexit.register(leave)  # registered first, so called last
     for module in sys.argv[2:]:
         importlib.import_module(module)
     ours = [name for name in sys.modules if name.startswith(("mnist_lightning", "hydra_plugins.mnist"))]
     assert not ours, ours
+    if "matplotlib.backends.backend_agg" in sys.modules:
+        draw()
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = False  # the children need not take torch's operators apart at their end
+        finalizer.atexit = False  # children need not free torch's operators
     gc.collect()
-    gc.freeze()  # nor look through what was imported
+    gc.freeze()  # nor search the imported modules for garbage
     request, output = wait(socket.socket(fileno=int(sys.argv[1])))
     prepare(request, output)
     try:

@@ -1,4 +1,4 @@
-"""Processes of the tests: forks of a preloaded interpreter, and fresh ones, started and watched alike."""
+"""Start and watch the processes of tests: forks of a preloaded interpreter, and new interpreters."""
 
 import contextlib
 import fcntl
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 PRELOADED = Path(__file__).with_name("preloaded.py")
-PATIENCE = 300.0  # seconds: far more than anything here takes on a busy machine
+PATIENCE = 300.0  # seconds, far more than any test needs on a busy machine
 
 
 class Process:
-    """A Python process under way, in the manner of ``subprocess.Popen``.
+    """A running Python process, with the methods of ``subprocess.Popen``.
 
-    What it has written so far can be read at any time.
+    Its output so far can be read at any time.
     """
 
     pid: int
@@ -35,7 +35,7 @@ class Process:
             os.close(descriptor)
 
     def _look(self) -> int | None:
-        """The exit code, once it has ended."""
+        """Return the exit code, or None while the process runs."""
         raise NotImplementedError
 
     def poll(self) -> int | None:
@@ -78,7 +78,7 @@ class Process:
         return self.stdout, self.stderr
 
     def finish(self, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
-        """Wait for its end; kill it where that does not come."""
+        """Wait for the end of the process, and kill it if it takes too long."""
         try:
             code = self.wait(timeout)
         except BaseException:
@@ -98,7 +98,7 @@ class Process:
 
 
 def open_pipe() -> tuple[int, int]:
-    """Its ends for reading, without waiting, and for writing; a megabyte fits in where the system allows."""
+    """Open a pipe: a non-blocking end for reading, and an end for writing; it holds up to a megabyte."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with contextlib.suppress(AttributeError, OSError):
@@ -107,7 +107,7 @@ def open_pipe() -> tuple[int, int]:
 
 
 class Fresh(Process):
-    """``python <arguments>`` in an interpreter of its own."""
+    """``python <arguments>`` in a new interpreter."""
 
     def __init__(
         self,
@@ -134,10 +134,10 @@ class Fresh(Process):
 
 
 class Fork(Process):
-    """``python <arguments>`` in a child of a preloaded interpreter, which tells its end.
+    """``python <arguments>`` in a child of a preloaded interpreter, which reports the child's end.
 
     Attributes:
-        peak: its resident memory at most, in ru_maxrss's unit; told at its end.
+        peak: its peak resident memory in the unit of ru_maxrss, known at its end.
     """
 
     peak: int
@@ -181,7 +181,7 @@ HEAVY = (
 
 
 class Preloaded:
-    """A process with other people's packages imported, whose forks run commands."""
+    """A process that has imported the packages of others, and whose forks run commands."""
 
     def __init__(self, modules: Iterable[str], env: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -205,25 +205,25 @@ class Preloaded:
         heed_permissions: bool = False,
         file_size: int | None = None,
     ) -> Fork:
-        """``python <arguments>`` in a folder, with these environment variables and no others.
+        """Start ``python <arguments>`` in a folder, with only the given environment variables.
 
         Args:
-            heed_permissions: even where root runs the tests.
-            file_size: bytes beyond which no file that it writes may grow.
+            heed_permissions: whether to respect permissions even if root runs the tests.
+            file_size: the largest size in bytes of a file that the process writes; None: no limit.
         """
         request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env)}
         request |= {"heed_permissions": heed_permissions, "file_size": file_size}
         return Fork(self._socket, json.dumps(request).encode(), *arguments)
 
     def close(self) -> str:
-        """End it and all that it still runs; what it printed itself."""
-        self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy of it
+        """End the process and its children, and return its own output."""
+        self._socket.shutdown(socket.SHUT_RDWR)  # a loader's worker may still hold a copy
         self._socket.close()
         return self._process.communicate()[0].decode()
 
 
 def wait_for(holds: Callable[[], bool], process: Process, *, pause: float = 0.01) -> None:
-    """Until something holds; fails at once, with what it has written, when the process has ended."""
+    """Wait until a condition is true; fail at once, with the process's output, if the process has ended."""
     end = time.monotonic() + PATIENCE
     while not holds():
         if process.poll() is not None and not holds():

@@ -1,4 +1,4 @@
-"""The table of accuracies, from runs that really trained and evaluations that really read them."""
+"""Tests of the table of accuracies, from real runs and evaluations."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ SETTINGS = (
 
 @pytest.fixture
 def workplace(command: Run, once: Once, tmp_path: Path) -> Path:
-    """Two seeds of a deformed training, and a run without deformations, in one folder."""
+    """A folder with two seeds of a training with deformations, and a run without."""
 
     def make(cwd: Path) -> None:
         for name, arguments in (
@@ -81,9 +81,9 @@ def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
     ("arguments", "message"),
     [
         (("run=plain", "tta=2"), "was trained without deformations (data.augment)"),
-        (("runs=[a,plain]", "split=val"), "have other val images"),
+        (("runs=[a,plain]", "split=val"), "have different val images"),
         (("runs=[a]",), "runs must be at least 2 names"),
-        (("runs=[a,b]", "run=a"), "give no run and no checkpoint beside it"),
+        (("runs=[a,b]", "run=a"), "leave out run and checkpoint"),
         (("tta=-1",), "tta must be >= 0, got -1"),
     ],
 )
@@ -151,4 +151,4 @@ def test_the_published_table_is_as_it_was_written() -> None:
 def test_without_runs_it_says_so(tmp_path: Path, tabulate: Tabulate) -> None:
     done = tabulate(str(tmp_path))
     assert done.returncode != 0
-    assert done.stderr.startswith("no run that has read the test images")
+    assert done.stderr == f"no run under {tmp_path} has a test error\n"

@@ -1,4 +1,4 @@
-"""The benchmark of the deformations, in its smallest form."""
+"""Tests of the benchmark of deformations, in its smallest form."""
 
 import json
 from pathlib import Path

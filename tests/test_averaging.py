@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Tests of the moving average of the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_average_is_what_is_validated_kept_and_tested(fit: Fit, tmp_path: Pa
 
 
 def test_the_average_follows_its_formula(fit: Fit, tmp_path: Path) -> None:
-    """Steps that are each kept, averaged here in double precision."""
+    """The weights of each step are kept, and averaged here in double precision."""
     kept = tmp_path / "kept"
     kept.mkdir()
     keep = ("+callbacks.keep._target_=keep_checkpoints.Keep", f"+callbacks.keep.folder='{kept}'")

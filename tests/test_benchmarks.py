@@ -1,4 +1,4 @@
-"""Each benchmark in its smallest form: it runs, and it compares the same work.  No time is judged."""
+"""Tests of the benchmarks in their smallest form: they run and compare the same work; times are not tested."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ NAMES = ("step_overhead", "time_to_accuracy", "startup", "scaling", "report")
 
 @pytest.fixture
 def benchmark(python: Run) -> Callable[..., str]:
-    """``benchmark("startup", "--pairs", "1")``: what it prints."""
+    """``benchmark("startup", "--pairs", "1")`` runs a benchmark and returns its output."""
 
     def run(name: str, *arguments: str) -> str:
         done = python("-m", f"benchmarks.{name}", *arguments, cwd=REPOSITORY)
@@ -41,7 +41,7 @@ def test_help(name: str, benchmark: Callable[..., str]) -> None:
 
 
 def test_step_overhead_compares_equal_arithmetic(data_dir: Path) -> None:
-    """train, a bare loop and bare Lightning end with the same bits, the tutorial's loop with the same loss."""
+    """train, a bare loop and bare Lightning end with the same bits, and the tutorial's loop with the same loss."""
     from benchmarks import step_overhead
 
     overrides = [
@@ -94,7 +94,7 @@ def test_step_overhead(tmp_path: Path, data_dir: Path, benchmark: Callable[..., 
 
 @pytest.mark.slow
 def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir: Path, python: Run) -> None:
-    """Each command line of time_to_accuracy, in a process that has imported the heavy packages already."""
+    """Each command line of time_to_accuracy runs in a process that has already imported the heavy packages."""
     from benchmarks.time_to_accuracy import LOG, list_contestants
 
     arguments = argparse.Namespace(data_dir=data_dir, steps=30, epochs=1, project=None)
@@ -111,7 +111,7 @@ def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir
         assert began < line["time"] < time.time()
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_time_to_accuracy(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "accuracy.json"
     arguments = ("--pairs", "1", "--steps", "30", "--epochs", "2", "--data-dir", str(data_dir))
@@ -134,7 +134,7 @@ def test_reached_is_the_first_epoch_that_shows_it() -> None:
 
 
 def test_first_step_is_stamped(tmp_path: Path, data_dir: Path, python: Run) -> None:
-    """As test_startup does with whole interpreters."""
+    """This is a part of test_startup without new interpreters."""
     from benchmarks.startup import STAMP, TRAIN
 
     first_step = "+callbacks.first_step._target_=benchmarks.startup.FirstStep"
@@ -144,7 +144,7 @@ def test_first_step_is_stamped(tmp_path: Path, data_dir: Path, python: Run) -> N
     assert began < float((tmp_path / STAMP).read_text()) < time.time()
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "startup.json"
     benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
@@ -154,7 +154,7 @@ def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) 
 
 
 def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
-    """As test_scaling does with whole interpreters."""
+    """This is a part of test_scaling without new interpreters."""
     from benchmarks.scaling import Run, make, tabulate
 
     arguments = argparse.Namespace(data_dir=data_dir, epochs=1, steps=3)
@@ -170,7 +170,7 @@ def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
     assert cells[-1] == "+50"
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
     path = tmp_path / "scaling.json"
     small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints are refused; the one before is used."""
+"""Damaged and hostile checkpoints are refused, and the previous one is used."""
 
 import copy
 import hashlib
@@ -39,7 +39,7 @@ def test_round_trip(checkpoint: Path) -> None:
 
 
 def flip_bits(path: Path, times: int) -> int:
-    """Flip a random bit of a copy, so often; how often it is refused."""
+    """Flip a random bit in each of ``times`` copies, and return how many of them are refused."""
     content, refused = path.read_bytes(), 0
     generator = random.Random(0)
     damaged = path.with_name("damaged.ckpt")
@@ -85,7 +85,7 @@ def test_no_valid_checkpoint(tmp_path: Path) -> None:
 
 
 class Payload:
-    """What a hostile pickle does when it is loaded by a careless program."""
+    """A hostile pickle, which acts when a careless program loads it."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -107,7 +107,7 @@ def hostile_checksummed(path: Path, ran: Path) -> None:
 
 
 def instantiator(path: Path, ran: Path) -> None:
-    """Lightning's LightningModule.load_from_checkpoint would import and call what this names."""
+    """A checkpoint with a name that Lightning's load_from_checkpoint would import and call."""
     write_atomic(path, serialize({"hyper_parameters": ["os.system"], "_instantiator": "os.system"}))
 
 
@@ -117,7 +117,7 @@ def add_checksum(path: Path) -> None:
 
 
 def bomb(path: Path, ran: Path) -> None:
-    """A gigabyte of zeros, compressed to five megabytes."""
+    """A checkpoint with a gigabyte of zeros, compressed to five megabytes."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("archive/data/0", "w") as member,
@@ -128,7 +128,7 @@ def bomb(path: Path, ran: Path) -> None:
 
 
 def overlapping(path: Path, ran: Path) -> None:
-    """Ten gigabytes, uncompressed: a thousand entries for the same ten megabytes."""
+    """An uncompressed checkpoint of ten gigabytes: a thousand entries share the same ten megabytes."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data/0", bytes(10 * 2**20))
         for number in range(1, 1000):
@@ -139,7 +139,7 @@ def overlapping(path: Path, ran: Path) -> None:
 
 
 def expanded(path: Path, ran: Path) -> None:
-    """Four terabytes: one number, a million times in both directions."""
+    """A tensor of four terabytes: one number, repeated a million times in both directions."""
     write_atomic(path, serialize(PLAIN | {"state_dict": {"w": torch.zeros(1).expand(10**6, 10**6)}}))
 
 
@@ -158,7 +158,7 @@ HOSTILE = [
 def test_hostile_files_are_refused(make: Callable[[Path, Path], None], tmp_path: Path) -> None:
     path, ran = tmp_path / "hostile.ckpt", tmp_path / "ran"
     make(path, ran)
-    with pytest.raises(OSError, match=r"refused|checksum|no checkpoint of mnist_lightning"):
+    with pytest.raises(OSError, match=r"refused|checksum|not a checkpoint of mnist_lightning"):
         load(path)
     assert not ran.exists()
 
@@ -171,7 +171,7 @@ def test_hostile_files_take_no_memory(tmp_path: Path, python: Run) -> None:
         "for path in Path(sys.argv[1]).glob('*.ckpt'):\n"
         "    try: load(path)\n"
         "    except OSError: print('refused')\n"
-        "print(Path('/proc/self/status').read_text())\n"  # rusage would count the parent's memory too
+        "print(Path('/proc/self/status').read_text())\n"  # rusage would include the parent's memory
     )
     done = python("-c", code, str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -214,7 +214,7 @@ def test_leftovers_of_killed_processes_go(checkpoint: Path) -> None:
 def test_a_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
     (tmp_path / "results.csv").mkdir()
     (tmp_path / "results.csv" / "mine.txt").write_text("kept")
-    with pytest.raises(OSError, match="can't be written: a folder lies in its place"):
+    with pytest.raises(OSError, match="can't be written: a folder is in its place"):
         write_atomic(tmp_path / "results.csv", b"new")
     assert (tmp_path / "results.csv" / "mine.txt").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"], "no part of a file is left"

@@ -19,7 +19,7 @@ SHORT = ("trainer.max_epochs=2", "+trainer.limit_train_batches=40", "model.hidde
 
 
 def test_metrics_are_those_of_the_net(fit: Fit, tmp_path: Path, data_dir: Path) -> None:
-    """val/loss and val/acc equal a plain computation over the validation images."""
+    """val/loss and val/acc equal those computed plainly over the validation images."""
     metrics = fit(*SHORT)
     checkpoint = load(tmp_path / "run" / "checkpoints" / "best.ckpt")
     classifier, _ = load_classifier(tmp_path / "run" / "checkpoints" / "best.ckpt")
@@ -39,7 +39,7 @@ def test_training_loss_includes_label_smoothing_and_validation_loss_does_not(fit
     plain, smooth = fit(*SHORT, folder="a"), fit(*SHORT, "loss.label_smoothing=0.3", folder="b")
     assert smooth["last/train/loss"] > plain["last/train/loss"] + 0.3  # type: ignore[operator]
     assert smooth["last/val/loss"] != plain["last/val/loss"]
-    floor = -0.73 * math.log(0.73) - 9 * 0.03 * math.log(0.03)  # entropy of the smoothed labels
+    floor = -0.73 * math.log(0.73) - 9 * 0.03 * math.log(0.03)  # the entropy of the smoothed labels
     assert smooth["last/train/loss"] > floor  # type: ignore[operator]
 
 
@@ -53,7 +53,7 @@ def learning_rates(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [
-        # half way and end of 80 steps, logged every 40; the rate is that of the last step's update
+        # the middle and the end of 80 steps, logged every 40; the rate is that of the last step's update
         ("none", [0.004, 0.004]),
         (
             "cosine",
@@ -135,13 +135,13 @@ def test_nan_is_told_with_its_step_and_the_last_good_checkpoint_stays(fit: Fit, 
 
 
 def test_a_run_too_short_for_its_schedule_is_told_so(fit: Fit) -> None:
-    """OneCycleLR divides by zero where 5 % of the steps are one step."""
+    """OneCycleLR divides by zero if 5 % of the steps are one step."""
     with pytest.raises(MisconfigurationException, match="can't plan a run with total_steps=20"):
         fit(*SHORT, "scheduler=warmup_cosine", "trainer.limit_train_batches=20", "trainer.max_epochs=1")
 
 
 def test_weights_gone_wrong_are_not_saved(fit: Fit, tmp_path: Path) -> None:
-    """One step with an infinite result: its loss was still finite, its weights are not."""
+    """After one step with an infinite update, the loss is still finite, but the weights are not."""
     with pytest.raises(FloatingPointError, match="a weight is NaN or infinite after step 1"):
         fit(
             *SHORT,

@@ -11,7 +11,7 @@ ODD = "a (1)=b,é #x.png"
 
 
 def parse(argument: str) -> object:
-    """What Hydra reads of an argument as the user typed it."""
+    """Return the value that Hydra reads from an argument as the user typed it."""
     (quoted,) = quote_paths(["images", "runs"], [argument])
     return OverridesParser.create().parse_override(quoted).value()
 
@@ -44,7 +44,7 @@ def test_paths_mean_what_was_typed(typed: str, meant: object) -> None:
 def unquoted(value: object) -> object:
     if isinstance(value, list):
         return [unquoted(element) for element in value]
-    # OmegaConf takes the escape off "${" when it reads the value
+    # OmegaConf removes the escape before "${" when it reads the value
     return getattr(value, "text", value).replace("\\${", "${") if value is not None else None
 
 

@@ -14,7 +14,7 @@ from mnist_lightning.rundir.checkpoint import load, serialize
 
 @pytest.fixture(scope="module")
 def rivals(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The default run, and a copy whose net has lost half of its hidden units' outgoing weights."""
+    """The default run, and a copy of it without the outgoing weights of half of the hidden units."""
     worse = tmp_path_factory.mktemp("rivals") / "a (1)=b,é #x"
     shutil.copytree(trained_run, worse)
     path = worse / "checkpoints" / "best.ckpt"
@@ -37,12 +37,14 @@ def test_compare_tells_settings_metrics_curves_and_a_verdict(
     test = result["mcnemar"]
     assert test["only_A_right"] > test["only_B_right"]
     assert test["p"] < 0.001
-    assert test["sentence"].startswith(f"A is better than B: {test['only_A_right']} images right that B")
+    assert test["sentence"].startswith(
+        f"A is better than B: it is right on {test['only_A_right']} images where B"
+    )
     assert test["sentence"] in done.stdout
     assert "label_smoothing" in done.stdout
     accuracy = json.loads((rivals[0] / "metrics.json").read_text())["val/acc"]
     assert result["metrics"]["val/acc"]["A"] == f"{100 * accuracy:.2f} %"
-    assert "test/" not in done.stdout  # the test images are not read unasked
+    assert "test/" not in done.stdout  # the test images are not used
     assert (tmp_path / "out, é" / "curves.png").stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["out, é"]
 
@@ -54,8 +56,8 @@ def test_a_net_equals_itself_and_the_test_split_has_its_price(
     done = command("compare", f"runs=[{trained_run},{checkpoint}]", "split=test", "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "no setting differs" in done.stdout
-    assert "No evidence of a difference: 0 images only A gets right, 0 only B, p = 1" in done.stdout
-    assert "no independent estimate" in done.stdout
+    assert "No evidence of a difference: only A is right on 0 images, only B on 0, p = 1" in done.stdout
+    assert "without bias" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -85,12 +87,12 @@ def test_nets_with_other_validation_images_are_not_compared(
     other.write_bytes(serialize(checkpoint))
     done = command("compare", f"runs=[{trained_run},{other}]", cwd=tmp_path)
     assert done.returncode != 0
-    assert "have other val images" in done.stderr
-    assert "split=test may do" in done.stderr
+    assert "have different val images" in done.stderr
+    assert "split=test may work" in done.stderr
 
 
 def evaluate(wrong: list[int]) -> Evaluation:
-    """Of a net that errs on these of 100 images."""
+    """Return the evaluation of a net that misreads the given ones of 100 images."""
     labels = np.arange(100) % 10
     named = labels.copy()
     named[wrong] = (named[wrong] + 1) % 10
@@ -102,11 +104,11 @@ def test_the_verdict_names_the_better_net() -> None:
     good, bad = evaluate(list(range(2))), evaluate(list(range(1, 14)))
     verdict = judge(bad, good)
     assert verdict["sentence"] == (
-        "B is better than A: 12 images right that A gets wrong, 1 the other way, p = 0.0034"
-        " (McNemar's exact test)."
+        "B is better than A: it is right on 12 images where A is wrong, and wrong on 1 where the other is right,"
+        " p = 0.0034 (McNemar's exact test)."
     )
     assert judge(good, evaluate([4, 5]))["sentence"] == (
-        "No evidence of a difference: 2 images only A gets right, 2 only B, p = 1 (McNemar's exact test)."
+        "No evidence of a difference: only A is right on 2 images, only B on 2, p = 1 (McNemar's exact test)."
     )
 
 

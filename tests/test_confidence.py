@@ -1,4 +1,4 @@
-"""A temperature makes probabilities as sure as they are right, and changes nothing else."""
+"""A temperature makes a net's confidence match its accuracy, and changes nothing else."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mnist_lightning.rundir.checkpoint import load, serialize
 
 
 def draw_outputs(scale: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that are ``scale`` times as large as those that the labels are drawn with."""
+    """Draw labels from logits, and return the logits times ``scale``."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(count, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
@@ -101,7 +101,7 @@ def test_a_run_keeps_it_in_its_best_checkpoint_and_old_files_are_at_1(
 
 
 def test_letters_are_told_and_digits_are_not(trained_run: Path) -> None:
-    """Of fonts with which nothing was chosen; the benchmark has more of them."""
+    """The fonts were not used to choose anything; the benchmark has more of them."""
     path = trained_run / "checkpoints" / "best.ckpt"
     classifier, checkpoint = load_classifier(path)
     images = load_split(path, checkpoint, "val", data_dir=None)

@@ -1,4 +1,4 @@
-"""Bad settings are told in a line that names the key, before torch is imported."""
+"""Bad settings are reported in one line that names the key, before torch is imported."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from processes import LIGHT, Fresh, Preloaded
 from mnist_lightning import config, network
 from mnist_lightning.config import read_signature as read
 
-# arguments -> what the message says
+# arguments -> the message
 MISTAKES = {
     ("model.hidden=0",): "model.hidden must be a whole number >= 1 or a list of such, got 0",
     ("model.hidden=[64,0]",): "model.hidden must be a whole number >= 1 or a list of such, got [64, 0]",
@@ -50,7 +50,7 @@ MISTAKES = {
     ("optimizer=sgd", "optimizer.momentum=1"): "optimizer.momentum must be a finite number in [0, 1), got 1",
     ("trainer.max_epochs=0",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 0",
     ("trainer.max_epochs=1.5",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 1.5",
-    ("trainer.max_epochs=-1",): "scheduler needs the length of the run, and trainer.max_epochs=-1 has no end",
+    ("trainer.max_epochs=-1",): "scheduler needs the number of steps, and trainer.max_epochs=-1 sets no end",
     ("seed=-1",): "seed must be in [0, 2^32), got -1",
     ("loss.label_smoothing=1",): "loss.label_smoothing must be in [0, 1), got 1",
     ("label_smoothing=0.1",): "label_smoothing is loss.label_smoothing now: type loss.label_smoothing=0.1",
@@ -63,7 +63,9 @@ MISTAKES = {
     ("monitor.mode=min",): "monitor.mode must be max with monitor.metric=val/acc, got min",
     ("monitor.mode=up",): "monitor.mode must be one of max, min, got up",
     ("metrics.acc=null",): "monitor.metric must be one of val/loss, got val/acc",
-    ("+metrics.loss._target_=torchmetrics.MeanMetric",): "metrics.loss: give it another name, loss is taken",
+    (
+        "+metrics.loss._target_=torchmetrics.MeanMetric",
+    ): "metrics.loss: choose another name, every run logs loss itself",
     ("+metrics.top.top_k=2",): "metrics.top names no _target_",
     ("+callbacks.x=3",): "callbacks.x must be settings with a _target_, or null, got 3",
     ("+logger.x=[a]",): "logger.x must be settings with a _target_, or null, got ['a']",
@@ -77,12 +79,12 @@ MISTAKES = {
     ("model.hiden=64",): "Could not override 'model.hiden'",
     ("data.batch_size=many",): "Value 'many' of type 'str' could not be converted to Integer",
     ("optimizer=lion",): "Could not find 'optimizer/lion'",
-    # in a multirun, all jobs before the first
+    # in a multirun, all jobs are checked before the first one starts
     ("-m", "model.hidden=64,0"): "job model.hidden=0: model.hidden must be",
     ("-m", "trainer=ddp", "seed=1,2"): "trainer=ddp can't be part of a multirun",
 }
 
-# runs the command in this interpreter, and says whether torch came in
+# runs the command in this interpreter, and prints whether torch was imported
 WATCH = """
 import runpy, sys
 code = 0
@@ -99,7 +101,7 @@ sys.exit(code)
 
 
 def test_hydra_imports_no_torch(tmp_path: Path, environment: dict[str, str]) -> None:
-    """What the next test's processes start from."""
+    """The processes of the next test start from this state."""
     code = f"import sys, {', '.join(LIGHT)}; sys.exit('torch' in sys.modules)"
     assert Fresh("-c", code, cwd=tmp_path, env=environment).wait() == 0
 
@@ -182,7 +184,7 @@ def test_libyaml_reads_the_configs_as_pyyaml_does() -> None:
         assert yaml.load(text, yaml.CSafeLoader) == yaml.load(text, yaml.SafeLoader)
 
 
-# a Hydra program that prints all that it gets, and then how often its settings were composed
+# a Hydra program that prints its settings, and then how often they were composed
 APP = """
 import sys
 import hydra

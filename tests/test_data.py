@@ -59,7 +59,7 @@ def test_val_size_0_trains_on_all(data_dir: Path) -> None:
 
 
 def test_validation_images_never_change(data_dir: Path) -> None:
-    """Published validation numbers are of these images: whatever moves them must be noticed."""
+    """Published validation numbers refer to these images, so any change of the split must be noticed."""
     labels = torch.cat([torch.arange(10)] * 6000)
     val, train = split(labels, 5000, 0)
     assert val[:8].tolist() == [16, 47, 57, 86, 87, 119, 123, 128]
@@ -83,7 +83,7 @@ def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_sampler_starts_in_the_middle_of_one_epoch() -> None:
-    """However often that epoch is begun: Lightning may ask for loaders again."""
+    """This holds however often the epoch is started, because Lightning may ask for loaders again."""
     sampler = EpochSampler(1000, shuffle=True, seed=1, rank=0, world_size=1)
     whole, following = list(sampler), list(sampler)
     assert following != whole, "the next epoch, where nobody sets one"
@@ -172,7 +172,7 @@ def change_byte(position: int, value: int) -> Callable[[Path], None]:
         pytest.param("train-labels-idx1-ubyte", lambda path: path.write_bytes(b""), "0 bytes", id="empty"),
         pytest.param("train-images-idx3-ubyte", make_folder, "is a folder", id="folder"),
         pytest.param("train-images-idx3-ubyte", make_dangling, "is a dangling link", id="dangling link"),
-    ],  # and the tenth: test_unreadable_file_is_repaired
+    ],  # the tenth case is test_unreadable_file_is_repaired
 )
 def test_damaged_file_is_named_and_repaired(
     file: str, damage: Callable[[Path], None], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -231,7 +231,7 @@ print(digest.hexdigest())
 def read_at_once(
     count: int, data_dir: Path, cwd: Path, preloaded: Preloaded, env: dict[str, str]
 ) -> list[str]:
-    """What so many processes read, which begin at the same moment: each one's hash of all images and labels."""
+    """Start ``count`` processes at the same moment, and return each one's hash of all images and labels."""
     cwd.mkdir()
     arguments = ("-c", READ_AT_ONCE, str(count), repr(SETTINGS | {"data_dir": str(data_dir)}))
     processes = [preloaded.start(*arguments, cwd=cwd, env=env) for _ in range(count)]
@@ -244,7 +244,7 @@ def read_at_once(
 def test_many_start_at_once(
     rounds: int, tmp_path: Path, data_dir: Path, preloaded: Preloaded, environment: dict[str, str]
 ) -> None:
-    """Eight processes unpack into one empty folder at the same moment; all read the right images."""
+    """Eight processes unpack into one empty folder at the same moment, and all read the right images."""
     alone = read_at_once(1, data_dir, tmp_path / "alone", preloaded, environment)
     for number in range(rounds):
         folder = tmp_path / str(number)
@@ -257,7 +257,7 @@ def test_many_start_at_once(
 
 
 def test_no_network_is_told(command: Run, tmp_path: Path) -> None:
-    nowhere = "http://127.0.0.1:9"  # nothing listens there
+    nowhere = "http://127.0.0.1:9"  # no server listens at this address
     done = command(
         "train",
         "data=fashion_mnist",
@@ -337,7 +337,9 @@ def test_download_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     server.shutdown()
     server.server_close()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(RAW_FILES)
-    sources.Idx("fashion_mnist", tmp_path).make_whole()  # the server is gone: nothing is fetched again
+    sources.Idx(
+        "fashion_mnist", tmp_path
+    ).make_whole()  # the server is gone, so nothing can be downloaded again
     datamodule = make(tmp_path, name="fashion_mnist")
     assert len(datamodule.splits["train"]) == 55_000
 
@@ -349,7 +351,7 @@ def test_download_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (lambda content: content[:-1], False),
         (lambda content: content + b"x", False),
         (lambda content: b"\0\0\x08\x03" + content[4:], False),  # the magic number of images
-        (lambda content: content[:7] + b"\0" + content[8:], False),  # another count
+        (lambda content: content[:7] + b"\0" + content[8:], False),  # a wrong number of images
         (lambda content: content[:-1] + b"\xc8", False),  # label 200
         (lambda content: b"", False),
     ],

@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def find_group(cwd: Path) -> list[int]:
-    """The processes that work in a folder."""
+    """Return the processes whose working folder is the given one."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cwd"):
         try:
@@ -48,7 +48,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_all_processes_after_a_saved_step(times: int, start: Start, tmp_path: Path) -> None:
-    """A second one ends them too; the first is given to the main process alone."""
+    """The first Ctrl-C goes to the main process alone; a second one also ends all processes."""
     arguments = (*DDP, "trainer.max_epochs=2000", "checkpoint.every_n_seconds=0.5", "hydra.run.dir=run")
     process = start("train", *arguments, cwd=tmp_path)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -62,7 +62,7 @@ def test_ctrl_c_ends_all_processes_after_a_saved_step(times: int, start: Start, 
     wait_until(lambda: not find_group(tmp_path))
 
 
-MOMENTS = {  # what is there in the folder when a run is stopped, and seconds after it at most
+MOMENTS = {  # a file in the folder -> stop the run up to this many seconds after the file appears
     "its processes are starting": (".hydra/config.yaml", 3.0),
     "it trains": ("checkpoints/last.ckpt", 1.0),
     "it is at its end": ("val_correct.npy", 0.1),
@@ -77,7 +77,7 @@ MOMENTS = {  # what is there in the folder when a run is stopped, and seconds af
 def test_stopped_at_any_moment_none_is_left(
     killed: bool, moment: str, number: int, start: Start, tmp_path: Path
 ) -> None:
-    """Ctrl-C goes to all processes, as from a terminal, SIGKILL to the main one alone."""
+    """Ctrl-C goes to all processes, as from a terminal; SIGKILL goes to the main process alone."""
     file, most = MOMENTS[moment]
     epochs = 1 if "end" in moment else 2000
     arguments = (*DDP, f"trainer.max_epochs={epochs}", "checkpoint.every_n_seconds=0.5", "hydra.run.dir=run")
@@ -94,9 +94,7 @@ def test_stopped_at_any_moment_none_is_left(
                 os.kill(pid, signal.SIGINT)
     code = process.wait(60)
     wait_until(lambda: not find_group(tmp_path))
-    if (
-        not killed and "start" in moment
-    ):  # Lightning kills the main process where it sees an added one end first
+    if not killed and "start" in moment:  # Lightning kills the main process if it sees an added one end first
         assert code in (130, -signal.SIGKILL), process.stdout + process.stderr
     elif not killed:
         assert code == 130 or ("end" in moment and code == 0), process.stdout + process.stderr
@@ -105,7 +103,7 @@ def test_stopped_at_any_moment_none_is_left(
 
 
 def test_resumed_within_an_epoch_it_reports_what_the_whole_run_does(command: Run, tmp_path: Path) -> None:
-    """Weights, metrics of the whole epoch, each process's dropout; saving by the clock blocks nobody."""
+    """Weights, metrics of the whole epoch and each process's dropout agree; saving by the clock blocks no process."""
     kept = tmp_path / "kept"
     kept.mkdir()
     more = (
@@ -140,7 +138,7 @@ def test_resumed_within_an_epoch_it_reports_what_the_whole_run_does(command: Run
 
 
 def test_a_console_script_that_is_a_program_starts_the_others(python: Run, tmp_path: Path) -> None:
-    """On Windows it is an .exe with a zip file behind, which Python runs; no file is called as it is."""
+    """On Windows, the script is an .exe followed by a zip file, which Python runs; no file has its name."""
     script = "import sys\nfrom mnist_lightning.train import main\nsys.argv[0] = sys.argv[0].removesuffix('.exe')\nmain()"
     with zipfile.ZipFile(tmp_path / "mnist-train.exe", "w") as archive:
         archive.writestr("__main__.py", script)

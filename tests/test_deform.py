@@ -1,4 +1,4 @@
-"""Each amount changes what it names, the same key draws the same, and digits stay what they are."""
+"""Each amount changes what it names, the same key draws the same deformation, and digits stay readable."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def images(data_dir: Path) -> Tensor:
 
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the ink of each image lies and how it spreads, in pixels.  -> (B, 2) x and y, (B, 2, 2)"""
+    """Return the centre (B, 2), x and y, and the covariance (B, 2, 2) of each image's ink, in pixels."""
     points = torch.stack([PLACE.repeat(28), PLACE.repeat_interleave(28)]).double()
     ink = images.flatten(1).double()
     ink = ink / ink.sum(dim=1, keepdim=True)
@@ -41,7 +41,7 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blots(x: float, y: float, *, wide: float = 1.5, tall: float = 1.5) -> Tensor:
-    """The same smooth blot of ink in each of many images, its centre at (x, y) from the middle."""
+    """Draw the same smooth blot of ink in each of many images, with its centre at (x, y) from the middle."""
     blot = torch.exp(-0.5 * (((PLACE - x) / wide) ** 2 + ((PLACE[:, None] - y) / tall) ** 2))
     return (255 * blot).expand(COUNT, 1, 28, 28)
 
@@ -118,7 +118,7 @@ def test_elastic_displaces_by_its_standard_deviation_and_smoothly() -> None:
         moved = deformation.draw(torch.empty(4000, 1, 28, 28), 1).flatten(2) - places
         assert moved.std(dim=0).mean() == pytest.approx(1.2, rel=0.02)
         assert (moved.std(dim=0) - 1.2).abs().max() < 0.1, "everywhere alike"
-        # white noise that a Gaussian has smoothed is correlated by exp(-d² / 4 s²) over a distance d
+        # white noise smoothed by a Gaussian has the correlation exp(-d² / 4 s²) at a distance d
         field = moved.view(4000, 2, 28, 28)
         for distance in (3, 6):
             pairs = (field[..., :-distance] * field[..., distance:]).mean() / 1.2**2
@@ -127,7 +127,7 @@ def test_elastic_displaces_by_its_standard_deviation_and_smoothly() -> None:
 
 
 def test_any_size_and_colour(images: Tensor) -> None:
-    """What is drawn depends on the key alone; each colour is deformed alike."""
+    """The deformation depends on the key alone, and is the same for each colour."""
     wide = torch.rand(16, 3, 20, 40) * 255
     deformation = make(rotation=15, elastic=1)
     deformed = deformation(wide, 1)
@@ -139,14 +139,14 @@ def test_any_size_and_colour(images: Tensor) -> None:
     ink = turned / turned.sum(dim=(2, 3), keepdim=True)
     x = (ink.sum(dim=2) * from_center(40, still.device)).sum(dim=(1, 2))
     y = (ink.sum(dim=3) * from_center(20, still.device)).sum(dim=(1, 2))
-    inside = y.abs() < 5  # elsewhere a part of it lies outside
+    inside = y.abs() < 5  # elsewhere a part of the blot is outside the image
     assert inside.sum() > 1000
     assert ((x**2 + y**2).sqrt() - 12)[inside].abs().max() < 0.3, "pixels are square, whatever the shape"
 
 
 @pytest.mark.slow
 def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> None:
-    """Labels survive: the net reads other deformations of images that it has never seen."""
+    """Labels stay valid: the net reads other deformations of images that it has never seen."""
     arguments = ("data/augment=elastic", "trainer.max_epochs=2", "model.norm=batch", "logger=none")
     metrics = fit(*arguments)
     assert metrics["val/acc"] > 0.96  # type: ignore[operator]
@@ -161,7 +161,7 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
 
 
 def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) -> None:
-    """Whoever reads the checkpoint need not know: images are set upright before the net."""
+    """Images are set upright in front of the net, without any further argument."""
     arguments = ("data.deskew=true", "trainer.max_epochs=1", "logger=none")
     metrics = fit(*arguments)
     path = tmp_path / "run" / "checkpoints" / "best.ckpt"
@@ -189,11 +189,11 @@ def test_upright_ink_does_not_lean_and_is_in_the_middle(images: Tensor) -> None:
     assert 0 <= straight.min() <= straight.max() <= 255.001
     before, after = moments(images), moments(straight)
     assert before[0].abs().max() > 0.5
-    assert (after[0].abs() < 0.01).double().mean() > 0.98  # pixels; few lose ink beyond the image's edge
+    assert (after[0].abs() < 0.01).double().mean() > 0.98  # pixels; few images lose ink at the edge
     lean_before, lean_after = (spread[:, 0, 1] / spread[:, 1, 1] for _, spread in (before, after))
     assert lean_before.abs().mean() > 0.2
     assert (lean_after.abs() < 0.02).double().mean() > 0.98
-    torch.testing.assert_close(after[1][:, 1, 1], before[1][:, 1, 1], rtol=0.1, atol=0.3)  # as tall as it was
+    torch.testing.assert_close(after[1][:, 1, 1], before[1][:, 1, 1], rtol=0.1, atol=0.3)  # same height
 
 
 def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:
@@ -204,7 +204,7 @@ def test_upright_leaves_paper_blank_and_a_standing_blot_as_it_is() -> None:
 
 
 def bars(lean: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Many 1s that are a bare stroke, 3 pixels wide and 20 high, and their labels."""
+    """Return many 1s drawn as a single stroke, 3 pixels wide and 20 high, and their labels."""
     y, x = PLACE[:, None], PLACE
     bar = (2 - (x - lean * y).abs()).clamp(0, 1) * (y.abs() <= 10)
     return (255 * bar).expand(COUNT, 1, 28, 28), torch.ones(COUNT, dtype=torch.int64)
@@ -246,5 +246,5 @@ def test_flags_need_the_digits(tmp_path: Path) -> None:
     for wrong in ("data.augment.flags=2", "data.augment.flags=-0.1"):
         with pytest.raises(Exception, match=r"data.augment.flags must be in \[0, 1\]"):
             settle(tmp_path, wrong)
-    with pytest.raises(Exception, match=r"flags draws at the digits 1: it is for data=mnist"):
+    with pytest.raises(Exception, match=r"flags draws strokes on digits 1: it is for data=mnist"):
         settle(tmp_path, "data=kmnist", "data.augment.flags=0.4")

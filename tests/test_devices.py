@@ -1,4 +1,4 @@
-"""What a GPU needs, as far as it can be seen without one."""
+"""Tests of what a GPU needs, as far as they are possible without one."""
 
 import functools
 import logging
@@ -57,7 +57,7 @@ def fit(data_dir: Path, epochs: int, *more: Any, resumed: Path | None = None, **
 
 
 class NoFloat64(TorchDispatchMode):
-    """torch as on a device that does not know float64, Apple's."""
+    """Forbid float64, which Apple's GPUs do not support."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -73,7 +73,7 @@ def test_the_simulation_simulates() -> None:
 
 
 def test_training_needs_no_float64(data_dir: Path) -> None:
-    """Deformed, upright, with noise and dropout, validated and counted."""
+    """Training with deformation, deskewing, noise, dropout, validation and metrics uses no float64."""
     with NoFloat64():
         trainer = fit(data_dir, 1, deskew=True, augment=ELASTIC)
     assert trainer.global_step == 4
@@ -111,9 +111,9 @@ def test_auto_is_cuda_or_the_cpu() -> None:
 def test_float16_goes_on_with_its_scale(
     data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The factor of the loss, and how many steps it has stood: a resumed run equals one that never stopped.
+    """A resumed run has the same loss scale, and the same number of steps at it, as one that never stopped.
 
-    The checkpoint claims another device; the run goes on, with a word.
+    The checkpoint claims another device; the run continues with a warning.
     """
 
     def scaled() -> MixedPrecision:

@@ -1,4 +1,4 @@
-"""What earlier versions have left can be read."""
+"""Runs of earlier versions can be read."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from mnist_lightning.rundir.checkpoint import serialize
 
 
 def age(run: Path, folder: Path) -> Path:
-    """A run's folder as the first edition left it: its net normalised by itself, settings named no net."""
+    """Turn a run's folder into one of the first edition, whose net normalised its input and settings named no net."""
     shutil.copytree(run, folder)
     config = folder / ".hydra" / "config.yaml"
     settings = yaml.safe_load(config.read_text())
@@ -53,7 +53,7 @@ def test_a_run_of_the_first_edition_is_read(
     assert evaluated["acc"] == pytest.approx(metrics["val/acc"], abs=1e-6)
     done = command("compare", f"runs=[old,{default_run.folder}]", "output=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "0 images only A gets right, 0 only B" in done.stdout
+    assert "only A is right on 0 images, only B on 0" in done.stdout
     done = command("export", "run=old", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_the_first_edition_that_is_not_whole_is_told_so(
     path.write_bytes(serialize(checkpoint))
     done = command("evaluate", f"checkpoint={path}", cwd=tmp_path)
     assert done.returncode == 1
-    assert "is no checkpoint of mnist_lightning: it lacks 'mean'" in done.stderr
+    assert "is not a checkpoint of mnist_lightning: it lacks 'mean'" in done.stderr
 
 
 def test_a_run_whose_classes_have_moved_is_not_gone_on_with(

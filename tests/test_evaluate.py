@@ -115,13 +115,13 @@ def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path:
     for command_name in ("evaluate", "export"):
         done = command(command_name, "checkpoint=a.ckpt", cwd=tmp_path)
         assert done.returncode == 1
-        assert "a.ckpt says that its data lies in" in done.stderr
+        assert "a.ckpt was trained on data in" in done.stderr
         assert "data_dir=" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert not (tmp_path / "victim").exists()
     damaged = tmp_path / "victim" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     damaged.mkdir(parents=True)  # preparing the data would replace it
-    with pytest.raises(OSError, match="says that its data lies in"):
+    with pytest.raises(OSError, match="was trained on data in"):
         load_split(tmp_path / "a.ckpt", checkpoint, "test", data_dir=None)
     assert damaged.is_dir()
     done = command("evaluate", "checkpoint=a.ckpt", "data_dir=mine", cwd=tmp_path)
@@ -152,7 +152,7 @@ def test_settings_are_checked_without_a_process() -> None:
 
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
-    """A net with other settings than any YAML file's comes back as it was."""
+    """A net with settings that no YAML file has is loaded unchanged."""
     torch.manual_seed(3)
     net = FeedForward([7, 5], activation="tanh", dropout=0.3, norm="batch")
     classifier = DigitClassifier(
@@ -170,7 +170,7 @@ def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -
 def rebuild(state: Any, settings: Any, checkpoint: dict[str, Any], folder: Path) -> DigitClassifier:
     path = folder / "other.ckpt"
     content = checkpoint | {"hyper_parameters": settings, "state_dict": state}
-    content.pop("confidence")  # is of the net that was trained
+    content.pop("confidence")  # it belongs to the trained net
     path.write_bytes(serialize(content))
     return load_classifier(path)[0]
 
@@ -201,7 +201,7 @@ def test_the_validation_images_are_those_of_the_run(data_dir: Path, trained_run:
     }
     assert sizes == {"train": 55_000, "val": 5_000, "test": 10_000}
     checkpoint["datamodule_hyper_parameters"]["val_size"] = 0
-    with pytest.raises(OSError, match=r"split=val: the run had no such images of mnist \(data.val_size=0\)"):
+    with pytest.raises(OSError, match=r"split=val: the run had no such split of mnist \(data.val_size=0\)"):
         load_split(path, checkpoint, "val", data_dir=str(data_dir))
     test = load_split(path, checkpoint, "test", data_dir=str(data_dir))
     one_by_one = torch.cat([log_probabilities(classifier, image[None]) for image in test.images[:50]])
@@ -237,5 +237,5 @@ def test_score_and_table_of_a_faultless_and_a_useless_net() -> None:
     assert useless.accuracy == pytest.approx(0.1)
     assert useless.loss == pytest.approx(45)
     assert useless.calibration.error == pytest.approx(0.9)
-    assert "–" in tabulate(useless, NAMES)  # the precision of a class that is never predicted
+    assert "–" in tabulate(useless, NAMES)  # the precision of a class that is never predicted is undefined
     assert 3 not in useless.labels[useless.worst(100)]

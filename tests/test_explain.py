@@ -1,4 +1,4 @@
-"""Why a net answers as it does: the parts sum to the logit, and what is said was asked."""
+"""Explanations of a net's prediction: the parts sum to the logit, and each claim is computed by the net."""
 
 import re
 import shutil
@@ -42,7 +42,7 @@ def make(
 
 
 def write_digit() -> Tensor:
-    """(10, 8) uint8, with paper around"""
+    """Return a digit, (10, 8) uint8, with a margin."""
     image = torch.zeros(10, 8, dtype=torch.uint8)
     image[2:8, 3:5] = torch.randint(60, 256, (6, 2), generator=torch.Generator().manual_seed(1)).byte()
     return image
@@ -102,7 +102,7 @@ def test_of_other_nets_it_is_gradient_times_input_by_name(activation: str, norm:
 
 
 class Own(nn.Module):
-    """A net of somebody's own, in colour."""
+    """A user's own net, for colour images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,10 +220,10 @@ def test_mistakes_indices_and_pictures(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12"),
+        ([], "give one of images=my_digit.png, index=[3,7] and mistakes=12"),
         (
             ["index=3", "mistakes=2"],
-            "say what to explain, one of images=my_digit.png, index=[3,7] and mistakes=12, not several",
+            "give one of images=my_digit.png, index=[3,7] and mistakes=12, not several",
         ),
         (["index=[-1]"], "index must be a whole number >= 0, got -1"),
         (["index=3", "split=tset"], "split must be one of test, val, train, got tset"),

@@ -21,7 +21,7 @@ def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, comm
     done = command("export", f"checkpoint={checkpoint.name}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 6  # ours alone: nothing of torch.onnx
+    assert len(done.stdout.splitlines()) == 6  # only our own lines, none of torch.onnx
     difference = re.search(r"1,000 test images, largest difference to PyTorch (\S+)", done.stdout)
     assert difference
     assert float(difference[1]) < 1e-4
@@ -29,7 +29,7 @@ def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, comm
     session = onnxruntime.InferenceSession(tmp_path / "a (1)=b,é #x.onnx")
     (given,), (returned,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [28, 28])
-    assert isinstance(given.shape[0], str)  # any number of images
+    assert isinstance(given.shape[0], str)  # the batch size is free
     assert (returned.name, returned.type) == ("probabilities", "tensor(float)")
     classifier, _ = load_classifier(checkpoint)
     for count in (1, 2, 77):
@@ -77,5 +77,5 @@ def test_a_folder_is_no_output_and_stays(trained_run: Path, tmp_path: Path, comm
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     done = command("export", f"run={trained_run}", "output=mine", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "output=mine is a folder: name a file, say mine/model.onnx\n"
+    assert done.stderr == "output=mine is a folder: name a file, for example mine/model.onnx\n"
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

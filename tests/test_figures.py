@@ -16,13 +16,13 @@ IMAGES = RANDOM.integers(0, 256, (60, 28, 28), dtype=np.uint8)
 
 
 def texts(figure: Figure) -> list[str]:
-    """Every visible text of a figure."""
+    """Return every visible text of a figure."""
     figure.draw_without_rendering()
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
 
 
 def sheet(figure: Figure) -> np.ndarray:
-    """The image of the first axes; NaN between tiles."""
+    """Return the image of the first axes, with NaN between tiles."""
     return np.asarray(figure.axes[0].images[0].get_array().filled(np.nan))
 
 
@@ -149,7 +149,7 @@ def test_saved_figures_are_readable_pngs(tmp_path: Path) -> None:
         assert picture.size[0] == 960
         assert np.asarray(picture.convert("L")).std() > 10  # not blank
     assert figures.to_array(figure).shape[1:] == (960, 3)
-    assert dict(rcParams) == before  # the user's own style is left alone
+    assert dict(rcParams) == before  # the user's own style is unchanged
 
 
 def test_show_without_a_display_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ CLASSES = {
 
 
 def overlaps(texts: list[Text]) -> list[tuple[str, str]]:
-    """Pairs of neighbouring texts that cover each other by more than the width of a letter's edge."""
+    """Return pairs of neighbouring texts that overlap by more than a letter's edge."""
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
     return [
         (one, other)
@@ -230,10 +230,10 @@ def test_colour_weights_and_colour_pixels_are_drawn_in_colour() -> None:
 
 
 def test_a_dollar_is_a_dollar() -> None:
-    """Names and titles open no formula; the axes' own powers of ten still are some."""
+    """A "$" in names and titles starts no formula; powers of ten at the axes are still formulas."""
     names = ["$x", "$y$", r"\$z", "100 %"]
     figure = figures.confusion_matrix(np.eye(4, dtype=int), names, title="from $a$ to $b")
-    figures.to_array(figure)  # a broken formula would stop it
+    figures.to_array(figure)  # a broken formula would raise an error
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [name.replace("$", r"\$") for name in names]
     figure = figures.pixel_histogram(np.arange(1, 257)[None], mean=0.1, std=0.3, title="$")

@@ -1,4 +1,4 @@
-"""The film of a training: what it shows, that it changes nothing, and what is made of it."""
+"""Tests of the film of a training: its content, its use, and that recording changes nothing."""
 
 import io
 import json
@@ -132,11 +132,7 @@ def test_a_damaged_film_costs_a_line(kind: str, tmp_path: Path) -> None:
         stored = io.BytesIO()
         np.savez(stored, **arrays)
         path.write_bytes(stored.getvalue())
-    told = (
-        "has no film.npz: a single run of train keeps one"
-        if kind == "none"
-        else "is no film that can be read"
-    )
+    told = "has no film.npz: a single run of train writes one" if kind == "none" else "is not a readable film"
     with pytest.raises(OSError, match=told):
         read_film(tmp_path)
 
@@ -170,7 +166,7 @@ def test_watch_tells_of_a_net_that_the_page_can_not_run() -> None:
     colour = DigitClassifier(FeedForward([4], image_shape=(3, 5, 5)), image_shape=(3, 5, 5))
     own = DigitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
     for classifier, told in (
-        (colour, "are in colour"),
+        (colour, "is for coloured ones"),
         (own, "and this is torch.nn.modules.container.Sequential"),
     ):
         with pytest.raises(MisconfigurationException, match=f"^watch=true: the page .*{told}"):
@@ -185,4 +181,6 @@ def test_a_film_that_is_not_there_is_told(trained_run: Path, tmp_path: Path, com
         more = ["format=html", "film=true"] if name == "export" else []
         done = command(name, argument, *more, cwd=tmp_path)
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("run has no film.npz: a single run of train keeps one")
+        assert done.stderr.splitlines()[-1].startswith(
+            "run has no film.npz: a single run of train writes one"
+        )

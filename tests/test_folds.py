@@ -1,4 +1,4 @@
-"""Folds and training sets of any size: how images are divided, and what is made of nets that left some out."""
+"""Folds and training sets of any size: how images are divided, and how the nets of all folds are evaluated."""
 
 import csv
 import dataclasses
@@ -115,7 +115,7 @@ def test_folds_that_are_none_are_told(typed: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def swept(command: Run, once: Once) -> Path:
-    """Three folds of two seeds, each net trained on 600 images; the job of fold 1 and seed 2 has failed."""
+    """Three folds with two seeds; each net is trained on 600 images, and the job of fold 1 and seed 2 has failed."""
 
     def make(cwd: Path) -> None:
         done = command("train", "-m", "folds=3", "seed=1,2", *SHORT, "hydra.sweep.dir=sweep", cwd=cwd)
@@ -132,10 +132,10 @@ def test_a_sweep_over_folds_is_one_setting(swept: Path) -> None:
     joined = join_folds(setting)
     assert joined is not None
     assert (joined.images, joined.missing) == (60_000, [])
-    assert joined.accuracy == pytest.approx(setting.mean, abs=1e-9)  # the folds are of one size
+    assert joined.accuracy == pytest.approx(setting.mean, abs=1e-9)  # all folds have the same size
     printed = (swept / "printed.txt").read_text()
     assert (
-        "data.num_folds=3: fold 0 is for validation, val_size is ignored"
+        "data.num_folds=3: fold 0 is the validation split, val_size is ignored"
         in (swept / "sweep" / "0" / "train.log").read_text()
     )
     assert re.search(r"all folds together: accuracy .* on 60,000 images", printed)
@@ -172,10 +172,10 @@ def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
     first = rows[int(doubtful[0]["index"])]
     assert (first["label"], first["prediction"]) == (doubtful[0]["label"], doubtful[0]["prediction"])
     assert (tmp_path / "labels.png").stat().st_size > 10_000
-    assert "labels that are contradicted most surely" in done.stdout
+    assert "the least probable of the contradicted labels" in done.stdout
     for arguments, told in (
-        (["labels=true"], "labels=true asks nets for images"),
-        ([f"folds={swept / 'sweep'}", "run=x"], "folds names a sweep"),
+        (["labels=true"], "labels=true needs nets that were not trained"),
+        ([f"folds={swept / 'sweep'}", "run=x"], "folds already names the sweep"),
     ):
         wrong = command("evaluate", *arguments, cwd=swept)
         assert wrong.returncode == 1
@@ -196,11 +196,11 @@ def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> No
     joined = join_folds(sweep.settings[0])
     assert joined is not None
     assert (joined.images, joined.missing) == (40_000, [int(missing)])
-    assert f"without fold {missing}, which no completed job has" in summarize(sweep)
+    assert f"no completed job has fold {missing}" in summarize(sweep)
     assert f"**fold {missing}**" in (write_report(copy).folder / "report.md").read_text()
     done = command("evaluate", f"folds={copy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"fold {missing}: no net has judged its images" in done.stdout
+    assert f"fold {missing}: no net was evaluated on its images" in done.stdout
     assert "no memory left" in done.stdout
     assert json.loads((copy / "evaluation" / "out-of-fold" / "metrics.json").read_text())["images"] == 40_000
 
@@ -218,14 +218,14 @@ def test_differences_are_added_over_seeds_and_joined_over_folds() -> None:
 
 
 def test_shares_of_variance_are_known_where_the_truth_is() -> None:
-    """Two parameters of which one has no effect, and luck of a known size."""
+    """One of two parameters has no effect, and the size of luck is known."""
     generator = np.random.default_rng(0)
     levels = {"a": [a for a in "xyz" for _ in "pq"], "b": ["p", "q"] * 3}
     effect = {"x": 0.0, "y": 1.0, "z": 2.0}
     groups = [(effect[a] + generator.normal(0, 0.5, 400)).tolist() for a in levels["a"]]
     found = share_variance(levels, groups)
     assert found is not None
-    variance = 2 / 3 + 0.25  # of 0, 1, 2 and of luck
+    variance = 2 / 3 + 0.25  # the variances of 0, 1, 2 and of luck
     assert found.shares["a"] == pytest.approx(2 / 3 / variance, abs=0.02)
     assert found.shares["b"] == pytest.approx(0, abs=0.01)
     assert found.luck == pytest.approx(0.25 / variance, abs=0.02)

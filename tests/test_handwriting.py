@@ -1,4 +1,4 @@
-"""Pictures as people make them, drawn here: of each the digit alone is found."""
+"""In pictures like those that people make, drawn here, only the digit is found."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,21 +36,21 @@ def write(
 
 
 def clean(digit: str) -> np.ndarray:
-    """The digit alone on white, as the net is to see it.  -> (28, 28) uint8"""
+    """Return the digit alone, as the net should see it: (28, 28) uint8."""
     picture = Image.new("RGB", (300, 300), "white")
     write(ImageDraw.Draw(picture), digit, (75, 50, 225, 250), 14, "black")
     return to_mnist(picture)
 
 
 def likeness(picture: Image.Image, digit: str) -> float:
-    """The correlation of what is found with the digit alone, at the best of the shifts by a pixel."""
+    """Return the correlation of the prepared picture with the digit alone, at the best shift by up to a pixel."""
     seen, wanted = to_mnist(picture).astype(float), clean(digit).astype(float)
     shifts = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
     return max(float(np.corrcoef(np.roll(seen, s, (0, 1)).ravel(), wanted.ravel())[0, 1]) for s in shifts)
 
 
 def ballpoint(digit: str) -> Image.Image:
-    """A thin pen on grey-beige paper, a shadow in a corner, a camera's noise."""
+    """Draw with a thin pen on grey-beige paper, with a shadow in a corner and a camera's noise."""
     picture = Image.new("RGB", (520, 520), PAPER)
     write(ImageDraw.Draw(picture), digit, (180, 130, 330, 330), 5, (90, 90, 140))
     y, x = np.mgrid[0:1:520j, 0:1:520j]
@@ -91,7 +91,7 @@ def box_sides(digit: str, sides: str) -> Image.Image:
 
 
 def desk(digit: str) -> Image.Image:
-    """A phone's photo with a dark strip of the desk along one side."""
+    """Draw a phone's photo with a dark strip of the desk along one side."""
     picture = Image.new("RGB", (600, 800), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.polygon([(0, 0), (90, 0), (60, 800), (0, 800)], fill=(60, 45, 35))
@@ -100,7 +100,7 @@ def desk(digit: str) -> Image.Image:
 
 
 def figure(digit: str) -> Image.Image:
-    """A white-on-black image enlarged on a white page, with ticks beside it."""
+    """Draw an enlarged white-on-black image on a white page, with ticks beside it."""
     small = Image.new("L", (28, 28), 0)
     write(ImageDraw.Draw(small), digit, (7, 4, 22, 24), 2, 255)
     picture = Image.new("RGB", (640, 480), "white")
@@ -113,7 +113,7 @@ def figure(digit: str) -> Image.Image:
 
 
 def axes(digit: str) -> Image.Image:
-    """A thin rectangle of axes around the digit, with ticks."""
+    """Draw a thin rectangle of axes with ticks around the digit."""
     picture = Image.new("RGB", (640, 480), "white")
     draw = ImageDraw.Draw(picture)
     draw.rectangle((140, 50, 500, 410), outline="black", width=2)
@@ -124,7 +124,7 @@ def axes(digit: str) -> Image.Image:
 
 
 def neighbour(digit: str) -> Image.Image:
-    """The end of the next digit's stroke at the edge."""
+    """Draw the end of the next digit's stroke at the edge."""
     picture = Image.new("RGB", (200, 240), "white")
     draw = ImageDraw.Draw(picture)
     draw.line((200, 60, 188, 110, 200, 170), fill="black", width=8)
@@ -146,7 +146,7 @@ def faint(digit: str) -> Image.Image:
 
 
 def dashed(digit: str) -> Image.Image:
-    """A binarised crop whose stroke has gaps."""
+    """Draw a binary image whose stroke has gaps."""
     picture = Image.new("L", (64, 64), 0)
     write(ImageDraw.Draw(picture), digit, (14, 8, 50, 56), 5, 255)
     pixels = np.asarray(picture).copy()
@@ -215,7 +215,7 @@ def test_parts_are_connected_by_eight_neighbours() -> None:
     same = label(mask)
     assert (same[mask] >= 0).all()
     assert (same[~mask] == -1).all()
-    for labels in (same, same.T, same[:, ::-1]):  # neighbours have one number, in all eight directions
+    for labels in (same, same.T, same[:, ::-1]):  # neighbours in all eight directions have the same label
         above, below = labels[:-1], labels[1:]
         for one, other in ((above, below), (above[:, 1:], below[:, :-1])):
             both = (one >= 0) & (other >= 0)

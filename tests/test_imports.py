@@ -1,4 +1,4 @@
-"""Who imports whom: downwards, without circles, and nothing heavy before the settings are checked."""
+"""Modules import only downwards and without circles, and nothing heavy before the settings are checked."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "mnist_lightning"
 COMMANDS = {"train", "evaluate", "visualize", "predict", "compare", "explain", "export", "report", "runs"}
 HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "tensorboard", "numpy", "optuna"}
-# Nothing heavy at the top: commands import these before they know that the settings are right.
+# Modules that import nothing heavy at the top: commands import them before they check the settings.
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
@@ -28,7 +28,7 @@ LIGHT = COMMANDS | {
     *("sweeps.results", "sweeps.resume"),
     *("sweeps.parts", "sweeps.search", "sweeps.study", "evaluation.significance"),
 }
-# Of a package, or of a module beside them, the others that it may import.
+# A package, or a module beside the packages -> the others that it may import.
 MAY_IMPORT = {
     "settings_help": set(),
     "workarounds": {"targets"},
@@ -61,7 +61,7 @@ MAY_IMPORT = {
 
 
 def find_modules() -> dict[str, Path]:
-    """By dotted name below the package."""
+    """Return the package's modules by dotted name."""
     paths = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
     return {".".join(relative.with_suffix("").parts): path for relative, path in paths.items()}
 
@@ -71,7 +71,7 @@ PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def imports(path: Path, *, at_top: bool = False) -> set[str]:
-    """The modules that a file imports, those inside functions too; at_top: those at its top level only."""
+    """Return the modules that a file imports; with ``at_top``, without imports in functions."""
     tree = ast.parse(path.read_text())
     names: set[str] = set()
     for node in tree.body if at_top else ast.walk(tree):
@@ -96,7 +96,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 def test_no_command_is_imported() -> None:
-    """But by what people call from Python, which calls what the commands call."""
+    """Only the functions for Python import commands, because they call the same functions."""
     for name, path in MODULES.items():
         if name != "python":
             assert not (ours(path) - {name}) & COMMANDS, name
@@ -140,8 +140,8 @@ def test_no_module_shadows_the_standard_library() -> None:
 
 
 def test_private_names_of_libraries_are_in_one_place() -> None:
-    """But Hydra's classes that ours derive from, which it loads anew when it looks for plugins, and
-    torch's _foreach functions, which its documentation names."""
+    """The exceptions are base classes of Hydra, which it loads again when it searches for plugins, and torch's
+    documented _foreach functions."""
     for name, path in MODULES.items():
         if name != "workarounds":
             private = [one for one in imports(path) if re.search(r"\._(?!internal)[a-z]", one)]

@@ -1,4 +1,4 @@
-"""Which jobs of a sweep run at a time, on which cores and GPUs, and when one is given up."""
+"""Tests of how many jobs of a sweep run at a time, on which cores and GPUs, and when a job is stopped."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def make(accelerator: str = "cpu", trials: int | None = None, **settings: Any) -
     launcher = AutoLauncher(**({"n_jobs": None, "jobs_per_gpu": 1, "timeout_s": None} | settings))
     sweeper = {} if trials is None else {"n_jobs": trials}
     config = {"hydra": {"sweeper": sweeper}, "trainer": {"accelerator": accelerator}}
-    context: Any = None  # which only launching needs
+    context: Any = None  # needed only to launch
     assert context is None or isinstance(context, HydraContext)
     launcher.setup(hydra_context=context, task_function=lambda cfg: None, config=OmegaConf.create(config))
     return launcher
@@ -45,7 +45,7 @@ def make(accelerator: str = "cpu", trials: int | None = None, **settings: Any) -
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA's program says that there are three."""
+    """Make NVIDIA's program report three GPUs."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     lines = [f"GPU {number}: NVIDIA H100 (UUID: GPU-{number})" for number in range(3)]
@@ -67,7 +67,7 @@ def test_auto_runs_several_small_jobs_at_a_time_and_a_single_one_here() -> None:
 
 
 def test_auto_keeps_to_its_choice() -> None:
-    """A process that has trained is not forked."""
+    """A process that has trained must not be forked."""
     launcher = make()
     assert launcher.choose(1) is launcher.choose(9)
     launcher = make(n_jobs=2)
@@ -110,7 +110,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, gpus: N
 
 @pytest.mark.slow
 def test_each_worker_sees_a_gpu_of_its_own(command: Run, tmp_path: Path, gpus: None) -> None:
-    """CUDA_VISIBLE_DEVICES as the jobs find it; where torch has no CUDA they train on the CPU all the same."""
+    """Each job sees its own CUDA_VISIBLE_DEVICES; without CUDA in torch, the jobs still train, on the CPU."""
     if torch.cuda.is_available():
         pytest.skip("these GPUs are not there")
     done = command(
@@ -155,9 +155,9 @@ def test_a_large_job_has_the_cores_to_itself(command: Run, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Path) -> None:
-    """To the bit, with no number of threads given, for a small net and for a large one."""
-    nets = []
-    for launcher in ("basic", "processes", "auto"):
+    """Weights are equal to the bit, for a small and a large net, without a given number of threads."""
+    nets, metrics = [], []
+    for launcher in ("basic", "processes", "auto", "submitit_local"):
         done = command(
             *("train", "-m", f"hydra/launcher={launcher}", "model.hidden=8,[1024,512]", "model.dropout=0.2"),
             *(f"hydra.sweep.dir={launcher}", *TINY),
@@ -167,7 +167,13 @@ def test_each_way_of_launching_gives_the_same_weights(command: Run, tmp_path: Pa
         assert done.returncode == 0, done.stderr
         jobs = [tmp_path / launcher / str(number) for number in range(2)]
         assert [json.loads((job / "metrics.json").read_text())["threads"] for job in jobs] == [1, CORES]
+        statuses = read_statuses(tmp_path / launcher)
+        assert [statuses[number]["state"] for number in range(2)] == ["completed", "completed"]
+        told = [statuses[number]["metrics"] for number in range(2)]
+        metrics.append([{key: one[key] for key in one if key != "train_seconds"} for one in told])
+        assert len((tmp_path / launcher / "results.csv").read_text().splitlines()) == 3
         nets.append([load(job / "checkpoints" / "last.ckpt")["state_dict"] for job in jobs])
+    assert all(other == metrics[0] for other in metrics)
     for other in nets[1:]:
         for one, two in zip(nets[0], other, strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one)
@@ -188,7 +194,7 @@ def test_a_job_that_hangs_is_given_up(command: Run, tmp_path: Path) -> None:
     statuses = read_statuses(find_sweep(tmp_path))
     assert [statuses[number]["state"] for number in range(3)] == ["failed", "failed", "completed"]
     for number in range(2):
-        assert "given up: it took more than hydra.launcher.timeout_s=12" in statuses[number]["error"]
+        assert "stopped: it took more than hydra.launcher.timeout_s=12" in statuses[number]["error"]
         assert statuses[number]["error"] in (find_sweep(tmp_path) / "report.md").read_text()
 
 
@@ -216,8 +222,10 @@ def test_wrong_numbers_are_told_in_a_line(
 
 
 def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) -> tuple[int, str]:
-    """In a fresh interpreter, whose workers import torch each; its code, and what it has shown: in its last
-    line, which of the heavy packages it has imported itself."""
+    """Run a sweep in a new interpreter on a terminal, and return its exit code and output.
+
+    The last line of the output names the heavy packages that the interpreter itself has imported.
+    """
     code = (
         "import sys; from mnist_lightning import train; train.main()\n"
         "print('imported', sorted({'torch', 'lightning', 'torchvision'} & set(sys.modules)))"
@@ -236,7 +244,7 @@ def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) 
     while True:
         try:
             piece = os.read(ours, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             break
         if not piece:
             break
@@ -256,7 +264,7 @@ def grid_on_a_terminal(once: Once, environment: dict[str, str]) -> tuple[int, st
 
 
 def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int, str]) -> None:
-    """Its workers are forked from it, and a process with threads or a GPU must not be."""
+    """The parent forks its workers, and a process with threads or a GPU must not be forked."""
     code, shown = grid_on_a_terminal
     assert code == 0, shown
     assert shown.splitlines()[-1] == "imported []"

@@ -1,4 +1,4 @@
-"""docs/lightning.md is whole, and true: each argument of Trainer and each callback works, or a line says why not."""
+"""docs/lightning.md is complete and true: each Trainer argument and callback works, or a line says why not."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ SHORT = ("model.hidden=8", "logger=csv", "callbacks.summary=null", "callbacks.pr
 
 
 def read_rows() -> list[tuple[str, tuple[str, ...], str]]:
-    """What is listed, the arguments of its example, and what the page says of it."""
+    """Return the rows of the page: the listed name, the arguments of its example, and its description."""
     rows = []
     for name, example, said in re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\| (.*) \|$", PAGE, re.M):
         arguments = shlex.split(example)
@@ -46,7 +46,7 @@ def test_all_of_lightning_is_listed() -> None:
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: " ".join(row[1])[-60:])
 def test_what_is_refused_is_refused_in_a_line(row: tuple[str, tuple[str, ...], str], tmp_path: Path) -> None:
-    """Before any data is read: there is none where it is said to be, and none can be put there."""
+    """It is refused before any data is read: the data's folder does not exist and can't be made."""
     from mnist_lightning.train import train
 
     (tmp_path / "file").write_text("")

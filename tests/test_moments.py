@@ -1,4 +1,4 @@
-"""A run is exact at every moment and with every limit: what is measured, kept, resumed and refused."""
+"""Metrics, checkpoints and resumption are exact at every moment of a run and with every limit."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def steps_of(run: Path, key: str) -> list[int]:
     return [int(row["step"]) for row in read_rows(run) if row.get(key)]
 
 
-RARE = {  # settings -> optimizer steps that were validated, epoch of best.ckpt
+RARE = {  # settings -> optimizer steps with a validation, epoch of best.ckpt
     ("+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"): ([20], 2),
     ("trainer.max_epochs=-1", "+trainer.max_steps=7", "scheduler=none"): ([], 1),
     ("+trainer.limit_val_batches=0", "trainer.max_epochs=2"): ([], 2),
@@ -79,7 +79,7 @@ def test_the_best_is_chosen_among_what_was_validated(
 def test_no_validation_at_all_is_said(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         fit(*SMALL, "trainer.max_epochs=-1", "+trainer.max_steps=3", "scheduler=none")
-    assert "no epoch was validated before training ended: best.ckpt is the last one" in caplog.text
+    assert "no epoch was validated before training ended: best.ckpt has the last weights" in caplog.text
 
 
 @pytest.mark.parametrize("more", ["scheduler=plateau", "callbacks=early_stopping"])
@@ -128,7 +128,7 @@ MOMENTS = {
 def test_resumed_from_any_checkpoint_it_ends_the_same(
     settings: tuple[str, ...], every: int, fit: Fit, tmp_path: Path
 ) -> None:
-    """Weights, what callbacks know, metrics and curves, rows of the run's end among them."""
+    """Weights, states of callbacks, metrics and curves are equal, including the rows at the run's end."""
     common = (*SMALL, TEN, "trainer.max_epochs=2", "model.dropout=0.2", KEEP, *settings)
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -137,7 +137,7 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(
     moments = sorted(kept.iterdir())
     for moment in sorted({*moments[::every], moments[-1]}):
         folder = tmp_path / moment.stem
-        shutil.copytree(tmp_path / "whole", folder)  # as if killed later: rows that are ahead go
+        shutil.copytree(tmp_path / "whole", folder)  # as if killed later: later rows must be dropped
         (folder / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
         if load(moment)["global_step"] < load(folder / "checkpoints" / "best.ckpt")["global_step"]:
             (folder / "checkpoints" / "best.ckpt").unlink()
@@ -157,7 +157,7 @@ HOOKS = (
     *("on_train_end", "on_fit_end", "on_test_start", "on_test_epoch_start", "on_test_batch_start"),
     *("on_test_epoch_end", "on_test_end", "teardown"),
 )
-BEFORE = ("on_fit_start", "on_train_start", "on_load_checkpoint")  # the training: in a resumption alone
+BEFORE = ("on_fit_start", "on_train_start", "on_load_checkpoint")  # for training: only in a resumed run
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_killed_in_any_hook_it_ends_the_same(hook: str, command: Run, once: Once
     assert not list(two.rglob(".writing-*"))
 
 
-WEIGHING = (  # what decides the weights, each with another value than usual
+WEIGHING = (  # arguments that influence the weights, each with a value that is not the default
     *("+trainer.accumulate_grad_batches=3", "+trainer.gradient_clip_val=0.1", "trainer.precision=bf16-mixed"),
     *("+trainer.overfit_batches=3", "+trainer.limit_val_batches=1", "+trainer.val_check_interval=3"),
     *("+trainer.check_val_every_n_epoch=2", "+trainer.reload_dataloaders_every_n_epochs=1", "seed=7"),
@@ -205,7 +205,7 @@ WEIGHING = (  # what decides the weights, each with another value than usual
 def test_whatever_decides_the_weights_is_resumed_and_kept(
     argument: str, fit: Fit, tmp_path: Path, data_dir: Path
 ) -> None:
-    """From within an epoch to the same end; and with its usual value, it is refused."""
+    """A run resumed within an epoch ends the same; with the argument's default value, it is refused."""
     common = (*SMALL, TEN, "trainer.max_epochs=2", "checkpoint.every_n_steps=2", KEEP)
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -225,7 +225,7 @@ def test_whatever_decides_the_weights_is_resumed_and_kept(
     assert differences(*parts) == []
     assert again["steps"] == whole["steps"]
     if argument in ("data.num_workers=2", "callbacks=early_stopping"):
-        return  # decides no weight; may only end a run
+        return  # it influences no weight and can only end a run
     settings = settle(tmp_path / "run", *common, argument)
     (tmp_path / "run" / ".hydra").mkdir()
     OmegaConf.save(OmegaConf.create(asdict(settings)), tmp_path / "run" / ".hydra" / "config.yaml")
@@ -234,7 +234,7 @@ def test_whatever_decides_the_weights_is_resumed_and_kept(
 
 
 def test_an_early_stopped_run_stays_stopped_until_it_may_go_on(fit: Fit, tmp_path: Path) -> None:
-    """Killed in its final evaluation, that is; a changed patience lets it go on."""
+    """The run is killed in its final evaluation; a changed patience lets it continue."""
     settings = (
         *(*SMALL, TEN, "trainer.max_epochs=4", "callbacks=early_stopping", "scheduler=none"),
         "+callbacks.early_stopping.min_delta=0.9",
@@ -276,7 +276,7 @@ DECIDING = {
     "+trainer.overfit_batches=2": "trainer.overfit_batches: None -> 2",
     "+trainer.val_check_interval=5": "trainer.val_check_interval: None -> 5",
     "+trainer.limit_val_batches=1": "trainer.limit_val_batches: None -> 1",
-    "+trainer.max_steps=5": "is laid out for None steps",
+    "+trainer.max_steps=5": "is planned for None steps",
     "ema_decay=0.9": "ema_decay: None -> 0.9",
     "+callbacks.g._target_=lightning.pytorch.callbacks.GradientAccumulationScheduler": "callbacks.g._target_: None ->",
 }
@@ -295,7 +295,7 @@ def finished(once: Once, command: Run) -> Path:
 
 
 def resume(run: Path, folder: Path, *more: str) -> None:
-    """What is checked before a run goes on with other settings."""
+    """Check settings as at the start of a resumed run."""
     shutil.copytree(run, folder, dirs_exist_ok=True)
     arguments = ("model.hidden=8", TEN, "trainer.max_epochs=1", NO_PICTURES, *more)
     check_resumption(settle(folder, *arguments, f"resume='{folder}'"), list(more))
@@ -318,7 +318,7 @@ def test_what_decides_no_weight_is_not(argument: str, finished: Path, tmp_path: 
 def test_a_run_that_was_killed_before_its_end_was_written_has_not_finished(
     finished: Path, command: Run, tmp_path: Path
 ) -> None:
-    """After metrics.json: curves, HParams and status are written anew, once."""
+    """After a kill later than metrics.json, curves, HParams and status are written again, once."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     status = read(run)
@@ -346,7 +346,7 @@ def test_a_named_folder_takes_one_run(finished: Path, command: Run, tmp_path: Pa
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = command("train", "seed=2", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1
-    assert "run holds an earlier run (checkpoints/best.ckpt): resume=run goes on with it" in done.stderr
+    assert "run holds an earlier run (checkpoints/best.ckpt): resume=run continues it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -361,14 +361,14 @@ def test_a_second_process_writes_nothing_in_a_folder_that_is_taken(
     before = config.read_text()
     done = command("train", *settings, "seed=7", cwd=tmp_path)
     assert done.returncode == 1
-    assert "another process is at work in" in done.stderr or "holds an earlier run" in done.stderr
+    assert "another process is using" in done.stderr or "holds an earlier run" in done.stderr
     assert config.read_text() == before
 
 
 def test_a_resumption_that_came_to_nothing_is_no_base_of_the_next(
     finished: Path, command: Run, tmp_path: Path
 ) -> None:
-    """One that was killed over its settings, and one whose setting can't be used."""
+    """One resumption was killed while it wrote its settings; another had a setting that can't be used."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     (tmp_path / "run" / ".hydra" / "resume-1").mkdir()

@@ -19,7 +19,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("hidden", "num_parameters"),
-    [([], 7_850), ([128, 64], 109_386), ([256], 203_530)],  # sums of (inputs + 1) * outputs
+    [([], 7_850), ([128, 64], 109_386), ([256], 203_530)],  # sums of (inputs + 1) * outputs over layers
 )
 def test_shape_and_size(hidden: list[int], num_parameters: int, images: torch.Tensor) -> None:
     net = make(hidden=hidden)
@@ -86,7 +86,7 @@ def test_norm_normalises(norm: str, axis: int, images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("key", ["input_noise", "noise"])
 def test_noise_disturbs_training_by_its_size_and_nothing_else(key: str) -> None:
-    """Small noise through a smooth activation: what comes out spreads as the noise that goes in."""
+    """With a smooth activation, the spread of the logits is proportional to that of small noise."""
     images = torch.full((4000, 1, 28, 28), 0.85)
     spreads = {}
     for std in (0.1, 0.2):

@@ -9,11 +9,11 @@ from mnist_lightning.images.normalize import NoDigit, center, dilate, fit, norma
 
 
 def draw_line(height: int, width: int, half: float, *, lean: float = 0.0) -> np.ndarray:
-    """A stroke from near the top to near the bottom, (H, W) in [0, 1], anti-aliased.
+    """Draw an anti-aliased stroke from near the top to near the bottom: (H, W) in [0, 1].
 
     Args:
-        half: half of its width in pixels.
-        lean: columns to the right for each row.
+        half: half of the stroke's width in pixels.
+        lean: the stroke's shift to the right in pixels for each row.
     """
     y, x = np.mgrid[:height, :width]
     away = np.abs(x - width / 2 - lean * (y - height / 2)) / math.hypot(1, lean)
@@ -28,7 +28,7 @@ def test_fit_keeps_the_aspect() -> None:
 
 
 def test_fit_averages_areas_and_interpolates_between_centres() -> None:
-    """Worked by hand, so that another language can be held to it."""
+    """The values were worked out by hand, so that a port to another language can be checked with them."""
     np.testing.assert_allclose(fit(np.array([[1.0, 2.0, 3.0]]), 2), [[4 / 3, 8 / 3]])
     np.testing.assert_allclose(fit(np.array([[0.0, 1.0]]), 4), [[0, 0.25, 0.75, 1], [0, 0.25, 0.75, 1]])
     image = np.random.default_rng(0).random((60, 60))
@@ -73,7 +73,7 @@ def test_thick_strokes_stay() -> None:
 
 def test_center_puts_the_mass_into_the_middle_where_it_can() -> None:
     lopsided = np.zeros((20, 20))
-    lopsided[:, :4] = 1  # the mass lies left, so that the box moves right as far as it may
+    lopsided[:, :4] = 1  # the mass is on the left, so the box moves right as far as possible
     image = center(lopsided).astype(float)
     rows, columns = image.sum(axis=1), image.sum(axis=0)
     assert (columns * np.arange(28)).sum() / columns.sum() == pytest.approx(9.5)

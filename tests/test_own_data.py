@@ -1,4 +1,4 @@
-"""Data sets of somebody's own: folders, npz files, functions, and what torchvision fetches."""
+"""Tests of users' own data sets: folders, npz files, functions, and data sets of torchvision."""
 
 import functools
 import gzip
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("from_wheel")
 
 
 def make_arrays(num_classes: int, shape: tuple[int, ...], each: int, *, noise: float = 40.0) -> Arrays:
-    """A random image for each class, and noisy copies of it to learn from and to be tested with."""
+    """Make a random image for each class, and noisy copies of it for training and testing."""
     generator = np.random.default_rng(1)
     means = generator.integers(80, 176, (num_classes, *shape))
     content: Arrays = {}
@@ -64,7 +64,7 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 
 
 def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """The zip of EMNIST, small: each split's files, their images transposed, letters counted from 1."""
+    """Write a small zip like EMNIST's: the files of each split, with transposed images and letters from 1."""
     generator = np.random.default_rng(1)
     upright = {}
     with zipfile.ZipFile(folder / "gzip.zip", "w") as archive:
@@ -80,7 +80,7 @@ def write_emnist(folder: Path) -> dict[str, NDArray[np.uint8]]:
 
 
 def write_cifar(folder: Path) -> dict[str, str]:
-    """CIFAR-10's archive folder, small.  -> checksums by file"""
+    """Write a small folder like that of CIFAR-10's archive; return checksums by file."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(1)
     names = [f"data_batch_{number}" for number in range(1, 6)]
@@ -119,7 +119,7 @@ def unpack_cifar(folder: Path) -> None:
 
 
 LONG_NAMES = [f"{'a name of thirty letters, nr. ':.<27}{number:03}" for number in range(100)]
-# A data set -> what makes its files in a folder, and the settings that choose it
+# A data set -> the function that writes its files, and the settings that choose it
 SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "26 classes in colour": (
         lambda folder: np.savez(
@@ -146,6 +146,7 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "CIFAR-10": (unpack_cifar, ("data=cifar10", "data.val_size=30", "data/augment=affine")),
 }  # fmt: skip
 QUICK = ("a folder of pictures",)
+GATE = ("a function", "26 classes in colour", "CIFAR-10")
 
 
 def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None:
@@ -158,7 +159,14 @@ def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[] if name in QUICK else pytest.mark.slow if name in GATE else pytest.mark.reliability,
+        )
+        for name in SETS
+    ],
 )
 def test_from_training_to_report(
     name: str, tmp_path: Path, python: Run, preloaded: Preloaded, environment: dict[str, str]
@@ -225,7 +233,7 @@ def test_from_training_to_report(
         assert "| 1 |" in (tmp_path / "sweep" / "report.md").read_text()
 
 
-# What is wrong -> how a right data set is changed, and what the line says
+# A fault -> the change to a correct data set, and the message
 def change(**values: Any) -> Callable[[Arrays], Arrays]:
     return lambda content: content | values
 
@@ -287,7 +295,7 @@ def test_arrays_of_torch_of_any_whole_numbers(tmp_path: Path) -> None:
     assert check_arrays(right | {"fingerprint": "mine"}, "it").fingerprint == "mine"
 
 
-# What is wrong with a file -> what writes it, and what the line says
+# A fault of a file -> the function that writes the file, and the message
 WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "is no file"),
@@ -400,7 +408,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty class": (lambda folder: (folder / "train" / "zz").mkdir(), r"class zz is missing in test/"),
     "no picture": (
         lambda folder: [(folder / part / "zz").mkdir() for part in ("train", "test")],
-        r"no picture lies in .*train/zz",
+        r"train/zz has no picture",
     ),
     "no test": (lambda folder: shutil.rmtree(folder / "test"), r"has train/<class>/ and no test/<class>/"),
     "a class of the test": (
@@ -409,7 +417,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another size": (
         lambda folder: put(folder / "train" / "class 1" / "zz.png", Image.new("RGB", (8, 9))),
-        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: data.size=28, say, resizes",
+        r"class 0/.*png has 7×9 pixels and .*zz.png 8×9: resize all of them",
     ),
     "no picture in a file": (
         lambda folder: (folder / "train" / "class 1" / "zz.png").write_text("text"),
@@ -422,7 +430,7 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a cut picture": (lambda folder: cut_picture(folder / "train" / "class 1" / "zz.png"), r"zz.png: "),
     "fractions": (
         lambda folder: put(folder / "train" / "class 1" / "zz.tiff", Image.new("F", (7, 9))),
-        r"zz.tiff: its pixels are fractions",
+        r"zz.tiff: its pixels are floats",
     ),
 }  # fmt: skip
 
@@ -472,7 +480,7 @@ def test_pictures_of_every_mode(tmp_path: Path) -> None:
     assert see(clear).tolist() == [[255, 255]] * 3, "what is transparent is white"
     turned = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # must be rotated by 90 degrees
     put(tmp_path / "turned.png", turned, exif=exif)
     seen = read_picture(tmp_path / "turned.png", size=None, grey=True)
     assert seen.tolist() == np.rot90(np.asarray(turned), -1).tolist()
@@ -515,7 +523,7 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(EMNIST, "url", f"{address}/gzip.zip")
         source = find_source("emnist_balanced", tmp_path / "data")
         with pytest.raises(OSError, match="data=emnist_balanced could not be downloaded"):
-            source.make_whole()  # another checksum
+            source.make_whole()  # the checksum is wrong
         monkeypatch.setattr(EMNIST, "md5", hashlib.md5((tmp_path / "gzip.zip").read_bytes()).hexdigest())
         source.make_whole()
     assert source.is_whole()
@@ -523,7 +531,7 @@ def test_a_broken_emnist_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class Opened:
-    """Tells that a pickle was opened, by a file."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -576,17 +584,17 @@ def test_names_are_torchvisions() -> None:
         assert known.folder in ("EMNIST", "cifar-10-batches-py", dataset.__name__)
 
 
-# Settings that do not fit, told before torch is imported -> the line
+# Settings that do not fit, reported before torch is imported -> the message
 WRONG_SETTINGS = {
     ("data=folder",): "data.path",
-    ("data.path=x",): "data.path is for data=",
-    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder alone",
-    ("data.grey=true",): "data.grey is for data=folder alone",
+    ("data.path=x",): "data.path is not for data=mnist: only",
+    ("data=npz", "data.path=x", "data.size=28"): "data.size is for data=folder only",
+    ("data.grey=true",): "data.grey is for data=folder only",
     ("data=folder", "data.path=x", "data.size=0"): "data.size must be >= 1, got 0",
     (
         "data=cifar10",
         "data.deskew=true",
-    ): "data.deskew is for grey images, and those of cifar10 are in colour",
+    ): "data.deskew is for grey images, and the images of cifar10 are in colour",
     ("data=cifar10", "data.val_size=50000"): "data.val_size must be in [0, 49999], got 50000",
     ("data.mean=[0.1,0.2,0.3]",): "data.mean must be one number, or one for each of 1 channels",
     ("data=own",): "data.source names no _target_",
@@ -600,7 +608,7 @@ def test_settings_that_do_not_fit(arguments: tuple[str, ...], tmp_path: Path) ->
         settle(tmp_path, *arguments)
 
 
-# Settings that do not fit a data set of 3 classes, (90, 9, 7, 3), told once it is read -> the line
+# Settings that do not fit a data set of 3 classes, (90, 9, 7, 3), reported once it is read -> the message
 WRONG_SIZES = {
     ("data.val_size=90",): "data.val_size must be in [0, 89], got 90",
     ("data.val_size=88",): "no image of class",
@@ -641,7 +649,7 @@ def use(data: Data) -> None:
 def test_from_python_a_wrong_name_is_told() -> None:
     with pytest.raises(ValueError, match=r"name must be one of mnist, .*, folder, npz, got 'cifar'"):
         MNISTDataModule(name="cifar")
-    with pytest.raises(ValueError, match="name='folder' wants a path"):
+    with pytest.raises(ValueError, match="name='folder' needs a path"):
         MNISTDataModule(name="folder")
 
 
@@ -675,7 +683,7 @@ def measure(content: Arrays) -> tuple[list[float], list[float]]:
 
 
 def test_other_images_are_refused(tmp_path: Path, command: Run) -> None:
-    """A file that has changed since the training is not what the net is measured on, or goes on with."""
+    """A net is not evaluated on, or trained further with, a file that has changed since its training."""
     content = make_arrays(3, (9, 7), 30)
     np.savez(tmp_path / "set.npz", **content)
     settings = ("data=npz", "data.path=set.npz", *TINY, "logger=none", "scheduler=none")
@@ -704,7 +712,7 @@ def test_a_source_gives_what_it_says(tmp_path: Path, command: Run) -> None:
         (
             "+data.source.cuont=3",
         ): r"data.source.cuont is no argument of my_data.load \(did you mean count\?\)",
-        ("data.source._target_=other.load",): r"other.load must give a dict of arrays, got list",
+        ("data.source._target_=other.load",): r"other.load must return a dict of arrays, got list",
         ("data.source._target_=other.fail",): r"data.source: other.fail .*ZeroDivisionError",
         ("+data.source.names=one two",): r"my_data.load: its labels must be in \[0, 2\), got 2",
     }.items():
@@ -715,7 +723,7 @@ def test_a_source_gives_what_it_says(tmp_path: Path, command: Run) -> None:
 
 
 def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None:
-    """By name, and with what looks up the environment, whatever is trusted."""
+    """A source is refused by its name, and if it reads the environment, whatever is trusted."""
     shutil.copytree(REPOSITORY / "tests" / "own", tmp_path, dirs_exist_ok=True)
     settings = ("--config-dir", "my_conf", "data=columns", *TINY, "logger=none", "trainer.max_epochs=1")
     done = command("train", *settings, "hydra.run.dir=run", cwd=tmp_path)
@@ -724,7 +732,7 @@ def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None
     checkpoint = load(path)
     for source, line in (
         ({"_target_": "os.mkdir", "path": str(tmp_path / "made")}, "names os.mkdir (data.source)"),
-        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only settings may hold"),
+        ({"_target_": "my_data.load", "names": "${oc.env:HOME} a b"}, "which only a settings file may hold"),
     ):
         checkpoint["datamodule_hyper_parameters"]["source"] = source
         (tmp_path / "strange.ckpt").write_bytes(serialize(checkpoint))

@@ -1,4 +1,4 @@
-"""Nets, losses and metrics of somebody's own, by a module and a YAML file, through all that a run can meet."""
+"""Tests of users' own nets, losses and metrics, from a module and a YAML file, in all commands."""
 
 import json
 import re
@@ -29,7 +29,7 @@ BROUGHT = {
     "resnet": (("model=resnet", "data.batch_size=8"), "torchvision.models", "val/acc", "seed=1,2"),
 }
 
-QUICK = ("cnn",)  # of these, the others are slow
+QUICK = ("cnn",)  # tests of the others are marked slow
 
 pytestmark = pytest.mark.usefixtures("from_wheel")
 
@@ -41,7 +41,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def retyped(stderr: str) -> list[str]:
-    """The command at the end of a refusal, as arguments of Python."""
+    """Return the command at the end of a refusal as arguments of Python."""
     (line,) = [line for line in stderr.splitlines() if "if you trust it:" in line]
     words = shlex.split(line.split("if you trust it:")[1])
     assert words[:2] == ["python", "-m"]
@@ -92,7 +92,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
         ["export", "run=run"],
     ):
         if name == "resnet" and words[0] == "compare":
-            continue  # on all validation images: minutes
+            continue  # it uses all validation images, which takes minutes
         arguments = ["-m", f"mnist_lightning.{words[0]}", *words[1:], f"trust={module}"]
         if name == "cnn":
             done = command(*words, cwd=work)
@@ -133,7 +133,7 @@ def draw_seven() -> Image.Image:
     return picture
 
 
-# What is wrong with it -> the settings, and what the line says
+# A fault -> the settings, and the message
 WRONG = {
     "no such module": (
         ("model._target_=my_part.Net",),
@@ -212,7 +212,7 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run) -> None:
-    """Before any data is read; in a sweep before its first job, by a process that never imports torch."""
+    """The message comes before any data is read, and in a sweep before the first job, without importing torch."""
     arguments, line = WRONG[what]
     (work / "broken.py").write_text("import torch\n1 / 0\n")
     done = command("train", *CONF, *arguments, "data.data_dir=nowhere", cwd=work)
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run
     assert not (work / "nowhere").exists()
 
 
-# Those that a sweep's parent can tell: what it imports, it does so elsewhere
+# Faults that a sweep finds before its first job, in a separate process
 TOLD_BY_A_SWEEP = [pytest.param("no such class", marks=pytest.mark.slow), "misspelt"]
 TOLD_BY_A_SWEEP += [pytest.param("which is better?", marks=pytest.mark.slow)]
 
@@ -233,7 +233,7 @@ def test_a_sweep_tells_it_before_its_first_job(what: str, work: Path, command: R
     done = command("train", "-m", *CONF, *arguments, "seed=1,2,3", "data.data_dir=nowhere", cwd=work)
     assert done.returncode == 1
     assert re.search(line, done.stderr), done.stderr
-    assert done.stdout.count("looking at") <= 1, "once for all jobs"
+    assert done.stdout.count("checking") <= 1, "once for all jobs"
     assert not list(work.glob("logs/train/multiruns/*/*"))
 
 
@@ -250,7 +250,7 @@ finally:
 
 @pytest.mark.slow
 def test_the_process_of_a_sweep_never_imports_torch(work: Path, environment: dict[str, str]) -> None:
-    arguments = ["-m", *CONF, *REGRESSION, *TINY, "seed=1,2", "hydra/launcher=processes"]
+    arguments = ["-m", *CONF, *REGRESSION, *TINY, "seed=1", "hydra/launcher=processes"]
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *arguments], cwd=work, env=environment, capture_output=True, text=True
     )
@@ -317,7 +317,7 @@ sys.exit(train.main())
 def test_a_console_script_finds_what_lies_where_it_is_typed(
     work: Path, tmp_path: Path, python: Run, command: Run
 ) -> None:
-    """As ``python -m`` does, in the workers of a sweep too; refusals name the script."""
+    """A script finds modules as ``python -m`` does, also in the workers of a sweep; refusals name the script."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "mnist-train"
     script.write_text(SCRIPT)
@@ -351,9 +351,8 @@ def test_two_processes_train_it_and_go_on(work: Path, command: Run) -> None:
 
 @pytest.mark.slow
 def test_a_clusters_jobs_train_it(work: Path, command: Run) -> None:
-    """In processes that submitit starts, which are sent the settings."""
-    settings = (*CONF, "model=cnn", "loss=focal", *TINY, "hydra/launcher=submitit_local", "seed=1,2")
+    """submitit sends the settings to the processes that it starts."""
+    settings = (*CONF, "model=cnn", "loss=focal", *TINY, "hydra/launcher=submitit_local", "seed=1")
     done = command("train", "-m", *settings, "hydra.sweep.dir=sweep", cwd=work)
     assert done.returncode == 0, done.stderr
-    states = [json.loads((work / f"sweep/{job}/status.json").read_text())["state"] for job in "01"]
-    assert states == ["completed", "completed"]
+    assert json.loads((work / "sweep/0/status.json").read_text())["state"] == "completed"

@@ -1,4 +1,4 @@
-"""What is shipped, and who imports whom."""
+"""Tests of the installed package."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def test_wheel_runs_in_an_empty_folder(installed: Path, tmp_path: Path, command:
 
 @pytest.mark.slow
 def test_python_and_its_page_from_a_wheel(installed: Path, tmp_path: Path, python: Run) -> None:
-    """A run, a trained net and its scores, as docs/python.md has them."""
+    """The examples in docs/python.md work: a run, a trained net and its scores."""
     page = (REPOSITORY / "docs" / "python.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)[:3]
     (tmp_path / "page.py").write_text("\n".join([*blocks, "print(train.__file__)"]))
@@ -60,7 +60,7 @@ def test_python_and_its_page_from_a_wheel(installed: Path, tmp_path: Path, pytho
 
 
 def test_checkout_runs_without_being_installed(tmp_path: Path, environment: dict[str, str]) -> None:
-    """-S -s would hide the dependencies too, so the checkout is named and must win."""
+    """-S -s would also hide the dependencies, so the checkout is named and must come first."""
     done = subprocess.run(
         [sys.executable, "-c", "import mnist_lightning.config as c; print(c.CONF_DIR)"],
         cwd=REPOSITORY,

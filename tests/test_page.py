@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium without a window."""
+"""Tests of the page in a real browser, Chromium without a window."""
 
 import base64
 import dataclasses
@@ -26,9 +26,9 @@ from mnist_lightning.network import FeedForward
 from mnist_lightning.page.build import choose_samples, make_page
 from mnist_lightning.rundir.film import pack_film
 
-FIELD = 256  # pixels of the page's field
+FIELD = 256  # pixels of the page's field on each side
 
-# Strokes of ten digits in a unit square, x to the right and y down
+# The strokes of ten digits in a unit square; x points right, y down
 DIGITS = {
     0: [[(0.5, 0.1), (0.25, 0.25), (0.2, 0.55), (0.35, 0.88), (0.62, 0.88), (0.8, 0.55), (0.72, 0.22), (0.5, 0.1)]],
     1: [[(0.35, 0.25), (0.55, 0.1), (0.52, 0.9)]],
@@ -63,7 +63,7 @@ def write_page(path: Path, classifier: DigitClassifier, images: torch.Tensor, **
 
 
 def ask_page(page: Any, images: torch.Tensor) -> np.ndarray:
-    """The page's probabilities for stored images.  (N, H, W) uint8 -> (N, num_classes)"""
+    """Return the page's probabilities for stored images: (N, H, W) uint8 -> (N, num_classes)."""
     encoded = base64.b64encode(images.numpy().tobytes()).decode()
     script = (
         "([text, count]) => cut(bytes(text), count, WIDTH * HEIGHT).map(image => look(image).probabilities)"
@@ -72,7 +72,7 @@ def ask_page(page: Any, images: torch.Tensor) -> np.ndarray:
 
 
 def ask_distances(page: Any, images: torch.Tensor) -> np.ndarray:
-    """How far images are from the classes that the page gives them.  (N, H, W) uint8 -> (N,)"""
+    """Return the page's distances of images from their predicted classes: (N, H, W) uint8 -> (N,)."""
     script = "images => images.map(image => look(Uint8Array.from(image)).distance)"
     return np.array(page.evaluate(script, images.flatten(1).tolist()))
 
@@ -101,14 +101,14 @@ def test_a_thousand_images_get_the_answers_of_the_net(
         wanted = classifier.to_probabilities(classifier(images)).numpy()
     distances = confidence.answer(classifier, images[:100]).distances
     shown = ask_distances(page, images[:100])
-    np.testing.assert_allclose(shown, distances, atol=0.1)  # 0.07 for seed 1: weights and rows of 8 bits
+    np.testing.assert_allclose(shown, distances, atol=0.1)  # 0.07 for seed 1, as weights have 8 bits
     assert ((shown > 1) == (distances > 1)).sum() >= 98
     assert (told.argmax(axis=1) == wanted.argmax(axis=1)).sum() >= 999
-    assert np.abs(told - wanted).max() < 0.05  # 0.028 for the default net of seed 1
+    assert np.abs(told - wanted).max() < 0.05  # it is 0.028 for the default net with seed 1
 
 
 def write_strokes(hand: int, digit: int) -> list[list[tuple[float, float]]]:
-    """A digit in one of six hands, in pixels of the field: leaning, narrow, small, in a corner, trembling."""
+    """Return a digit's strokes in pixels of the field: plain, leaning, narrow, small, in a corner or trembling."""
     random = np.random.default_rng(100 * hand + digit)
     lean, size = [0.0, 0.25, -0.2, 0.1, 0.3, -0.1][hand], [0.8, 0.7, 0.9, 0.3, 0.5, 0.85][hand]
     narrow, tremor = [1.0, 0.6, 0.9, 1.0, 0.8, 1.2][hand], [0.0, 0.01, 0.0, 0.02, 0.03, 0.01][hand]
@@ -127,7 +127,7 @@ def write_strokes(hand: int, digit: int) -> list[list[tuple[float, float]]]:
 
 
 def draw(page: Any, strokes: list[list[tuple[float, float]]]) -> None:
-    """With the mouse."""
+    """Draw strokes with the mouse."""
     box = page.locator("#field").bounding_box()
     scale = box["width"] / FIELD
     for stroke in strokes:
@@ -140,7 +140,7 @@ def draw(page: Any, strokes: list[list[tuple[float, float]]]) -> None:
 
 
 def rasterise(strokes: list[dict[str, Any]]) -> np.ndarray:
-    """Ink within the radius of a stroke, fading over a pixel.  -> (FIELD, FIELD) in [0, 1]"""
+    """Draw ink within a radius of the strokes that fades over a pixel: (FIELD, FIELD) in [0, 1]."""
     y, x = np.mgrid[:FIELD, :FIELD] + 0.5
     ink = np.zeros((FIELD, FIELD))
     for stroke in strokes:
@@ -262,7 +262,7 @@ def test_touch_draws_and_does_not_scroll(exported: Path, show: Open) -> None:
         box["y"] + 0.2 * box["height"],
     )
     client.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": top}]})
-    for y in np.linspace(top, bottom, 20):  # upwards, which would scroll down
+    for y in np.linspace(top, bottom, 20):  # upwards, which would scroll the page down
         client.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [{"x": x, "y": y}]})
     client.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.wait_for_timeout(100)
@@ -280,7 +280,7 @@ def test_it_fits_every_screen(width: int, theme: str, exported: Path, show: Open
 
 
 def test_nothing_leaves_the_page(exported: Path, browser: Any) -> None:
-    """Its own policy forbids what a script, or a name of a class, might try."""
+    """The page's own policy forbids what a script, or the name of a class, might try."""
     page = browser.new_page()
     page.goto(exported.as_uri())
     check_nothing_leaves(page)
@@ -300,7 +300,7 @@ def test_nothing_leaves_the_page(exported: Path, browser: Any) -> None:
 def test_any_net_of_grey_images_runs(
     activation: str, norm: str, hidden: list[int], deskew: bool, tmp_path: Path, show: Open
 ) -> None:
-    """Of any size and classes; names that would end the script are names."""
+    """The page runs nets for any image size and classes; names can't end the script."""
     torch.manual_seed(3)
     names = ["</script><script>document.title='taken'</script>", "<!--", 'a "b" & c']
     norm = norm if hidden else "none"
@@ -458,7 +458,7 @@ def test_what_the_page_can_not_run_is_told(tmp_path: Path, command: Run) -> None
     assert command("train", *arguments, *short, cwd=cwd).returncode == 0
     done = command("export", "format=html", "run=run", "trust=my_parts", cwd=cwd)
     assert done.returncode == 1
-    told = "the page runs FeedForward nets, and this is my_parts.ConvNet; format=onnx takes any net"
+    told = "the page needs a FeedForward net, and this is my_parts.ConvNet; format=onnx takes any net"
     assert done.stderr.splitlines()[-1] == f"run/checkpoints/best.ckpt: {told}"
     assert not (cwd / "run" / "page.html").exists()
 

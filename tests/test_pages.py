@@ -1,4 +1,4 @@
-"""Pages to work through: what they print when they run, and a project of one's own made of this one."""
+"""Tests of pages to work through: their code prints what they show; and a renamed project works."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ END = "--- end of a block ---"
 
 
 def run_page(page: str, python: Run, cwd: Path) -> list[str]:
-    """What each Python block of a page prints, which is what the page shows, but for the last digits."""
+    """Run each Python block of a page, and check that it prints what the page shows, except for the last digits."""
     blocks = BLOCK.findall((REPOSITORY / page).read_text())
     (cwd / "page.py").write_text("".join(f"{code}\nprint({END!r})\n" for code, _ in blocks))
     done = python("page.py", cwd=cwd)
@@ -36,7 +36,7 @@ def run_page(page: str, python: Run, cwd: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_from_scratch(python: Run, tmp_path: Path) -> None:
-    """Gradients by hand are autograd's, and steps by hand are those of ``train``."""
+    """Gradients by hand equal autograd's, and steps by hand equal those of ``train``."""
     printed = run_page("docs/from_scratch.md", python, tmp_path)
     gradients, compared = printed[4], printed[-1]
     assert [float(one) < 1e-6 for one in re.findall(r"differs by (\S+)", gradients)] == [True] * 4
@@ -115,7 +115,7 @@ def test_a_bad_name_changes_nothing(name: str, told: str) -> None:
 
 
 def test_the_notebook_is_what_its_text_says() -> None:
-    """With stored outputs, small, and without a path of the machine that ran it."""
+    """The notebook has stored outputs, is small, and holds no path of the machine that ran it."""
     source = notebook.read_cells(notebook.SOURCE.read_text(encoding="utf-8"))
     stored = nbformat.read(notebook.NOTEBOOK, as_version=4)
     assert [(cell.cell_type, cell.source) for cell in stored.cells] == [
@@ -128,7 +128,7 @@ def test_the_notebook_is_what_its_text_says() -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_a_wheel(tmp_path: Path, environment: dict[str, str], installed: Path) -> None:
-    """In a kernel of its own, in an empty folder."""
+    """The notebook runs in a new kernel, in an empty folder."""
     made = notebook.read_cells(notebook.SOURCE.read_text(encoding="utf-8"))
     made.cells.append(nbformat.v4.new_code_cell("import mnist_lightning\nprint(mnist_lightning.__file__)"))
     notebook.execute(made, tmp_path, environment | {"PYTHONPATH": str(installed)})

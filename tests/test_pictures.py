@@ -46,7 +46,7 @@ def test_a_single_run_fills_tensorboard(trained_run: Path) -> None:
 
 
 def test_a_picture_of_a_series_is_the_one_drawn_alone() -> None:
-    """Only what changes is drawn anew; the last one, and what lies around it, as in the figure itself."""
+    """Only changed parts are drawn again; the result, also around them, equals the whole figure."""
     generator = np.random.default_rng(0)
     matrices = [generator.integers(0, most, (3, 3)) for most in (50, 9)]
     first, last = figures.confusion_matrices(matrices, ["a", "b", "c"], titles=["one", "two"])
@@ -79,7 +79,7 @@ def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
 
 
 def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command: Run) -> None:
-    """With batch norm and dropout: pictures draw no random number and leave the net's state alone."""
+    """With batch norm and dropout, pictures draw no random number and do not change the net's state."""
     arguments = ["callbacks.pictures.enabled=true,false", "model.norm=batch", "model.dropout=0.5"]
     done = command(
         "train",

@@ -1,4 +1,4 @@
-"""Nothing of this project needs what only POSIX systems have: a simulation, on a system that has it."""
+"""Nothing of this project needs functions that only POSIX systems have; the tests hide them."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.rundir.outside import as_command, as_word
 from mnist_lightning.sweeps.results import shorten
 
-# Run before anything of this project, whose modules, and they alone, see a system without these.
+# Code to run before this project is imported: only the project's modules see a system without these.
 SITE = """
 import builtins, os, signal, sys, types
 ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"}
@@ -101,10 +101,10 @@ except OSError as error:
     print(error)
 """
     done = python("-c", f"{SITE}\n{code}", cwd=tmp_path)
-    assert done.stdout == "False True\n. is no file\n", done.stderr
+    assert done.stdout == "False True\n. is not a file\n", done.stderr
 
 
-# with the quotes that cmd.exe passes on
+# with the quotes that cmd.exe passes on to programs
 RUN = ((*SHORT, "hydra.run.dir='a run'", "scheduler=none"), ("resume='a run'", "trainer.max_epochs=2"))
 SWEEP = (
     ("-m", "seed=1,2", *SHORT, "hydra.sweep.dir='a (sweep)'"),
@@ -130,7 +130,7 @@ def test_a_run_a_sweep_and_their_resumption_need_no_posix(
 
 @pytest.fixture
 def elsewhere(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The environment of processes that see such a system, they and those that they start."""
+    """Environment variables of processes that see such a system, and that pass them on to their children."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     return environment | {"PYTHONPATH": str(tmp_path / "site")}
@@ -141,7 +141,7 @@ SWEPT = ("-m", *SHORT, "seed=1,2", "logger=none", "hydra/launcher=processes", "h
 
 @pytest.mark.slow
 def test_jobs_run_side_by_side_without_fork(elsewhere: dict[str, str], command: Run, tmp_path: Path) -> None:
-    """In processes that are begun anew; the weights are those of one job after the other."""
+    """Jobs run in new processes; their weights equal those of jobs one after the other."""
     module = ("-m", "mnist_lightning.train")
     done = Fresh(*module, *SWEPT, "hydra.sweep.dir=anew", cwd=tmp_path, env=elsewhere).finish()
     assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ def test_jobs_run_side_by_side_without_fork(elsewhere: dict[str, str], command: 
 def test_workers_without_fork_save_and_leave(
     how: signal.Signals, elsewhere: dict[str, str], command: Run, tmp_path: Path
 ) -> None:
-    """On Ctrl-C, which reaches all that a console has started, and when their parent is gone."""
+    """Workers do so on Ctrl-C, which reaches all processes of a console, and when their parent is gone."""
     long = [one.replace("max_epochs=1", "max_epochs=4000") for one in SWEPT]
     sweeping = Fresh(
         "-m", "mnist_lightning.train", *long, "hydra.sweep.dir=sweep", cwd=tmp_path, env=elsewhere
@@ -210,11 +210,11 @@ def test_a_search_a_report_and_a_prediction_need_no_posix(elsewhere: dict[str, s
         ("runs=[a,b]", "'runs=[a,b]'", '"runs=[a,b]"'),  # PowerShell makes two arguments of a,b
         ("a&b|(c);{d}@e#", "'a&b|(c);{d}@e#'", '"a&b|(c);{d}@e#"'),
         ("it's", """'it'"'"'s'""", '"it\'s"'),
-        ("my folder\\", "'my folder\\'", '"my folder\\\\"'),  # a program takes \\" for a quote
+        ("my folder\\", "'my folder\\'", '"my folder\\\\"'),  # programs read \\" as a quote
         ("${now:%H} it's", """'${now:%H} it'"'"'s'""", "'${now:%H} it''s'"),
         ("“a”", "'“a”'", "'“a”'"),
         ("été", "'été'", "été"),
-        ("-cd=a.b", "-cd=a.b", '"-cd=a.b"'),  # PowerShell parts it at the point
+        ("-cd=a.b", "-cd=a.b", '"-cd=a.b"'),  # PowerShell splits it at the point
         ("", "''", '""'),
     ],
 )
@@ -225,7 +225,7 @@ def test_commands_are_quoted_for_the_shell(text: str, posix: str, windows: str) 
 
 
 def test_one_place_quotes_commands() -> None:
-    """The one that knows the user's shell."""
+    """Only one place knows the user's shell."""
     using = [
         path.name
         for path in (REPOSITORY / "mnist_lightning").rglob("*.py")
@@ -235,7 +235,7 @@ def test_one_place_quotes_commands() -> None:
 
 
 def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for ever, and not where nobody does: a folder that can't be written stays so."""
+    """It does not wait for ever, and not for a folder that can't be written."""
     tries, place = [], tmp_path / "status.json"
     place.write_text("old")
     reason = PermissionError(13, "Permission denied", str(place))
@@ -257,9 +257,9 @@ def test_a_rename_waits_for_who_holds_the_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_in_the_place_is_told(tmp_path: Path) -> None:
-    """Windows would say that permission is denied."""
+    """Windows would report a denied permission."""
     (tmp_path / "metrics.json").mkdir()
-    with pytest.raises(IsADirectoryError, match="can't be written: a folder lies in its place"):
+    with pytest.raises(IsADirectoryError, match="can't be written: a folder is in its place"):
         atomic.write_atomic(tmp_path / "metrics.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 

@@ -16,7 +16,7 @@ from mnist_lightning.images.handwriting import read_image, to_mnist
 from mnist_lightning.images.normalize import NoDigit
 from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES
 
-NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py takes more, and the goal of 97 % for most kinds
+NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py uses more, with a goal of 97 % for most kinds
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.
     return split.images[chosen], split.labels[chosen]
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(NUM_DIGITS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(NUM_DIGITS, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_digits_are_read_as_the_digits_are(
     kind: str, count: int, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
@@ -69,7 +69,7 @@ def test_a_picture_without_a_digit_is_blank(kind: str) -> None:
 
 
 def draw_seven(side: int = 100) -> np.ndarray:
-    """(side, side) uint8, dark on light."""
+    """Draw a seven, dark on light: (side, side) uint8."""
     pixels = np.full((side, side), 255, dtype=np.uint8)
     pixels[20:28, 25:75] = 0
     for row in range(28, 85):
@@ -113,7 +113,7 @@ def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A small PNG file that says it is of this size."""
+    """Make a small PNG file that claims to have this size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -172,7 +172,7 @@ def test_bad_files_are_told_and_the_others_go_on(trained_run: Path, tmp_path: Pa
     assert not (tmp_path / "outputs").exists()
 
 
-OTHER_FORMATS = {  # what people rename to .png
+OTHER_FORMATS = {  # other formats that people rename to .png
     "pdf": b"%PDF-1.7\n%%EOF",
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "html": b"<!DOCTYPE html><html></html>",
@@ -185,7 +185,7 @@ OTHER_FORMATS = {  # what people rename to .png
 
 
 def mutate(content: bytes, kind: str, random: np.random.Generator) -> bytes:
-    """A damaged copy of a picture's file."""
+    """Return a damaged copy of a picture's file."""
     changed = bytearray(content)
     if kind in ("one byte", "a tenth"):
         count = 1 if kind == "one byte" else len(content) // 10
@@ -194,7 +194,7 @@ def mutate(content: bytes, kind: str, random: np.random.Generator) -> bytes:
     elif kind == "header":
         for position in random.integers(0, 40, 4):
             changed[position] = int(random.integers(256))
-    elif kind == "size":  # where most formats have their width and height
+    elif kind == "size":  # the place of width and height in most formats
         start = int(random.integers(4, 30))
         changed[start : start + 8] = b"\x7f\xff\xff\xff" * 2
     elif kind == "cut":
@@ -216,7 +216,7 @@ MUTATIONS = ("one byte", "a tenth", "header", "size", "cut", "zeros", "twice", "
 def test_mutated_pictures_are_read_or_named(
     count: int, trained_run: Path, preloaded: Preloaded, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Each ends in a prediction or in one line with its name, whatever the others hold."""
+    """Each picture gets a prediction or one line with its name, whatever the other pictures hold."""
     random = np.random.default_rng(count)
     seven = Image.fromarray(draw_seven()).convert("RGB")
     contents = []
@@ -272,7 +272,7 @@ def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
     assert [path.name for path in find_files(f"{tmp_path}/*.png")] == ["[1].png", "b.png"]
     assert [path.name for path in find_files(f"{tmp_path}/[1].png")] == ["[1].png"]
     assert [path.name for path in find_files(f"{tmp_path}/c.png")] == ["c.png"]
-    with pytest.raises(FileNotFoundError, match="no picture lies in this folder"):
+    with pytest.raises(FileNotFoundError, match="this folder has no picture"):
         find_files(str(tmp_path / "none"))
 
 

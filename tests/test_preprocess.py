@@ -1,4 +1,4 @@
-"""From stored images to what a net sees."""
+"""Tests of preprocessing, from stored images to a net's input."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_upright_in_training_as_in_evaluation(images: torch.Tensor) -> None:
 
 
 class Seen(nn.Module):
-    """Gives the first ten pixels that it is shown as logits."""
+    """Return the first ten pixels of the input as logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Seen(nn.Module):
 
 
 def test_training_and_averaging_over_deformations_see_the_same(images: torch.Tensor) -> None:
-    """First set upright, then deformed: what a training step shows to the net, averaging shows it too."""
+    """Images are first set upright, then deformed; averaging shows the net the same images as a training step."""
     net = Seen()
     preprocess = Preprocess(deskew=True, augment=STRONG)
     classifier = DigitClassifier(net, preprocess=preprocess)
@@ -71,7 +71,7 @@ def test_training_and_averaging_over_deformations_see_the_same(images: torch.Ten
 
 
 def test_upright_and_deformed_is_one_resampling() -> None:
-    """It is what the two after one another would give, but for the blur of the second."""
+    """The result equals that of two steps one after the other, except for the second blur."""
     smooth = torch.zeros(32, 28, 28)
     smooth[:, 10:18, 12:16] = 255
     smooth = torch.nn.functional.avg_pool2d(smooth, 5, stride=1, padding=2)  # blurred, leaning blots

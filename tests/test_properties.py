@@ -1,4 +1,4 @@
-"""Whatever the settings: a refusal that names a key, or a run that works."""
+"""Any settings lead to a refusal that names a key, or to a run that works."""
 
 import shutil
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, ob
     refuse_or_run(tmp_path, data_dir, chosen)
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 @hypothesis_settings(SETTINGS, max_examples=40)
 @given(overrides)
 def test_forty_refusals_or_runs(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:
@@ -88,6 +88,6 @@ def refuse_or_run(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> 
 
 
 def test_what_the_property_test_would_miss(tmp_path: Path) -> None:
-    """It is worth something only if a bad value is refused when it stands alone."""
+    """The property test is useful only if each bad value is refused by itself."""
     with pytest.raises(ConfigError, match=r"model\.dropout"):
         settle(tmp_path, "model.dropout=-1.0")

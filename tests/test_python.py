@@ -1,4 +1,4 @@
-"""The parts from Python: the tutorial's loaders, and Lightning's own way."""
+"""Tests of the parts used from Python: the tutorial's loaders, and with Lightning's own Trainer."""
 
 import functools
 import re
@@ -66,7 +66,9 @@ def test_the_tutorials_loaders(data_dir: Path) -> None:
     assert torch.equal(next(iter(again))[1][:64], labels), "torch.manual_seed decides the order"
 
 
-@pytest.mark.parametrize(("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.reliability)]
+)
 def test_the_tutorials_loop_trains_on_them(epochs: int, least: float, data_dir: Path) -> None:
     torch.manual_seed(1)
     train_loader, val_loader = load_mnist(data_dir, batch_size=64)
@@ -103,7 +105,7 @@ def trainer(tmp_path: Path) -> L.Trainer:
 
 
 class Linear(nn.Module):
-    """A net of somebody's own, which says nothing of how it was made."""
+    """A user's own net, which does not store its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ def test_defaults_are_those_of_the_configs(tmp_path: Path) -> None:
 
 
 def test_loaders_work_in_a_plain_loop(data_dir: Path) -> None:
-    """Nobody has called setup, and nobody calls set_epoch."""
+    """The loaders work without calls of setup and set_epoch."""
     loader = MNISTDataModule(data_dir=data_dir).train_dataloader()
     first, second = (torch.cat([labels for _, labels in loader]) for _ in range(2))
     assert len(first) == 55_000
@@ -205,12 +207,12 @@ def test_loaders_work_in_a_plain_loop(data_dir: Path) -> None:
 
 def test_normalised_images_are_told(data_dir: Path) -> None:
     images, _ = next(iter(load_mnist(data_dir)[0]))
-    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): those of MNISTDataModule are"):
+    with pytest.raises(ValueError, match=r"got \(64, 1, 28, 28\): use MNISTDataModule"):
         DigitClassifier(FeedForward([8]))(images)
 
 
 def test_the_page_runs(tmp_path: Path, python: Run) -> None:
-    """docs/python.md as a user has it: Lightning's own defaults all around."""
+    """The code of docs/python.md runs as for a user, with Lightning's own defaults."""
     page = (REPOSITORY / "docs" / "python.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 5

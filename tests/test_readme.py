@@ -1,4 +1,4 @@
-"""The README and docs/ are true: their commands run, their quotes are the source, their links lead somewhere."""
+"""The README and docs/ are true: commands run, quoted code equals the source, and links have a target."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ GUIDES = sorted(
     for folder in (REPOSITORY, REPOSITORY / "docs", REPOSITORY / "docs" / "images", REPOSITORY / "benchmarks")
     for path in folder.glob("*.md")
 )
-# Pages whose commands belong to the files that they write, and are tested with them
+# Pages whose commands use the files that the pages write; test_make_it_yours tests them together
 CHANGES, CASE_STUDY = Path("docs/make_it_yours.md"), Path("docs/case_study.md")
 TRAIN = "python -m mnist_lightning.train"
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
 )
-# What no test can run as it stands, and why.  A fence is marked as such in the guide itself.
+# Commands that no test can run unchanged, and why.  A code block is marked in the guide itself.
 NOT_RUN = {
     "pip ": "needs the network",
     "tensorboard ": "a server that does not end: test_tensorboard_serves_a_run",
@@ -38,7 +38,7 @@ NOT_RUN = {
     "python docs/pictures.py": "needs a browser, and writes into the repository",
     "python docs/notebook.py": "writes into the repository: test_the_notebook_is_what_its_text_says",
 }
-# What needs the network or other hardware is composed and checked, but not run.
+# Commands that need the network or other hardware are composed and checked, but not run.
 # test_ddp_gives_the_metrics_of_one_process starts trainer=ddp.
 ONLY_COMPOSED = re.compile(
     r"data=(fashion_mnist|kmnist|emnist|cifar10)|trainer=(gpu|ddp)|accelerator=gpu|num_nodes="
@@ -53,7 +53,7 @@ SHORT = (
 
 
 class Fence(NamedTuple):
-    mark: str  # the comment before it
+    mark: str  # the comment before the block
     language: str
     body: str
 
@@ -67,7 +67,7 @@ def fences(guide: Path) -> list[Fence]:
 
 
 def commands(guide: Path) -> Iterator[str]:
-    """Of the shell fences and of inline code, where "… key=value" goes on with the train command."""
+    """Return the commands in shell blocks and inline code, where "… key=value" stands for the train command."""
     text = read(guide)
     for fence in fences(guide):
         if fence.language == "bash" and not fence.mark.startswith("not run: "):
@@ -79,7 +79,7 @@ def commands(guide: Path) -> Iterator[str]:
             yield code.replace("…", TRAIN, 1)
         elif (
             code.startswith(("python ", "tensorboard ", "pip ")) and "<" not in code
-        ):  # a form, not a command
+        ):  # a pattern, not a command
             yield code
 
 
@@ -93,10 +93,10 @@ COMMANDS = {
 
 
 def shorten(command: str) -> list[str]:
-    """The command's arguments after ``python``, with settings that make a training short."""
+    """Return the command's arguments after ``python``, with settings that make a training short."""
     arguments = shlex.split(command.replace("…", "_"))[1:]
     if arguments[0] != "-m":
-        return [str(REPOSITORY / arguments[0]), "--help"]  # benchmarks take minutes
+        return [str(REPOSITORY / arguments[0]), "--help"]  # the benchmarks themselves take minutes
     if arguments[1].startswith("benchmarks."):
         return [*arguments[:2], "--help"]
     if "--help" in arguments or arguments[1] != "mnist_lightning.train":
@@ -106,7 +106,7 @@ def shorten(command: str) -> list[str]:
     if "resume=" in command or "--cfg" in arguments:
         return arguments
     short = list(SHORT)
-    if re.search(r"experiment=(permutation|record|strong)", command):  # test_train runs their whole nets
+    if re.search(r"experiment=(permutation|record|strong)", command):  # test_train trains these nets
         short.append("model.hidden=[64,64]")
     if "pictures" not in command and len(arguments) > 2:  # the plain command draws them
         short.append(NO_PICTURES)
@@ -120,7 +120,7 @@ def shorten(command: str) -> list[str]:
 
 
 def fewer(arguments: list[str]) -> list[str]:
-    """Of a sweep: two values of the first swept key, one of each other."""
+    """Shorten a sweep to two values of the first swept key and one value of each other key."""
     swept = [argument for argument in arguments if re.fullmatch(r"[\w.]+=[^\[(]+,.+", argument)]
     keep = {argument: 2 if argument == swept[0] else 1 for argument in swept}
     return [",".join(argument.split(",")[: keep.get(argument)]) for argument in arguments]
@@ -130,10 +130,10 @@ def fewer(arguments: list[str]) -> list[str]:
 def workplace(
     python: Run, once: Once, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with what the guides' commands name: a run, a sweep, checkpoints, pictures of digits.
+    """A folder with everything that the guides' commands name: a run, a sweep, checkpoints and pictures.
 
-    The commands leave things there, so each worker has a copy of its own; and those that train have another
-    (``elsewhere``), so that the newest run is the same for those that read it, whatever ran before."""
+    The commands write to it, so each worker has its own copy.  Commands that train use another copy
+    (``elsewhere``), so that the newest run does not depend on the order of the tests."""
 
     def make(cwd: Path) -> None:
         for arguments in (["hydra.run.dir=A"], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]):
@@ -169,14 +169,14 @@ def elsewhere(workplace: Path) -> Path:
 
 
 def is_plain(command: str) -> bool:
-    """A training of another net, optimizer, … that does nothing that others do not do."""
+    """Tell whether a command only trains another net, optimizer and so on, as many other commands do."""
     arguments = shlex.split(command.replace("…", "_"))[3:]
     return command.startswith(TRAIN) and bool(arguments) and all(map(PLAIN.match, arguments))
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if is_plain(command)])
 def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
-    """Composed and checked; ``test_commands_run`` trains, which takes long."""
+    """The commands are composed and checked; ``test_commands_run`` trains, which takes long."""
     settings = settle(tmp_path, *shlex.split(command.replace("…", "_"))[3:])
     assert settings.model["hidden"]
 
@@ -221,11 +221,12 @@ def test_commands_print_what_is_shown(command: str, printed: list[str], python: 
 
 
 def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -> None:
-    """Line by line, with other numbers."""
+    """The output is the same line by line, except for the numbers."""
     shown = next(fence.body for fence in fences(Path("README.md")) if "test accuracy" in fence.body)
     short = "+trainer.limit_train_batches=2"
     done = command("train", short, cwd=elsewhere(workplace))
-    output = (done.stdout + done.stderr).replace(f"{short} ", "")  # next: what was typed, and one thing more
+    # "next:" repeats the typed command with one more argument
+    output = (done.stdout + done.stderr).replace(f"{short} ", "")
     assert done.returncode == 0, output
 
     def forms(text: str) -> list[str]:
@@ -237,7 +238,7 @@ def test_the_first_page_shows_what_a_run_prints(command: Run, workplace: Path) -
 
 
 def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) -> None:
-    """``tensorboard --logdir logs``, and what a browser would fetch."""
+    """``tensorboard --logdir logs`` answers the requests that a browser sends."""
     server = Fresh(
         *("-m", "tensorboard.main", "--logdir", "logs", "--port", "0"), cwd=workplace, env=environment
     )
@@ -259,7 +260,7 @@ def test_tensorboard_serves_a_run(workplace: Path, environment: dict[str, str]) 
 
 @functools.cache
 def windows(path: Path, count: int) -> set[str]:
-    """All stretches of so many lines of a file, their common indentation taken away."""
+    """Return all blocks of ``count`` lines of a file, without their common indentation."""
     lines = path.read_text().splitlines()
     return {
         textwrap.dedent("\n".join(lines[start : start + count])) for start in range(len(lines) - count + 1)
@@ -282,7 +283,7 @@ def test_quotes_are_the_source(guide: Path, source: str, quote: str) -> None:
 
 
 def anchors(guide: Path) -> set[str]:
-    """As GitHub makes them of the headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", read(guide)), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -317,7 +318,7 @@ def test_pictures_are_small_named_and_used() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """A page of the guide has a picture or code in it, wherever one reads."""
+    """The README has at most 350 lines, and its guide at most 100 words between two pictures or code blocks."""
     text = read(Path("README.md"))
     assert len(text.splitlines()) <= 350
     guide = text.split("\n## Introduction\n")[1].split("\n## Conclusion\n")[0]
@@ -346,7 +347,7 @@ def test_the_reference_knows_types_limits_and_meanings() -> None:
     assert not [key for key in keys if key not in groups and not explained.get(key)], "keys without a meaning"
 
 
-FOREIGN = {  # messages that are not ours -> a command that gets them
+FOREIGN = {  # messages of other packages -> a command that causes them
     "Could not override 'model.hiden'": "model.hiden=3",
     "Could not override 'trainer.gradient_clip_val'": "trainer.gradient_clip_val=1",
     "RuntimeError: operator torchvision::nms does not exist": "",
@@ -364,16 +365,16 @@ def test_explained_messages_exist(message: str, command: Run, workplace: Path) -
             assert message in done.stdout + done.stderr
         return
     source = "".join(path.read_text() for path in sorted((REPOSITORY / "mnist_lightning").rglob("*.py")))
-    source = re.sub(r'"\s*f?"', "", source)  # of a string that goes on in the next line
+    source = re.sub(r'"\s*f?"', "", source)  # join strings that continue in the next line
     source = re.sub(r"\{[^{}]*\}|\d", "", source)
-    parts = re.split(r"[…\d]+", message)  # what differs from case to case
+    parts = re.split(r"[…\d]+", message)  # skip parts that vary
     assert max(parts, key=len) in source
 
 
 class Change(NamedTuple):
-    """A section of docs/make_it_yours.md, or another page."""
+    """The result of a section of docs/make_it_yours.md, or of another page."""
 
-    folder: Path  # where its commands ran
+    folder: Path  # the folder in which its commands ran
     outputs: list[str]
 
     def metrics(self) -> dict[str, float]:
@@ -391,9 +392,9 @@ class Change(NamedTuple):
 
 @pytest.fixture
 def change(python: Run, tmp_path: Path) -> Callable[[str], Change]:
-    """Write a page's files, in their order, and run its commands.
+    """Write a page's files in their order, and run its commands.
 
-    Without its name, the page is a section of docs/make_it_yours.md.
+    Without a page's name, use a section of docs/make_it_yours.md.
     """
 
     def apply(section: str) -> Change:

@@ -1,4 +1,4 @@
-"""Reports of sweep folders whose content is known."""
+"""Tests of reports of sweep folders with known content."""
 
 import csv
 import math
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make_sweep(tmp_path: Path) -> Path:
-    """Seven completed jobs and a failed one; 32 units are better, the learning rate hardly matters."""
+    """Make a sweep of seven completed jobs and a failed one, where 32 units are better and the rate hardly matters."""
     sweep = tmp_path / "sweep (1)"
     sweep.mkdir()
     (sweep / "multirun.yaml").write_text(MULTIRUN)
@@ -64,7 +64,7 @@ def test_settings_are_grouped_over_seeds_and_ranked(folder: Path) -> None:
     assert ranked == [("32", "0.001", 2), ("32", "0.01", 1), ("16", "0.01", 2), ("16", "0.001", 2)]
     best = sweep.settings[0]
     assert best.mean == pytest.approx(0.953)
-    assert best.std == pytest.approx(math.sqrt(2) * 0.001)  # of 0.952 and 0.954
+    assert best.std == pytest.approx(math.sqrt(2) * 0.001)  # the standard deviation of 0.952 and 0.954
     assert best.last == pytest.approx(0.943)
 
 
@@ -76,15 +76,15 @@ def test_report_says_what_a_person_asks(folder: Path) -> None:
     assert "hydra/launcher=processes" in report
     assert "hydra.mode" not in report
     assert "| `32` | `0.001` | 95.30 ± 0.14 | 94.30 | 2 | 2.0 |" in report
-    assert "test=false |" not in report  # did not vary
+    assert "test=false |" not in report  # it did not vary
     winner = read_sweep(folder).settings[0]
     job = read_sweep(folder).best_job(winner)
     assert reproduce(job) in report
     assert f"evaluate run='{job.folder}'" in report
-    assert "the test images have not been read" in report
-    alike = report.split("Can't be told apart")[1].split("##")[0]
+    assert "this sweep has not used the test images" in report
+    alike = report.split("can't be told apart from the winner")[1].split("##")[0]
     assert "model.hidden=32" in alike
-    assert "model.hidden=16" not in alike  # 50 of 1,000 images each, all one way
+    assert "model.hidden=16" not in alike  # it differs in 50 of 1,000 images, all in the same direction
     assert "a \\| b" in report
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -164,7 +164,7 @@ def test_status_of_runs_that_end_early(tmp_path: Path) -> None:
         raise ValueError("two\nlines")
     cause = raised.value.__context__
     assert isinstance(cause, ValueError)
-    assert cause.__traceback__ is None  # else the run's tensors would stay in memory
+    assert cause.__traceback__ is None  # otherwise the run's tensors would stay in memory
     status = read(tmp_path)
     assert status is not None
     assert (status.state, status.error, status.overrides) == ("failed", "ValueError: two lines", ["seed=1"])
@@ -176,7 +176,7 @@ def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
     Status(state="running").write(tmp_path)
     status = read(tmp_path)
     assert status is not None
-    assert status.state == "interrupted"  # nobody holds the folder
+    assert status.state == "interrupted"  # no process holds the folder
     with lock(tmp_path):
         status = read(tmp_path)
         assert status is not None

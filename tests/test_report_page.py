@@ -1,4 +1,4 @@
-"""The page of a report, as it is sent: in a real browser, with everything else switched off."""
+"""Tests of a report's page in a real browser, without a network."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def change(job: Path, **values: Any) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Seven completed jobs and a failed one, with curves of training and validation."""
+    """A sweep of seven completed jobs and a failed one, with curves of training and validation."""
     folder = make_sweep(tmp_path)
     for number in range(8):
         rows = [f"{epoch},{0.5 + 0.1 * epoch},{0.6 + 0.01 * epoch + 0.001 * number}" for epoch in (1, 2, 3)]
@@ -121,7 +121,7 @@ def test_curves_and_dots_answer_a_pointer_and_keys(sweep: Path, tmp_path: Path, 
 
 
 def test_texts_of_runs_are_text(sweep: Path, tmp_path: Path, show: Open) -> None:
-    """In names of folders and classes of settings, values, errors, and the title."""
+    """Texts in names of folders, settings, values, errors and the title are never read as markup."""
     for number in range(8):
         job = sweep / str(number)
         status = read(job)
@@ -156,7 +156,7 @@ def test_it_fits_every_screen(width: int, theme: str, sweep: Path, tmp_path: Pat
 
 
 def test_a_hundred_runs_are_small(tmp_path: Path) -> None:
-    """With curves of 400 epochs."""
+    """Each run has curves of 400 epochs."""
     sweep = tmp_path / "many"
     sweep.mkdir()
     (sweep / "multirun.yaml").write_text(MULTIRUN)
@@ -170,7 +170,7 @@ def test_a_hundred_runs_are_small(tmp_path: Path) -> None:
         overrides = [f"optimizer.lr={rng.random():.4g}", f"model.hidden={1 + number % 7}"]
         Status("completed", None, overrides, 1e9, 2.0, {"val/acc": float(rng.random())}).write(job)
     page = write_page(tmp_path / "page.html", read_sweep(sweep))
-    assert page.stat().st_size < 2_000_000  # 6 MB are allowed, with the pictures of three nets
+    assert page.stat().st_size < 2_000_000  # the limit is 6 MB with the pictures of three nets
     data = read_data(page)
     assert [len(data["runs"]), len(data["curves"]["acc"]), len(data["curves"]["acc"][0]["values"])] == [
         *(100, 200, 201)
@@ -198,7 +198,7 @@ def test_the_best_nets_show_their_mistakes(
 
 
 def test_runs_from_anywhere_are_grouped_by_what_decides_their_weights(tmp_path: Path) -> None:
-    """A sweep of two seeds, single runs, the same seed twice, another default of another code, and a clash."""
+    """The runs are a sweep of two seeds, single runs, a repeated seed, a run with another default, and a clash."""
 
     def make(place: str, started: int, overrides: list[str], acc: float, **settings: Any) -> None:
         folder = tmp_path / "logs" / place
@@ -266,16 +266,19 @@ def test_runs_that_are_named_and_what_is_refused(
     monkeypatch.chdir(tmp_path)
     report(settle(runs=[str(sweep / "0"), str(sweep)], output="here.html"))
     assert len(read_data(tmp_path / "here.html")["runs"]) == 8, "each once"
-    report(settle(under=str(sweep), filter="seed = 1", output="here.html"))  # its own page again
+    report(settle(under=str(sweep), filter="seed = 1", output="here.html"))  # it replaces its own page
     assert len(read_data(tmp_path / "here.html")["runs"]) == 4
     (tmp_path / "mine.html").write_text("<p>mine")
     inside = {"under": str(sweep)}
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"run": "a", "filter": "seed=1"}, "run and filter: each says what is reported, give one of them"),
+        (
+            {"run": "a", "filter": "seed=1"},
+            "run and filter: each names what to report, give only one of them",
+        ),
         ({"html": False, "output": "x.html"}, "output names the page's file: add html=true"),
-        ({"output": "mine.html"}, "output=mine.html is there already, and of something else"),
+        ({"output": "mine.html"}, "output=mine.html already exists, and mnist_lightning has not written it"),
         ({"output": str(sweep)}, "is a folder: name a file"),
-        ({"runs": ["nowhere"]}, "nowhere is no run's folder: it has no status.json that can be read"),
+        ({"runs": ["nowhere"]}, "nowhere is not a run folder: it has no status.json that can be read"),
         ({"filter": "hiden=3", **inside}, "filter: no run has a hiden; did you mean"),
         ({"filter": "seed > 7", **inside}, "filter: no run under"),
         ({"filter": "seed > 7", "under": "nowhere"}, "nowhere holds no runs: there is no such folder"),

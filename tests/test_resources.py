@@ -1,4 +1,4 @@
-"""Full disks and vanishing folders: a line, the last good checkpoint, and curves that never stop a net."""
+"""Full disks and vanished folders cost one line; the last good checkpoint stays, and curves never stop a run."""
 
 import json
 import shutil
@@ -16,11 +16,11 @@ SETTINGS = (
     *("trainer.max_epochs=2", "+trainer.limit_train_batches=20", "model.hidden=64", "test=false"),
     *("hydra.run.dir=run", "scheduler=none", "data.val_size=500", NO_PICTURES),
 )
-ROOM = 200_000  # bytes: enough for curves and configs, too little for a checkpoint of this net
+ROOM = 200_000  # bytes, enough for curves and configs, but too few for a checkpoint of this net
 
 
 def train_with_little_room(start: Start, cwd: Path, room: int, *arguments: str) -> tuple[int, str]:
-    """A real failing write without a file system of its own: no file may grow beyond ``room`` bytes."""
+    """Train while no file may grow beyond ``room`` bytes, so that writes really fail."""
     done = start("train", *arguments, cwd=cwd, file_size=room).finish()
     return done.returncode, done.stderr
 
@@ -133,7 +133,7 @@ def test_vanishing_folder(folder: str, start: Start, tmp_path: Path) -> None:
 
 
 def test_only_a_failed_write_turns_a_logger_off(tmp_path: Path) -> None:
-    """Lightning's loggers wrap some failed writes in a ValueError; a figure's own is another matter."""
+    """Lightning's loggers wrap some failed writes in a ValueError; other ValueErrors must still be raised."""
     logger = CSVLogger(save_dir=str(tmp_path))
     with pytest.raises(ValueError, match="shape"), logger.forgiving():
         raise ValueError("shape '[-1, 28, 28]' is invalid")

@@ -1,4 +1,4 @@
-"""A run that is killed or stopped anywhere, and resumed, ends as if nothing had happened."""
+"""A run that is killed or stopped at any moment, and resumed, ends like one that was not."""
 
 import os
 import random
@@ -24,7 +24,7 @@ SETTINGS = (
     *("trainer.max_epochs=3", "+trainer.limit_train_batches=60", "trainer.log_every_n_steps=7"),
     *("model.hidden=32", "model.dropout=0.2", "checkpoint.every_n_steps=5", "test=false"),
 )
-# what may differ between a run and its twin
+# values that may differ between a run and its twin
 TIMES = ("train_seconds",)
 
 
@@ -33,7 +33,7 @@ def wait_for_checkpoint(cwd: Path, process: Process) -> None:
 
 
 def differences(one: Any, two: Any, path: str = "") -> list[str]:
-    """Where two nested structures are not the same to the bit."""
+    """Return the places at which two nested structures are not equal to the bit."""
     if isinstance(one, dict):
         if one.keys() != two.keys():
             return [f"{path}: other keys"]
@@ -51,7 +51,7 @@ def differences(one: Any, two: Any, path: str = "") -> list[str]:
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """By split and tag."""
+    """Read TensorBoard's scalars by split and tag."""
     curves = {}
     for split in filter(lambda split: (run / "tensorboard" / split).is_dir(), ("", "train", "val", "test")):
         events = EventAccumulator(str(run / "tensorboard" / split), size_guidance={"scalars": 0})
@@ -71,7 +71,7 @@ def assert_twins(one: Path, two: Path) -> None:
 def kill_and_resume(
     more: tuple[str, ...], kills: int, seed: int, folder: Path, command: Run, start: Start, once: Once
 ) -> None:
-    """SIGKILL a run at random moments, resuming each time; at the end it equals its twin."""
+    """Kill a run at random moments and resume it each time; in the end it equals its twin."""
 
     def make(cwd: Path) -> None:
         done = command("train", *SETTINGS, *more, "hydra.run.dir=run", cwd=cwd)
@@ -87,7 +87,7 @@ def kill_and_resume(
         process.wait()
         process = start("train", "resume=run", cwd=folder)
         if kills > 1:
-            time.sleep(generator.uniform(0, 3))  # some kills hit the start-up
+            time.sleep(generator.uniform(0, 3))  # some kills come during start-up
     assert process.wait() == 0, process.stderr
     assert_twins(twin, folder / "run")
     assert not list(folder.rglob(".writing-*"))
@@ -115,11 +115,11 @@ def test_killed_at_20_moments(number, tmp_path, command, start, once) -> None:  
 
 
 def kill_while_saving(kills: int, cwd: Path, start: Start) -> int:
-    """SIGKILL a run each time it is writing a checkpoint, with TMPDIR on a file system in memory.
+    """Kill a run each time it writes a checkpoint, with TMPDIR on a file system in memory.
 
     Returns:
-        After how many kills there was a checkpoint that loads, and nothing half written was left once
-        the next process had started.
+        the number of kills after which a checkpoint could be loaded, and the next process removed all
+        incomplete files.
     """
     checkpoints = cwd / "run" / "checkpoints"
     generator, right = random.Random(kills), 0
@@ -164,7 +164,7 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
 def test_ended_within_any_phase_resumes_exactly(
     deformed: tuple[str, ...], apart: int, tmp_path: Path, data_dir: Path
 ) -> None:
-    """Resume from each checkpoint that a run wrote: within epochs, at their ends, at the last step."""
+    """Resume from each checkpoint of a run: within epochs, at their ends, and at the last step."""
     from conftest import settle
 
     from mnist_lightning.train import train
@@ -193,12 +193,12 @@ def test_ended_within_any_phase_resumes_exactly(
 
 
 def stop(sig: signal.Signals, moment: float, cwd: Path, start: Start) -> None:
-    """A signal so long after the start of a fresh interpreter, or after a process's first checkpoint."""
+    """Send a signal some seconds after the start of a new interpreter, or after a process's first checkpoint."""
     arguments = (*SETTINGS, "trainer.max_epochs=500", "hydra.run.dir=run")
     process = start("train", *arguments, cwd=cwd, fresh=moment < 0)
     if moment < 0:
         time.sleep(-moment)
-        wait_for(lambda: "loading torch" in process.stdout, process)  # it has come to its handlers
+        wait_for(lambda: "loading torch" in process.stdout, process)  # its handlers are installed
     else:
         wait_for_checkpoint(cwd, process)
         time.sleep(moment)
@@ -231,7 +231,7 @@ def test_signal_at_20_moments(sig: signal.Signals, number: int, tmp_path: Path, 
 
 
 def test_a_signal_that_a_library_swallows_is_still_a_signal() -> None:
-    """As when one comes while numpy is imported: the import is tried again, and fails."""
+    """This happens if a signal comes while numpy is imported: the import is tried again, and fails."""
     code = (
         "import contextlib, os, signal; from mnist_lightning import cli as command; from mnist_lightning.rundir import signals; signals.install()\n"
         "with command.compact_errors():\n"
@@ -266,7 +266,7 @@ def test_finished_run_says_so(default_run: DefaultRun, command: Run) -> None:
     ("more", "message"),
     [
         (("model.hidden=64", "data.batch_size=64"), "model.hidden: [256] -> [64]"),
-        (("trainer.max_epochs=20",), "is laid out for 8 epochs"),
+        (("trainer.max_epochs=20",), "is planned for 8 epochs"),
         (("trainer.max_epochs=0",), "trainer.max_epochs must be"),
     ],
 )
@@ -280,7 +280,7 @@ def test_other_settings_are_refused(
 
 
 def test_a_longer_run_extends_where_the_schedule_allows(command: Run, tmp_path: Path) -> None:
-    """latest finds the run, whatever its name; its own config stays, the resumption's lies beside it."""
+    """``resume=latest`` finds the run by any name; the run's config stays, and the resumption's config lies beside it."""
     name = "logs/my run (1)=é,#"
     settings = (*SETTINGS, "scheduler=none", NO_PICTURES)
     first = command("train", *settings, f"hydra.run.dir={name}", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The table of all runs: what it shows, finds, averages and deletes, and its index."""
+"""Tests of the table of all runs: its content, filters, averages and deletions, and its index."""
 
 import contextlib
 import csv
@@ -31,7 +31,7 @@ SHORT = (
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    """Four single runs, one of them failed, and a sweep of two seeds."""
+    """A folder with four single runs, one of them failed, and a sweep of two seeds."""
     base = {"model.hidden": [256], "optimizer.lr": 0.004, "seed": 1, "data.path": None}
 
     def make(place: str, started: int, overrides: list[str], acc: float | None, **settings: Any) -> None:
@@ -103,7 +103,7 @@ def test_changed_is_told_against_the_defaults(logs: Path) -> None:
         ("state > 3", []),
         ("when > 2026-02-02 and seed != 1", ["0", "1"]),
         ("when > 2030", []),
-        ("seed = true", []),  # true is no 1
+        ("seed = true", []),  # true does not equal 1
     ],
 )
 def test_filter(logs: Path, text: str, found: list[str]) -> None:
@@ -139,7 +139,7 @@ def test_values_are_read_as_yaml() -> None:
 
 def test_average_counts_each_seed_once_in_sweeps_and_single_runs(logs: Path) -> None:
     first, second = average(list_runs(logs))
-    assert (first["n"], first["model.hidden"]) == (3, [256])  # of seed 1 the newest, d, and not a
+    assert (first["n"], first["model.hidden"]) == (3, [256])  # of the runs with seed 1, the newest, d, counts
     assert first["val/acc"] == pytest.approx((0.977 + 0.979 + 0.981) / 3)
     assert first["val/acc sd"] == pytest.approx(0.002)
     assert (second["n"], second["val/acc sd"]) == (1, None)
@@ -163,7 +163,7 @@ def test_table_and_csv(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     show(settle(logs, csv=str(path), average="seed"))
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
     assert float(rows[0]["val/acc sd"]) == pytest.approx(0.002)
-    show(settle(logs, csv=str(path)))  # what it has written itself it writes anew
+    show(settle(logs, csv=str(path)))  # it replaces its own file
     assert len(path.read_text().splitlines()) == 7
     (tmp_path / "mine.csv").write_text("a,b\n")
     with pytest.raises(CommandError, match="is no table of runs"):
@@ -220,7 +220,7 @@ def test_hostile_and_damaged_runs_cost_themselves(logs: Path, tmp_path: Path) ->
 def test_folder_that_can_not_be_written_is_still_read(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = list_runs(logs)
     (logs / INDEX).unlink()
-    (logs / INDEX).mkdir()  # nothing can be written in its place
+    (logs / INDEX).mkdir()  # a folder in the place of the index
     assert list_runs(logs) == before
 
 
@@ -251,13 +251,13 @@ def test_read_only_logs(logs: Path, start: Start) -> None:
         logs.chmod(0o755)
     assert (done.returncode, done.stderr) == (0, "")
     assert "6 runs: 5 completed, 1 failed" in done.stdout
-    assert "no index is kept" in done.stdout
+    assert "the index can't be written" in done.stdout
     assert not (logs / INDEX).exists()
 
 
 def test_delete(logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = logs / "train" / "runs"
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # no terminal
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # not a terminal
     with pytest.raises(CommandError, match="say yes=true"):
         delete([str(runs / "a")], logs, yes=False)
     (runs / "link").symlink_to(runs / "a")
@@ -285,7 +285,7 @@ def test_delete_leaves_what_is_under_way(logs: Path) -> None:
         delete([str(run)], logs, yes=True)
     with lock(sweep), pytest.raises(CommandError, match="sweep that is not finished"):
         delete([str(sweep / "0")], logs, yes=True)
-    shutil.rmtree(sweep / "1")  # a job that has not begun
+    shutil.rmtree(sweep / "1")  # a job that has not started
     with pytest.raises(CommandError, match="not finished: 1 of 2 jobs"):
         delete([str(sweep / "0")], logs, yes=True)
     (sweep / "1").mkdir()
@@ -323,7 +323,7 @@ def test_command(logs: Path, command: Run) -> None:
         (["sort=lr"], "sort: no run has a lr; did you mean optimizer.lr?"),
         (["under=nowhere"], "nowhere holds no runs: there is no such folder"),
         (["average=fold"], "average must be one of seed, got fold"),
-        (["delete=logs/train/runs/a"], "delete: 1 run would be deleted: say yes=true"),
+        (["delete=logs/train/runs/a"], "delete: 1 run would be deleted: confirm with yes=true"),
     ):
         wrong = command("runs", *arguments, cwd=cwd)
         assert (wrong.returncode, wrong.stderr.strip()) == (1, told)
@@ -338,8 +338,8 @@ def test_a_run_is_repeated_and_its_weights_compared(tmp_path: Path, command: Run
     assert done.returncode == 0, done.stderr
     again = command("train", "reproduce=A", "hydra.run.dir=logs/B", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert " was " not in again.stdout  # neither commit nor versions
-    assert f"the weights came out equal, to the bit, as in {tmp_path / 'A'}" in again.stdout
+    assert " was " not in again.stdout  # neither the commit nor versions have changed
+    assert f"the weights came out equal to the bit to those of {tmp_path / 'A'}" in again.stdout
     first, second = (json.loads((tmp_path / name / "settings.json").read_text()) for name in ("A", "logs/B"))
     assert first["settings"] | {"reproduce": str(tmp_path / "A")} == second["settings"]
     assert first["choices"]["optimizer"] == "sgd"
@@ -357,9 +357,9 @@ def test_a_run_is_repeated_and_its_weights_compared(tmp_path: Path, command: Run
     assert "torch was 1.0, is" in different.stdout
     assert re.search(r"the weights came out different: 4 of 4 tensors, by up to 0", different.stdout)
     for argument, told in (
-        ("model.hidden=3", "model.hidden can't be given beside it"),
-        ("resume=A", "give no resume= and no -m beside it"),
-        ("-m", "give no resume= and no -m beside it"),
+        ("model.hidden=3", "model.hidden can't be given with it"),
+        ("resume=A", "give no resume= and no -m with it"),
+        ("-m", "give no resume= and no -m with it"),
     ):
         wrong = command("train", "reproduce=A", argument, cwd=tmp_path)
         assert wrong.returncode == 1

@@ -35,7 +35,7 @@ def test_mcnemar_is_the_fair_coin() -> None:
     assert scores.mcnemar(0, 5) == pytest.approx(2 / 2**5)
     assert scores.mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
     assert scores.mcnemar(12, 31) == scores.mcnemar(31, 12) == pytest.approx(0.00538, abs=5e-5)
-    assert 0 <= scores.mcnemar(4_000, 6_000) < 1e-80  # large counts neither overflow nor take long
+    assert 0 <= scores.mcnemar(4_000, 6_000) < 1e-80  # large counts do not overflow or take long
 
 
 def test_calibration_by_hand() -> None:
@@ -71,6 +71,6 @@ def test_class_scores_of_a_confusion_matrix() -> None:
     assert result.precision[:2] == pytest.approx([2 / 4, 1 / 2])
     assert result.recall[:3] == pytest.approx([2 / 3, 1 / 2, 0])
     assert result.f1[:2] == pytest.approx([2 * 2 / 7, 2 * 1 / 4])
-    assert math.isnan(result.precision[2])  # never predicted
-    assert math.isnan(result.recall[3])  # never occurs
+    assert math.isnan(result.precision[2])  # this class is never predicted
+    assert math.isnan(result.recall[3])  # this class never occurs
     assert result.support.tolist() == [3, 2, 1, 0]

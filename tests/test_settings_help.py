@@ -1,4 +1,4 @@
-"""--help tells what the comments in conf/ tell."""
+"""--help shows the comments in conf/."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mnist_lightning.settings_help import read_comments
     "name", ["train", "evaluate", "predict", "compare", "export", "visualize", "report", "runs"]
 )
 def test_help_tells_what_each_setting_means(name: str, command: Run, tmp_path: Path) -> None:
-    """Each line of conf/<command>.yaml, and of the choices that are in force, with its comment."""
+    """It shows each line of conf/<command>.yaml and of the chosen files, with its comment."""
     needed = ["model.dropout=0.3", "optimizer=sgd"] if name == "train" else []
     done = command(name, "--help", *needed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -25,7 +25,7 @@ def test_help_tells_what_each_setting_means(name: str, command: Run, tmp_path: P
             "optimizer.": "optimizer/sgd.yaml",
             "trainer.": "trainer/default.yaml",
         }
-        assert "model.dropout=0.3 probability, after each hidden layer's activation" in told
+        assert "model.dropout=0.3 probability of setting a hidden unit to 0" in told
         assert "optimizer.momentum=0.9" in told
     for prefix, file in files.items():
         comments = read_comments(Path(CONF_DIR) / file)

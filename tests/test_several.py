@@ -1,4 +1,4 @@
-"""Pictures of several digits, drawn here: each is found, in reading order, and none is found twice."""
+"""In pictures of several digits, drawn here, each digit is found once, in reading order."""
 
 import contextlib
 import csv
@@ -18,7 +18,7 @@ from tests.test_handwriting import PICTURES, STROKES, write
 
 
 def draw_sheet(lines: list[str], *, step: int = 70, pen: int = 6, size: int = 60) -> Image.Image:
-    """Lines of digits, each in a cell of ``step`` by 100 pixels, a little up and down."""
+    """Draw lines of digits, each in a cell of ``step`` by 100 pixels, shifted a little up or down."""
     picture = Image.new("RGB", (step * max(map(len, lines)) + 60, 100 * len(lines) + 60), (240, 238, 230))
     draw = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
@@ -96,7 +96,7 @@ def test_predict_reads_lines_and_tells_where_each_digit_is(
 
 
 def test_thousands_of_specks_are_looked_at_in_bounded_work() -> None:
-    """Each with each would be a hundred million pairs."""
+    """Comparing all pairs would take a hundred million comparisons."""
     pixels = np.full((1000, 1000), 255, dtype=np.uint8)
     for row in range(0, 4):
         for column in range(0, 4):

@@ -27,7 +27,7 @@ def test_sign_flip_of_many_images_stays_exact() -> None:
 
 
 def test_holm() -> None:
-    # by hand: 3 · 0.01 = 0.03; 2 · 0.03 = 0.06; 1 · 0.04 is less than the one before, so 0.06
+    # by hand: 3 · 0.01 = 0.03; 2 · 0.03 = 0.06; 1 · 0.04 is less than the previous value, so 0.06
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []

@@ -1,4 +1,4 @@
-"""How many threads compute, and that they do not spin."""
+"""Tests of the number of threads, and that idle threads do not spin."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def test_the_operations_of_a_net_are_those_of_its_matrix_products() -> None:
 
 
 class Convolutions(nn.Module):
-    """Somebody's own net: it draws random numbers even in eval mode, and has two stages to count."""
+    """A user's own net, which draws random numbers even in eval mode and has two stages to count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ CPU_V1 = Path("/sys/fs/cgroup/cpu")
 
 @pytest.mark.parametrize(("quota", "cores"), [(50_000, 1), (150_000, 1), (200_000, 2), (-1, None)])
 def test_a_containers_quota_is_respected(quota: int, cores: int | None) -> None:
-    """A real control group of the kernel, where this process may make one."""
+    """The test makes a real control group if this process has the permission."""
     group = CPU_V1 / f"mnist_lightning-{os.getpid()}"
     try:
         group.mkdir()
@@ -140,7 +140,7 @@ def test_a_containers_quota_is_respected(quota: int, cores: int | None) -> None:
 
 
 def test_quotas_and_memory_of_version_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernel's files, as they lie at the root of a container's own view."""
+    """The files are those at the root of a container's own view."""
     monkeypatch.setattr(threads, "CGROUPS", tmp_path)
     for folder in {path for name in ("cpu", "memory") for path in threads.control_groups(name)}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,17 +213,14 @@ def test_wrong_numbers_are_told_in_a_line(name: str, value: str, command: Run, t
 
 
 @pytest.mark.slow
-def test_the_default_net_is_the_same_whatever_the_number_of_cores(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    """To the bit; a large net takes the cores that there are."""
+def test_the_default_net_is_the_same_whatever_the_number_of_cores(python: Run, tmp_path: Path) -> None:
+    """Weights are equal to the bit; a large net uses all cores."""
     short = (
         "trainer.max_epochs=1",
         "+trainer.limit_train_batches=20",
         "logger=none",
         "callbacks.pictures=null",
     )
-    free = {key: value for key, value in environment.items() if key != "OMP_NUM_THREADS"}
     cores = sorted(os.sched_getaffinity(0))
 
     def train(
@@ -231,21 +228,8 @@ def test_the_default_net_is_the_same_whatever_the_number_of_cores(
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         code = "import os, sys, runpy; os.sched_setaffinity(0, map(int, sys.argv.pop(1).split(',')));"
         code += "runpy.run_module('mnist_lightning.train', run_name='__main__', alter_sys=True)"
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                ",".join(map(str, allowed)),
-                f"hydra.run.dir={folder}",
-                *short,
-                *more,
-            ],
-            cwd=tmp_path,
-            env=free,
-            capture_output=True,
-            text=True,
-        )
+        arguments = (",".join(map(str, allowed)), f"hydra.run.dir={folder}", *short, *more)
+        done = python("-c", code, *arguments, cwd=tmp_path, OMP_NUM_THREADS=str(len(cores)))
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / folder / "metrics.json").read_text())
         return load(tmp_path / folder / "checkpoints" / "last.ckpt")["state_dict"], metrics

@@ -1,4 +1,4 @@
-"""The command as a user runs it."""
+"""Tests of the train command as a user runs it."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_default_run_says_what_happened_and_what_to_do_next(default_run: Default
 
 
 def test_default_run_is_quiet(default_run: DefaultRun) -> None:
-    """No warning, no tip of Lightning's, no deprecation."""
+    """There is no warning, no tip of Lightning and no deprecation."""
     assert default_run.errors == ""
     for noise in ("warn", "Warn", "Tip", "deprecat", "GPU", "litlogger"):
         assert noise not in default_run.output
@@ -96,7 +96,7 @@ def test_checkpoints_hold_plain_data(default_run: DefaultRun) -> None:
 
 
 def test_tensorboard_holds_the_curves_and_the_hyper_parameters(default_run: DefaultRun) -> None:
-    """Splits share tags, so that each chart has all of them and each has one colour."""
+    """Splits share tags, so each chart shows all splits, and each split has one colour."""
     folder = default_run.folder / "tensorboard"
     kept, train, val, tested = (
         EventAccumulator(str(folder / split)).Reload() for split in ("", "train", "val", "test")
@@ -116,7 +116,7 @@ def test_tensorboard_holds_the_curves_and_the_hyper_parameters(default_run: Defa
 def test_hparams_are_named_by_what_was_changed_and_compared_by_tensorboard(
     default_run: DefaultRun,
 ) -> None:
-    """Without an experiment of a first run, TensorBoard puts what differs between runs first."""
+    """Without a summary of an experiment, TensorBoard first shows the settings that differ between runs."""
     events = EventAccumulator(str(default_run.folder / "tensorboard")).Reload()
     assert "_hparams_/experiment" not in events.summary_metadata
     plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
@@ -170,9 +170,9 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(REPOSITORY.glob("conf/experiment/*.yaml")), ids=lambda path: path.stem
 )
-@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.reliability)])
 def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | None, fit: Fit) -> None:
-    """As deep as it is, and as wide, too, where no width is given."""
+    """The nets keep their depth, and their width if none is given here."""
     short = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5")
     hidden = settle(Path("unused"), f"experiment={path.stem}").model["hidden"]
     narrow = [] if width is None else [f"model.hidden={[width] * len(hidden)}".replace(" ", "")]
@@ -238,7 +238,7 @@ def test_multirun(command: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ddp_gives_the_metrics_of_one_process(command: Run, tmp_path: Path) -> None:
-    """The same images in the same batches: equal up to rounding, 1e-4 in the loss after 30 steps."""
+    """With the same images in the same batches, losses after 30 steps are equal up to rounding, 1e-4."""
     results = []
     for trainer in ("cpu", "ddp"):
         cwd = tmp_path / trainer
@@ -267,7 +267,7 @@ def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("data.data_dir=file",), "data.data_dir: can't make the folder"),
+        (("data.data_dir=file",), "data.data_dir: can't create the folder"),
         (("trainer=gpu",), "No supported gpu backend found"),
         (("optimizer.lr=1e30", *QUICK[:1]), "train/loss is nan at step 2"),
         (("hydra.run.dir=file/run",), "can't write to the run's folder"),
@@ -300,12 +300,17 @@ def test_awkward_names(command: Run, tmp_path: Path) -> None:
     assert (data_dir / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file()
 
 
-@pytest.mark.parametrize("more", [("data.val_size=0",), ()])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("data.val_size=0",), marks=pytest.mark.slow),
+        pytest.param((), marks=pytest.mark.reliability),
+    ],
+)
 def test_compiled_run_leaves_an_ordinary_checkpoint(
     more: tuple[str, ...], command: Run, tmp_path: Path
 ) -> None:
-    """It is resumed with and without compilation, evaluated, and learns what an uncompiled net learns."""
+    """The checkpoint can be resumed with and without compilation and evaluated; the net learns as without it."""
     settings = (*QUICK, "scheduler=none", "test=false", "logger=csv", *more)
     for name, compiled in (("eager", "false"), ("compiled", "true")):
         done = command("train", f"compile={compiled}", f"hydra.run.dir={name}", *settings, cwd=tmp_path)
@@ -332,7 +337,7 @@ def test_no_compiler_is_told_in_a_line(command: Run, tmp_path: Path) -> None:
     variables = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = command("train", *arguments, cwd=tmp_path, **variables)
     assert done.returncode == 1
-    assert "compile=true: torch.compile can't work here" in done.stderr
+    assert "compile=true: torch.compile does not work here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint or folder is read: it runs nothing, writes nowhere, and learns nothing."""
+"""Reading a stranger's checkpoint or folder runs no code of it, writes nothing for it, and tells it nothing."""
 
 import json
 import shutil
@@ -24,10 +24,10 @@ from mnist_lightning.sweeps.resume import rewrite_arguments
 from mnist_lightning.targets import KINDS, make, strange_modules
 
 SECRET = "a-secret-of-the-environment"
-MKDIR = {"_target_": "os.mkdir", "_args_": ["canary"]}  # what must not be done
+MKDIR = {"_target_": "os.mkdir", "_args_": ["canary"]}  # a target that must not be called
 FORWARD = "mnist_lightning.network.FeedForward"
 
-# What a checkpoint may say of its net, loss or metrics
+# Recipes of a net, loss or metric in a checkpoint
 RECIPES: dict[str, dict[str, Any]] = {
     "a function": {"model": MKDIR},
     "a loader of pickles": {"model": {"_target_": "torch.load", "f": "evil.pt"}},
@@ -95,7 +95,7 @@ def test_a_checkpoint_runs_nothing(
 
 ABROAD = "/tmp/mnist_lightning_canary"
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
-# What a run's saved settings may say, by key
+# Values in a run's saved settings, by key
 SETTINGS: dict[str, dict[str, Any]] = {
     "a callback": {"callbacks.x": MKDIR},
     "a loader of pickles": {"callbacks.x": {"_target_": "torch.load", "f": "evil.pt"}},
@@ -174,7 +174,7 @@ def edit(path: Path, changes: dict[str, Any]) -> None:
 
 @pytest.fixture
 def strange(default_run: DefaultRun, tmp_path: Path) -> Path:
-    """A run's folder that somebody has sent, in a folder to work in."""
+    """A working folder with a stranger's run folder in it."""
     (tmp_path / "work").mkdir()
     shutil.copytree(default_run.folder, tmp_path / "work" / "run")
     assert not Path(ABROAD).exists()
@@ -215,12 +215,12 @@ def test_what_an_earlier_resumption_saved_is_checked_as_well(strange: Path, comm
         edit(hostile / "config.yaml", {"callbacks.x": MKDIR})
         done = command("train", "resume=run", "trainer.max_epochs=20", cwd=strange)
         assert done.returncode == 1
-        assert "callbacks.x._args_[0]=canary is saved there" in done.stderr
+        assert "its saved callbacks.x._args_[0]=canary" in done.stderr
         (hostile / "config.yaml").write_text(kept)
 
 
 def test_hydra_looks_for_nothing_in_the_folder(strange: Path, command: Run) -> None:
-    """Neither choices that lie there nor a directive at the head of its file."""
+    """Hydra uses neither config groups in the folder nor a directive at the head of its file."""
     hydra = strange / "run" / ".hydra"
     (hydra / "hydra" / "job_logging").mkdir(parents=True)
     evil = {
@@ -238,7 +238,7 @@ def test_hydra_looks_for_nothing_in_the_folder(strange: Path, command: Run) -> N
 
 
 def test_what_is_typed_needs_no_trust(strange: Path, command: Run) -> None:
-    """The saved value that it takes the place of is not looked at."""
+    """The saved value that a typed value replaces is not checked."""
     (strange / "mine.py").write_text(
         "import pathlib\n"
         "from lightning.pytorch.callbacks import Callback\n"
@@ -254,7 +254,7 @@ def test_what_is_typed_needs_no_trust(strange: Path, command: Run) -> None:
     assert (strange / "marked").exists()
 
 
-# Arguments that a sweep's saved command may have
+# Arguments in a sweep's saved command
 OVERRIDES = [
     "--config-dir=/tmp",
     "-cd=/tmp",
@@ -283,7 +283,7 @@ OVERRIDES = [
 
 @pytest.fixture
 def swept(once: Once, command: Run, tmp_path: Path) -> Path:
-    """A sweep of two jobs, of which one is still to do, in a folder to work in."""
+    """A working folder with a sweep of two jobs, one of which has not run."""
 
     def make(cwd: Path) -> None:
         typed = (*TINY, "model.hidden=8", "optimizer.weight_decay=${optimizer.lr}", "seed=1,2")
@@ -357,7 +357,7 @@ def test_an_earlier_editions_sweep_is_not_gone_on_with(swept: Path, command: Run
     edit(swept / "sweep" / "multirun.yaml", {"model": {"hidden": 8}})
     done = command("train", "-m", "resume=sweep", cwd=swept)
     assert done.returncode == 1
-    assert done.stderr.startswith("sweep can't be resumed: it was made by an earlier version")
+    assert done.stderr.startswith("sweep can't be resumed: an earlier version")
     assert command("report", "run=sweep", cwd=swept).returncode == 0
 
 
@@ -388,7 +388,7 @@ def test_a_trusted_module_is_not_its_namesake(trained_run: Path) -> None:
 
 
 def known_things() -> list[tuple[str, str]]:
-    """What people name most."""
+    """Names that settings use most."""
     return [
         ("model", "torch.nn.Sequential"),
         ("loss", "torch.nn.CrossEntropyLoss"),

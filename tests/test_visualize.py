@@ -35,7 +35,7 @@ def test_deformations_are_drawn_where_there_are_some(tmp_path: Path, command: Ru
 
 
 def test_visualize_takes_data_of_the_same_format(tmp_path: Path, command: Run) -> None:
-    """MNIST's images reversed stand for Fashion-MNIST, which can't be had without a network."""
+    """Reversed MNIST images stand for Fashion-MNIST, which can't be downloaded without a network."""
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in RAW_FILES:
@@ -61,7 +61,7 @@ def test_a_wrong_setting_is_told_in_a_line(tmp_path: Path, command: Run) -> None
 
 @pytest.mark.slow
 def test_a_first_start_tells_nothing_of_fonts(tmp_path: Path, fresh_command: Run) -> None:
-    """Where matplotlib has no list of them yet, and makes one."""
+    """At the first start, matplotlib makes a list of fonts."""
     fonts = tmp_path / "fonts"
     done = fresh_command("visualize", "output=pictures", cwd=tmp_path, MPLCONFIGDIR=str(fonts))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""``init_from``: a run begins with another one's weights, as far as they fit."""
+"""Tests of ``init_from``: a run starts with the fitting weights of another run."""
 
 import logging
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def test_all_weights_that_fit_are_taken(tmp_path: Path, caplog: pytest.LogCaptur
     same = DigitClassifier(FeedForward([16, 8]))
     take_weights(same, path)
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in same.net.state_dict().items())
-    assert "6 of 6 weights are those of" in caplog.text
-    assert "drawn anew" not in caplog.text
+    assert "6 of 6 weights are from" in caplog.text
+    assert "initialised at random" not in caplog.text
     wider = DigitClassifier(FeedForward([16, 9]))
     before = {name: value.clone() for name, value in wider.net.state_dict().items()}
     take_weights(wider, path)
@@ -36,7 +36,7 @@ def test_all_weights_that_fit_are_taken(tmp_path: Path, caplog: pytest.LogCaptur
     taken = [name for name in after if not torch.equal(before[name], after[name])]
     assert all(torch.equal(after[name], source.state_dict()[name]) for name in taken)
     assert [tuple(after[name].shape) for name in taken] == [(16, 784), (16,), (10,)]
-    assert "3 of 6 weights are those of" in caplog.text
+    assert "3 of 6 weights are from" in caplog.text
     assert "(9, 16) instead of (8, 16)" in caplog.text
 
 
@@ -54,4 +54,4 @@ def test_a_run_begins_with_them(
     first = fit(*short, folder="a")
     again = fit(*short, "seed=2", "scheduler=none", f"init_from='{tmp_path / 'a'}'", folder="b")
     assert float(str(again["last/train/loss"])) < float(str(first["last/train/loss"])) / 1.5
-    assert f"weights are those of {tmp_path / 'a' / 'checkpoints' / 'best.ckpt'}" in caplog.text
+    assert f"weights are from {tmp_path / 'a' / 'checkpoints' / 'best.ckpt'}" in caplog.text

@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import search
 
 
 class OptunaSweeper(search.OptunaSweeper):
-    """The sweeper, in the package that Hydra searches for plugins."""
+    """The same sweeper, in the package in which Hydra searches for plugins."""

@@ -2,4 +2,4 @@ from mnist_lightning.sweeps import processes
 
 
 class ProcessesLauncher(processes.ProcessesLauncher):
-    """The launcher, in the package that Hydra searches for plugins."""
+    """The same launcher, in the package in which Hydra searches for plugins."""

@@ -24,7 +24,7 @@ from mnist_lightning.rundir.outside import as_word
 
 log = logging.getLogger(__name__)
 
-KEPT: dict[str, type | UnionType] = {  # in a checkpoint
+KEPT: dict[str, type | UnionType] = {  # attributes saved in a checkpoint, and their types
     "best_score": float,
     "best_epoch": int | None,
     "metrics": dict,
@@ -34,34 +34,34 @@ KEPT: dict[str, type | UnionType] = {  # in a checkpoint
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``best.ckpt`` and ``last.ckpt`` at the end of each epoch; within it ``last.ckpt`` when it is
-    due, and both after a validation that is the best so far.
+    """Write ``last.ckpt``, and ``best.ckpt`` when the net is the best so far.
 
-    The ``last.ckpt`` that is replaced stays as ``previous.ckpt``.  As long as nothing was validated, the
-    last is the best.  When a signal asks the run to stop (see ``signals``), the step is finished and saved,
-    and the process ends; of several processes all do, at the same step.
+    This happens at the end of each epoch.  Within an epoch, ``last.ckpt`` is written when a save is due, and
+    both files after a validation that is the best so far.  The replaced ``last.ckpt`` is kept as
+    ``previous.ckpt``.  Until the first validation, the last checkpoint is also the best.  When a signal asks
+    the run to stop (see ``signals``), the callback finishes the step, saves it and ends the process; several
+    processes end at the same step.
 
-    A run that was stopped early, or by a limit, within an epoch goes on there once it may.
+    A run that ended within an epoch, early or at a limit, continues there when new settings allow it.
 
-    Lightning's own ModelCheckpoint numbers the files of a second run, loses what the plain
-    loggers have not yet written, and saves before validation what it calls the epoch's last step;
-    from there a resumed run would leave out that epoch's end.
+    Lightning's own ModelCheckpoint adds numbers to the file names of a second run, loses rows that the plain
+    loggers have not written yet, and saves the last step of an epoch before its validation; a run resumed
+    from there would skip the end of that epoch.
 
     Args:
-        dirpath: the folder, made when needed.
-        monitor: the metric that chooses the best; None takes the last for the best.
-        mode: "max" or "min" of ``monitor``.
-        every_n_steps: write ``last.ckpt`` after each this many optimizer steps; None: not within an epoch.
-        every_n_seconds: write it when this many seconds have passed; None: not within an epoch.
-        stops: the settings that may stop a run early.  A run that was stopped stays so as long as they are
-            the same.
+        dirpath: the folder; it is made when needed.
+        monitor: the metric that chooses the best checkpoint; None: the last is the best.
+        mode: "max" or "min": whether a large or a small ``monitor`` is good.
+        every_n_steps: write ``last.ckpt`` every this many optimizer steps; None: not within an epoch.
+        every_n_seconds: write ``last.ckpt`` every this many seconds; None: not within an epoch.
+        stops: the settings that can stop a run early.  A stopped run trains no further until they change.
 
     Attributes:
-        best_epoch: of ``best.ckpt``, from 1.
-        best_score: of the monitored metric there, times -1 where it is to be small; -inf as long as nothing
-            was validated.
-        metrics: of the last finished epoch.
-        train_seconds: up to the last save, over all resumptions.
+        best_epoch: the epoch of ``best.ckpt``, counted from 1.
+        best_score: the monitored metric of ``best.ckpt``, times -1 when ``mode`` is "min"; -inf before the
+            first validation.
+        metrics: the metrics of the last finished epoch.
+        train_seconds: training time until the last save, summed over all resumptions.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
         self.stops = list(stops)
-        self.stopped: list[str] | None = None  # by what, where the run was stopped early
+        self.stopped: list[str] | None = None  # the settings that stopped the run early
         self.best_score = -math.inf
         self.best_epoch: int | None = None
         self.metrics: dict[str, float] = {}
         self.train_seconds = 0.0
-        self._validated_at = -1  # the batch, over all epochs
+        self._validated_at = -1  # the batch of the last validation, counted over all epochs
         self._clock = time.monotonic()
         self._saved_step = 0
         self._saved_at = self._clock
@@ -94,11 +94,12 @@ class Checkpoints(Checkpoint):
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
+        """Restore the attributes that ``state_dict`` saved.
+
         Raises:
-            TypeError: a value is not of the type that ``state_dict`` gives.
+            TypeError: a value does not have the type in ``KEPT``.
         """
-        for name, kind in KEPT.items():  # the file may be a stranger's: no other attribute is taken
+        for name, kind in KEPT.items():  # the file may come from a stranger: set no other attribute
             value = state_dict.get(name, getattr(self, name))
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
@@ -107,8 +108,8 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Where the run may go on, take an epoch that was cut short for one that is under way; let
-        EarlyStopping have the patience of today's settings, and not the one that it has saved."""
+        """Mark an epoch that was cut short as unfinished when the run may continue, and give EarlyStopping
+        the patience of the current settings instead of the saved one."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         for callback in trainer.early_stopping_callbacks:
@@ -132,14 +133,14 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
-        signals.install()  # Lightning has put its own handler before ours
+        signals.install()  # again: Lightning has replaced our handler with its own
         signals.defer()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx + 1 == trainer.num_training_batches:
-            return  # the epoch's end, which comes after validation, saves more
+            return  # on_train_epoch_end saves this step, after validation
         if self._is_due(trainer) and not workarounds.is_validation_due(trainer):
             self._save_and_stop(trainer)
 
@@ -161,7 +162,7 @@ class Checkpoints(Checkpoint):
         self._stop_if_asked(trainer)
 
     def _is_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Whether the weights of this step are the best so far; asked once of each validation."""
+        """Tell whether the weights of this step are the best so far; call it once for each validation."""
         measured: dict[str, float] = pl_module.measured  # type: ignore[assignment]
         score = -math.inf
         if self._validated_at == trainer.fit_loop.epoch_loop.total_batch_idx and self.monitor in measured:
@@ -173,7 +174,7 @@ class Checkpoints(Checkpoint):
         return is_best
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        """Whether to save now, or to stop; all processes get the same answer."""
+        """Tell whether to save or stop now; all processes get the same answer."""
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if self.every_n_seconds is not None and trainer.is_global_zero:
             due = due or time.monotonic() - self._saved_at >= self.every_n_seconds
@@ -192,15 +193,15 @@ class Checkpoints(Checkpoint):
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         if not self._does_any(trainer, signals.received()):
             return
-        signals.ask()  # it may have come to another process
+        signals.ask()  # the signal may have reached another process only
         if trainer.is_global_zero:
             if (bar := trainer.progress_bar_callback) is not None:
-                bar.disable()  # what comes next has a line of its own
+                bar.disable()  # so that the next message starts on a line of its own
             told = f"interrupted, saved at step {trainer.global_step}"
             if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
                 folder = as_word(str(as_typed(self.folder.parent)))
-                told += f"; go on with\n  python -m mnist_lightning.train resume={folder}"
-            log.warning("%s", told)  # a sweep says itself how it goes on
+                told += f"; continue with\n  python -m mnist_lightning.train resume={folder}"
+            log.warning("%s", told)  # a sweep prints its own command to resume
         else:
             signals.wait_for_parent()
         signals.stop_if_asked()
@@ -214,7 +215,7 @@ class Checkpoints(Checkpoint):
         self.train_seconds += now - self._clock
         self._clock = self._saved_at = now
         self._saved_step = trainer.global_step
-        for logger in trainer.loggers:  # a checkpoint must not be ahead of its curves
+        for logger in trainer.loggers:  # the curves must reach at least as far as the checkpoint
             logger.save()
         next_last = self.folder / f"{TEMPORARY}{LAST}"
         if name == BEST:

@@ -1,4 +1,4 @@
-"""The exponential moving average of a net's weights, which errs less than any step's own weights."""
+"""Average a net's weights over training steps."""
 
 from typing import Any
 
@@ -10,30 +10,31 @@ from torch import Tensor
 
 
 class ExponentialMovingAverage(Callback):
-    """Averages weights and batch norm's statistics after each step; the average is the net that counts.
+    """Keep an exponential moving average of the weights and of batch norm's statistics.
 
-    Validation during training sees the average, ``state_dict`` in checkpoints holds it, and the net has
-    it when training ends.  Training itself goes on from its own weights, which a checkpoint holds as
-    ``current_weights``.
+    The average is updated after each step.  Validation during training uses the average, ``state_dict`` in
+    checkpoints holds it, and the net has it when training ends.  The optimizer continues with the weights
+    of the last step, which a checkpoint holds as ``current_weights``.
 
-    Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging".  The decay
-    grows with the number of steps, so that the first weights are soon forgotten: min(decay,
-    (1 + steps) / (10 + steps)), as TensorFlow's ExponentialMovingAverage has it.
+    Averaged weights usually make fewer errors than those of a single step: Polyak and Juditsky 1992,
+    "Acceleration of Stochastic Approximation by Averaging".  The decay grows with the number of steps, so
+    that the first weights are soon forgotten: min(decay, (1 + steps) / (10 + steps)), as in TensorFlow's
+    ExponentialMovingAverage.
 
-    Lightning's EMAWeightAveraging would test the last step's weights after ``fit`` where a checkpoint
-    of the average is given, and averages tensor by tensor.
+    Lightning's EMAWeightAveraging tests the last step's weights after ``fit`` even when it is given a
+    checkpoint of the average, and it averages one tensor at a time.
 
     Args:
-        decay: share of the average that a step keeps, in (0, 1).
+        decay: the share of the average that each step keeps, in (0, 1).
     """
 
     def __init__(self, *, decay: float) -> None:
         self.decay = decay
         self.averages: dict[str, Tensor] = {}
-        self.step = 0  # up to which the weights are in the average
+        self.step = 0  # the last step whose weights are in the average
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        saved = self.averages  # of the checkpoint that the run goes on with
+        saved = self.averages  # from the checkpoint, when the run is resumed
         self.averages = {
             name: saved[name].to(weight.device) if saved else weight.clone()
             for name, weight in _weights(pl_module).items()
@@ -88,7 +89,7 @@ class ExponentialMovingAverage(Callback):
 
 
 def _weights(pl_module: L.LightningModule) -> dict[str, Tensor]:
-    """The averaged tensors: the net's parameters and batch norm's statistics, not its count of batches."""
+    """Return the tensors to average: parameters and batch norm's statistics, without its batch count."""
     prefix = "net."
     state = pl_module.net.state_dict(prefix=prefix)  # type: ignore[union-attr]
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

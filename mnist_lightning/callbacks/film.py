@@ -1,4 +1,4 @@
-"""Snapshots of a net while it learns."""
+"""Record a net while it learns."""
 
 import logging
 import math
@@ -21,30 +21,30 @@ log = logging.getLogger(__name__)
 NUM_MOMENTS = 60
 NUM_UNITS = 24
 NUM_IMAGES = 20
-NUM_MEASURED = 100  # training and as many validation images whose loss is measured at each moment
-MOST_BYTES = 1_500_000  # for all weights
-UNKNOWN_STEPS = 20_000  # for which a run is planned that has no end
-PAUSE = 10.0  # seconds between two writes
+NUM_MEASURED = 100  # training images, and validation images, whose loss is measured at each moment
+MOST_BYTES = 1_500_000  # of all weights in the film
+UNKNOWN_STEPS = 20_000  # assumed length of a run without a last step
+PAUSE = 10.0  # seconds between two writes of the file, at least
 
 
 class FilmCallback(Callback):
-    """Keeps some sixty moments of a training in ``film.npz``: the weights of a few units of the first layer,
-    answers and activations for a few images, and losses.
+    """Record up to 60 moments of training in ``film.npz``.
 
-    The moments are denser at the start, where the net changes most.  No random number is drawn, and the
-    training is the same to the bit with and without it.  It films ``FeedForward`` nets of grey images that
-    name classes; of others it keeps nothing.
+    A moment holds the weights of some units of the first layer, activations and probabilities for some
+    images, and the losses.  Moments are closer together at the start, where the net changes most.  The
+    callback draws no random number, so training is bit for bit the same with and without it.  It records
+    only ``FeedForward`` nets that classify grey images.
 
     Args:
         path: the file to write.
-        enabled: False: keep nothing.
+        enabled: whether to record anything.
     """
 
     def __init__(self, *, path: str, enabled: bool) -> None:
         self.path = Path(path)
         self.enabled = enabled
         self.moments: list[dict[str, Any]] = []
-        self._plan: list[int] = []  # steps of moments that are to come, the next one last
+        self._plan: list[int] = []  # steps still to record, in descending order
         self._written = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,7 +93,7 @@ class FilmCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.moments and self.moments[-1]["steps"] != trainer.global_step:
-            self._keep(trainer, pl_module, None)  # a run that ended before its plan did
+            self._keep(trainer, pl_module, None)  # the run ended before the last planned step
         self._write()
 
     def on_exception(
@@ -102,7 +102,7 @@ class FilmCallback(Callback):
         self._write()
 
     def develop(self) -> Film | None:
-        """The film so far; None where there is none."""
+        """Return the film so far, or None when nothing has been recorded."""
         if not self.moments:
             return None
         arrays = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
@@ -118,17 +118,17 @@ class FilmCallback(Callback):
             return
         try:
             write_film(self.path, film)
-        except OSError as error:  # a film is not worth a net
-            log.warning("the film is not kept: %s", error)
+        except OSError as error:  # training continues without a film
+            log.warning("the film can't be written: %s", error)
             self._plan = []
         self._written, self._last_write = len(self.moments), time.monotonic()
 
     def _recall(self, step: int) -> None:
-        """Take up the film of a run that goes on, up to the step from which it does."""
+        """Read the film of a resumed run, up to the step at which the run resumes."""
         try:
             film = read_film(self.path.parent)
         except OSError as error:
-            log.warning("the film begins here: %s", error)
+            log.warning("the film starts where the run resumes: %s", error)
             return
         if not np.array_equal(film.images, self._images.cpu().numpy()):
             return
@@ -173,13 +173,13 @@ class FilmCallback(Callback):
 
 
 def plan(total: int) -> list[int]:
-    """Choose the steps to keep of a run, 0 and the last among them.  Ascending, at most ``NUM_MOMENTS``."""
+    """Choose at most ``NUM_MOMENTS`` steps from 0 to ``total`` to record, in ascending order."""
     shares = np.linspace(0, 1, NUM_MOMENTS) ** 2.5
     return sorted({round(share * total) for share in shares.tolist()})
 
 
 def _spread(labels: Tensor, count: int) -> Tensor:
-    """Choose images, as many of each class as possible: their indices.  (N,) -> (count,)"""
+    """Return the indices of images in which the classes are as balanced as possible.  (N,) -> (count,)"""
     order = labels.argsort(stable=True)
     sizes = labels.bincount()
     starts = sizes.cumsum(0) - sizes
@@ -190,7 +190,7 @@ def _spread(labels: Tensor, count: int) -> Tensor:
 
 
 def _run(net: FeedForward, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of the first layer's units, and the logits."""
+    """Return the activations of the first hidden layer, (B, units), and the logits, (B, classes)."""
     values, first = inputs, None
     for layer in net.layers:
         values = layer(values)

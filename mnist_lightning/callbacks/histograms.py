@@ -1,4 +1,4 @@
-"""Histograms of a net's weights and gradients, for TensorBoard."""
+"""Write histograms of a net's weights and gradients for TensorBoard."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from mnist_lightning.rundir.loggers import writing
 
 
 class Histograms(Callback):
-    """Histograms of all weights and of their gradients, at the last step of each epoch.
+    """Write histograms of all weights and their gradients after the last step of each epoch.
 
-    A callback of its own: validation clears the gradients, so that it must be called in every step,
-    which runs without histograms need not pay for.
+    Validation clears the gradients, so the histograms need a hook that Lightning calls after every step.
+    They have a callback of their own, so that only runs with histograms call that hook.
     """
 
     def on_train_batch_end(

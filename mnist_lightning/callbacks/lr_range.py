@@ -1,4 +1,4 @@
-"""The learning-rate range test."""
+"""Find a good learning rate with a range test."""
 
 import logging
 import math
@@ -16,31 +16,35 @@ from mnist_lightning.rundir.find import as_typed
 
 log = logging.getLogger(__name__)
 
-SMOOTHING = 0.9  # share of the mean that a step keeps
-EXPLODED = 4.0  # times the lowest smoothed loss at which the test ends
-DIVISOR = 4.0  # of the rate where the smoothed loss is lowest: Smith 2017, section 3.3
-FALLS = 0.9  # share of the first steps' loss below which the loss counts as fallen
-FEWEST = 20  # steps
+SMOOTHING = 0.9  # share of the moving mean that each step keeps
+EXPLODED = 4.0  # the test ends when the smoothed loss is this many times its lowest value
+DIVISOR = 4.0  # suggest the rate of the lowest smoothed loss divided by this: Smith 2017, section 3.3
+FALLS = 0.9  # the loss has fallen when it is below this share of the first steps' loss
+FEWEST = 20  # steps that the test needs
 
 
 class LearningRateRange(Callback):
-    """Lets the learning rate rise geometrically from step to step, and suggests one.
+    """Raise the learning rate by the same factor at every step, and suggest a learning rate.
 
     Smith 2017, "Cyclical Learning Rates for Training Neural Networks", IEEE Winter Conference on Applications
-    of Computer Vision, pages 464 to 472, section 3.3: a net is trained for a while with a rising rate; where
-    the loss no longer falls, the rate is the largest of use, and a third or a quarter of it a good one.
-    There the rate rises by equal amounts and a person reads the curve; here it rises by equal factors, and
-    the largest is the one with the lowest smoothed loss.
+    of Computer Vision, pages 464 to 472, section 3.3: train a net for a while with a rising rate.  The rate
+    at which the loss stops falling is the largest useful one; a third or a quarter of it is a good choice.
+    In the paper the rate rises by equal amounts and a person reads the curve.  Here the rate rises by equal
+    factors, and the largest useful rate is the one with the lowest smoothed loss.
 
-    No schedule may change the rate beside it.  The weights are of no use afterwards.
+    No schedule may change the learning rate during the test.  Do not use the weights afterwards.
 
     Args:
-        path: of the figure.
-        min_lr, max_lr: of the first and of the last step; ``trainer.max_steps`` says how many there are.
-            Where parts of a net have rates of their own, it is the first's; the others keep their ratio.
+        path: the file of the figure.
+        min_lr: the learning rate of the first step.
+        max_lr: the learning rate of the last step, ``trainer.max_steps``.  If an optimizer has several
+            parameter groups, these are the rates of the first group; the others keep their ratio to it.
 
     Attributes:
-        suggestion: a learning rate; None where the loss falls at no rate.
+        suggestion: the suggested learning rate; None when the loss does not fall.
+
+    Raises:
+        ValueError: not 0 < ``min_lr`` < ``max_lr`` < inf.
     """
 
     def __init__(self, *, path: str, min_lr: float, max_lr: float) -> None:
@@ -50,19 +54,20 @@ class LearningRateRange(Callback):
         self.min_lr, self.max_lr = min_lr, max_lr
         self.suggestion: float | None = None
         self._rates: list[float] = []
-        self._losses: list[float] = []  # of each step
-        self._parts: list[float] = []  # of the batches of the step under way
+        self._losses: list[float] = []  # one for each step
+        self._parts: list[float] = []  # losses of the current step's batches
         self._mean = self._lowest = math.inf
         self._ratios: list[list[float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Check the number of steps, and remember the ratios of the parameter groups' learning rates.
+
         Raises:
-            MisconfigurationException: the run has no such number of steps.
+            MisconfigurationException: ``trainer.max_steps`` is not set, or is less than 20.
         """
         if trainer.max_steps < FEWEST:
             raise MisconfigurationException(
-                f"debug=lr_range wants trainer.max_steps >= {FEWEST}, the steps in which the rate rises, got"
+                f"debug=lr_range raises the rate at every step and needs trainer.max_steps >= {FEWEST}, got"
                 f" {trainer.max_steps}"
             )
         pl_module.may_diverge = True  # type: ignore[assignment]
@@ -110,9 +115,9 @@ class LearningRateRange(Callback):
 
 
 def smoothen(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The exponential moving mean, without the pull of its start: Kingma and Ba 2015, "Adam", section 3.
+    """Return the exponential moving mean, corrected for its start at 0 (Kingma and Ba 2015, "Adam", sec. 3).
 
-    (steps,) -> (steps,); from where a loss is not finite on, infinite
+    (steps,) -> (steps,), infinite from the first loss that is not finite.
     """
     means, mean = [], 0.0
     for step, loss in enumerate(losses.tolist(), start=1):
@@ -122,18 +127,21 @@ def smoothen(losses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def suggest(rates: NDArray[np.float64], smooth: NDArray[np.float64]) -> tuple[float | None, str]:
-    """A learning rate with two digits, or None, and what the curve says, in words.
+    """Suggest a learning rate, and say why in words.
 
     Args:
-        rates: (steps,) rising.
-        smooth: (steps,) the smoothed loss.
+        rates: (steps,) the learning rates, rising.
+        smooth: (steps,) the smoothed loss at each rate.
+
+    Returns:
+        the learning rate with two significant digits, or None when the loss does not fall; and the reason.
     """
     lowest = int(smooth.argmin())
     start = float(smooth[: FEWEST // 2].mean())
     if smooth[lowest] > FALLS * start:
-        return None, "the loss falls at none of them"
+        return None, "the loss falls at none of these rates"
     suggestion = float(f"{rates[lowest] / DIVISOR:.1e}")
     told = f"the loss is lowest at {rates[lowest]:.1e}"
     if lowest == len(rates) - 1:
-        told += ", the largest: callbacks.lr_range.max_lr=… goes further"
+        told += ", the largest rate tried: callbacks.lr_range.max_lr=… tries larger ones"
     return suggestion, f"{told}; a quarter of that is suggested, {suggestion:g}"

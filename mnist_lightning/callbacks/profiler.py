@@ -1,4 +1,4 @@
-"""No profiler, at less cost than Lightning's."""
+"""Turn off profiling at less cost than Lightning does."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,10 +6,10 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 
 class NoProfiler(PassThroughProfiler):
-    """Times nothing.
+    """Measure nothing.
 
-    Lightning enters its profiler around every hook of every callback, some fifty times a step; its
-    PassThroughProfiler makes a generator each time to do nothing in.
+    Lightning enters its profiler around every hook of every callback, some fifty times a step.  Its
+    PassThroughProfiler makes a new generator each time; this class returns the same empty context.
     """
 
     def __init__(self) -> None:

@@ -16,15 +16,15 @@ from mnist_lightning.rundir.status import show_with_unit
 log = logging.getLogger(__name__)
 
 BAR = "{desc}: {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}{postfix}"
-SETTLED = 2.0  # seconds from which on the time that is left is told: the first steps are slower
+SETTLED = 2.0  # seconds before the first estimate of the time left: the first steps are slower
 
 
 class Progress(ProgressBar):
-    """One line an epoch, and on a terminal a bar while the epoch runs: loss and accuracy of the latest steps,
-    and the time that is left for the whole run.
+    """Print one line for each epoch, and show a bar while the epoch runs on a terminal or in a notebook.
 
-    The bar is drawn by tqdm at most ten times a second, whatever the number of steps.  In a notebook bar and
-    line are one, drawn anew in its place for the whole run.
+    The bar shows the loss and accuracy of the latest steps, and the time left for the whole run.  tqdm draws
+    it at most ten times a second, whatever the number of steps.  In a notebook, one display in the same place
+    holds both the bar and the lines.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Progress(ProgressBar):
         self._train_start, self._first_step = 0.0, 0
         self._latest = ""  # loss and accuracy
         self._line: NotebookBar | None = None
-        self._ended = ""  # the last epoch's line, its metrics left open
+        self._ended = ""  # the last epoch's line, with %s in place of its metrics
 
     def disable(self) -> None:
         self._enabled = False
@@ -46,7 +46,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_start, self._first_step = time.monotonic(), trainer.global_step
-        self._begin(trainer)  # a run that is resumed within an epoch does not start that epoch
+        self._begin(trainer)  # a run resumed within an epoch does not call on_train_epoch_start for it
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell(trainer)
@@ -80,7 +80,7 @@ class Progress(ProgressBar):
             self._bar.set_postfix_str(told.strip(), refresh=False)
 
     def _tell_time_left(self, trainer: L.Trainer) -> str:
-        """At the pace of the steps so far, validation among them; nothing for a run without an end."""
+        """Estimate the time left from the mean time of a step, validation included; "" if unknown."""
         passed, done = time.monotonic() - self._train_start, trainer.global_step - self._first_step
         rest = trainer.estimated_stepping_batches - trainer.global_step
         if passed < SETTLED or done < 1 or not math.isfinite(rest):
@@ -95,7 +95,7 @@ class Progress(ProgressBar):
         self._tell(trainer)
 
     def _tell(self, trainer: L.Trainer) -> None:
-        """Log the line of the epoch that has ended: its metrics are there once all hooks have run."""
+        """Log the finished epoch's line, late, because its metrics are complete only after all hooks."""
         if self._enabled and self._ended:
             told = "".join(_tell_stage(trainer, stage) for stage in ("train", "val"))
             log.info(self._ended, told)
@@ -115,7 +115,7 @@ class Progress(ProgressBar):
 
 
 def _tell_stage(trainer: L.Trainer, stage: str) -> str:
-    """A stage's loss and metrics, "   train loss 0.3042 acc 91.52 %"; nothing where it had none."""
+    """Write a stage's loss and metrics: "   train loss 0.3042 acc 91.52 %"; "" without any."""
     values = {
         name.removeprefix(f"{stage}/"): value
         for name, value in trainer.lightning_module.measured.items()  # type: ignore[operator, union-attr]

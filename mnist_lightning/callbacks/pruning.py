@@ -1,4 +1,4 @@
-"""Give up trials of a search that are behind the others."""
+"""Stop the trials of a search that do worse than the others."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Pruning(Callback):
-    """Reports each epoch's metric to the study, and ends the run when its pruner says so.
+    """Report the metric of each epoch to the study, and end the run when the pruner says so.
 
-    A run that belongs to no search is left alone, as is one of a trial's folds.
+    The callback does nothing in a run outside a search, and in a run that trains one fold of a trial.
 
     Args:
         run_dir: the run's folder.
-        monitor: the metric.
-        pruner: of Optuna.
+        monitor: the name of the metric.
+        pruner: an Optuna pruner.
     """
 
     def __init__(self, *, run_dir: str, monitor: str, pruner: "optuna.pruners.BasePruner") -> None:
@@ -46,9 +46,10 @@ class Pruning(Callback):
         self.trial = optuna.Trial(study, saved["id"])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Report the epoch's metric to the study.
+
         Raises:
-            Pruned: at this epoch the others were better.
+            Pruned: the pruner gives up this trial.
         """
         if self.trial is None:
             return

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class NetSummary(Callback):
-    """The net's layers and their numbers of parameters, before training starts."""
+    """Print the net's layers and their numbers of parameters before training starts."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:

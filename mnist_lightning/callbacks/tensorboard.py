@@ -1,4 +1,4 @@
-"""Write a run's pictures, graph and charts for TensorBoard and other loggers that take pictures."""
+"""Give a run's pictures and graph to TensorBoard and to other loggers that accept images."""
 
 import copy
 import logging
@@ -24,29 +24,28 @@ log = logging.getLogger(__name__)
 
 NUM_IMAGES = 40
 NUM_MISTAKES = 24
-NUM_UNITS = 60  # of the first layer that are drawn
-MOMENTS = [4**power for power in range(16)]  # epochs of which pictures are kept
+NUM_UNITS = 60  # units of the first layer to draw
+MOMENTS = [4**power for power in range(16)]  # epochs that have pictures of their own
 
 
 class TensorBoardPictures(Callback):
-    """Digits, graph, weights, confusion matrix and mistakes, drawn after training, so that nobody waits for
-    them.
+    """Draw training images, graph, weights, confusion matrix and mistakes, after training has ended.
 
-    The first layer and the confusion matrix are kept at the ends of the epochs 1, 4, 16 … too, which costs
-    no step anything; the matrix then counts what validation has given.  The last pictures of the validation
-    images belong to the net that ``trainer.validate`` is called with after training, the one whose metrics
-    are published.  No random number is drawn.  Every logger that takes pictures gets them: TensorBoard's,
-    and those with a method ``log_image``, as W&B's has; without one nothing happens at all.
+    The weights of the first layer and the confusion matrix are also kept at the ends of epochs 1, 4, 16 …;
+    no training step gets slower by it.  Those matrices count the predictions of the epoch's own validation.
+    The last matrix and the mistakes belong to the net that ``trainer.validate`` gets after training, whose
+    metrics are reported.  The callback draws no random number.  The pictures go to TensorBoard's logger and
+    to every logger with a method ``log_image``, such as W&B's; without such a logger, nothing is drawn.
 
     Args:
-        enabled: False: draw nothing.
+        enabled: whether to draw anything.
     """
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.moments: list[dict[str, Any]] = []  # "step", "weights", "matrix", of epochs before the last
-        self._validated: torch.Tensor | None = None  # (C, C) int64, of the validation under way or the last
-        self._matrices: list[dict[str, Any]] = []  # the moments that have one, once training has ended
+        self.moments: list[dict[str, Any]] = []  # "step", "weights", "matrix" of the kept epochs
+        self._validated: torch.Tensor | None = None  # (C, C) int64, counts of the current or last validation
+        self._matrices: list[dict[str, Any]] = []  # the moments with a matrix, set when training has ended
 
     def state_dict(self) -> dict[str, Any]:
         return {"moments": self.moments} if self.moments else {}
@@ -77,7 +76,7 @@ class TensorBoardPictures(Callback):
         matrix, self._validated = self._validated, None
         if not self._wanted(trainer) or not _is_moment(trainer):
             return
-        if matrix is not None:  # all processes together
+        if matrix is not None:  # add the counts of all processes
             matrix = trainer.strategy.reduce(matrix.to(pl_module.device), reduce_op="sum").cpu()
         weights = _first_layer(pl_module)
         moment = {"step": trainer.global_step, "weights": None if weights is None else weights.half()}
@@ -136,7 +135,7 @@ class TensorBoardPictures(Callback):
                 writer.flush()
 
     def _wanted(self, trainer: L.Trainer) -> bool:
-        """Whether any logger takes pictures; the same in all processes."""
+        """Tell whether any logger accepts images; all processes get the same answer."""
         return self.enabled and any(
             isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
             for logger in trainer.loggers
@@ -144,21 +143,21 @@ class TensorBoardPictures(Callback):
 
 
 def tell_mistakes(matrix: torch.Tensor) -> str:
-    """How many mistakes a confusion matrix (C, C) holds."""
+    """Say in words how many mistakes a confusion matrix (C, C) holds."""
     count = int(matrix.sum())
     return f"{count - int(matrix.trace()):,} of {count:,} validation images misread"
 
 
 def _is_moment(trainer: L.Trainer) -> bool:
-    """Whether this training epoch is one of which pictures are kept: 1, 4, 16 …, but not the last."""
+    """Tell whether this epoch has pictures of its own: epochs 1, 4, 16 …, except the last one."""
     epoch = trainer.current_epoch + 1
     fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
     return fitting and epoch in MOMENTS and epoch != trainer.max_epochs
 
 
 def _first_layer(pl_module: L.LightningModule) -> torch.Tensor | None:
-    """The weights of the first units as images: (units, H, W) or (units, H, W, 3).  None where they do not
-    look at whole images."""
+    """Return the weights of the first units as images, (units, H, W) or (units, H, W, 3), or None if the
+    first layer does not take whole images."""
     weights = next(pl_module.net.parameters(), None)  # type: ignore[union-attr]
     shape: tuple[int, ...] = tuple(pl_module.image_shape)  # type: ignore[arg-type]
     if weights is None or weights.ndim != 2 or weights.shape[1] != math.prod(shape):
@@ -169,10 +168,10 @@ def _first_layer(pl_module: L.LightningModule) -> torch.Tensor | None:
 
 @contextmanager
 def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
-    """Leave out a picture that does not fit a user's net or images, with a warning; the run goes on."""
+    """Skip a picture that does not fit the user's net or images, and log a warning."""
     try:
         yield
-    except OSError:  # a failed write, which the logger tells
+    except OSError:  # a failed write, which the logger reports
         raise
     except Exception as error:
         log.warning("the loggers get no %s: %s", what, " ".join(str(error).split())[:200])
@@ -181,7 +180,7 @@ def _left_out_if_it_does_not_fit(what: str) -> Iterator[None]:
 def _draw_mistakes(
     images: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor, names: list[str], *, title: str
 ) -> NDArray[Any]:
-    """The most confident mistakes.  (N, …), (N,), (N, num_classes) -> (H, W, 3) uint8"""
+    """Draw the most confident mistakes.  (N, …), (N,), (N, num_classes) -> (H, W, 3) uint8"""
     confidences, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero().squeeze(1)
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
@@ -196,13 +195,13 @@ def _draw_mistakes(
 
 
 def _split(trainer: L.Trainer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> images (N, H, W) or (N, H, W, 3) uint8, labels (N,) int64"""
+    """Return a split's images, (N, H, W) or (N, H, W, 3) uint8, and labels, (N,) int64."""
     split = trainer.datamodule.splits[name]  # type: ignore[attr-defined]
     return split.images, split.labels
 
 
 def _show(trainer: L.Trainer, tag: str, pictures: Iterable[NDArray[Any]], *, steps: list[int]) -> None:
-    """Give pictures, (H, W, 3) uint8 each, to the loggers that take some."""
+    """Give pictures, (H, W, 3) uint8 each, to the loggers that accept images."""
     for pixels, step in zip(pictures, steps, strict=True):
         with writing(trainer) as writer:
             if writer is not None:
@@ -213,7 +212,7 @@ def _show(trainer: L.Trainer, tag: str, pictures: Iterable[NDArray[Any]], *, ste
 
 
 def _add_graph(writer: SummaryWriter, net: torch.nn.Module, images: torch.Tensor) -> None:
-    """Trace a copy in eval mode: tracing must touch neither batch norm's state nor the random state."""
+    """Trace a copy of the net in eval mode, so that batch norm's and the random state do not change."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit", category=Warning)  # used by torch itself
+        warnings.filterwarnings("ignore", message=r".*torch\.jit", category=Warning)  # torch calls it itself
         writer.add_graph(copy.deepcopy(net).cpu().eval(), images)

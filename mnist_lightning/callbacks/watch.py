@@ -1,4 +1,4 @@
-"""The page of a net, written anew while it learns."""
+"""Write a net's page again and again while the net learns."""
 
 import logging
 import time
@@ -19,13 +19,14 @@ from mnist_lightning.rundir.film import pack_film
 
 log = logging.getLogger(__name__)
 
-NUM_ASKED = 1_000  # images from which those to try are chosen, anew each time
+NUM_ASKED = 1_000  # images from which the page's samples are chosen
 
 
 class WatchPage(Callback):
-    """Writes ``page.html`` before the training and at the end of each epoch, with the film so far.
+    """Write ``page.html`` before training and at the end of each epoch, with the film so far.
 
-    The page loads itself anew and keeps what is drawn on it, until its last edition, at the end.
+    The open page reloads itself and keeps the user's drawing; the last version, written when training ends,
+    does not reload.
 
     Args:
         path: the file to write.
@@ -35,9 +36,10 @@ class WatchPage(Callback):
         self.path = Path(path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """
+        """Check that the page can run the net.
+
         Raises:
-            MisconfigurationException: the page can't run the net.
+            MisconfigurationException: the page's script can't run the net.
         """
         try:
             read_layers(pl_module)  # type: ignore[arg-type]
@@ -83,5 +85,5 @@ class WatchPage(Callback):
             )
         try:
             write_atomic(self.path, content)
-        except OSError as error:  # a page is not worth a net
-            log.warning("the page is not written: %s", error)
+        except OSError as error:  # training continues without the page
+            log.warning("the page can't be written: %s", error)

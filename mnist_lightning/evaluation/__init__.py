@@ -1,1 +1,1 @@
-"""Trained nets, read back, and how good they are."""
+"""Load trained nets, and measure and explain their answers."""

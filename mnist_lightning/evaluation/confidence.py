@@ -1,5 +1,8 @@
-"""How sure a net may be: a temperature for its probabilities, the least probability that is an answer, and
-what looks like its training images at all."""
+"""Fit and apply how sure a net may be of its answers.
+
+This is a temperature for its probabilities, the least probability that counts as an answer, and a measure of
+how much an image looks like the training images.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,23 +20,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-KEPT = 0.99  # of the validation images that are read correctly, this share stays an answer
-LIMITS = (0.05, 20.0)  # of a temperature
+KEPT = 0.99  # share of the correctly read validation images that still count as answered
+LIMITS = (0.05, 20.0)  # least and largest temperature
 
 
 def fit_temperature(outputs: Tensor, labels: Tensor) -> float:
-    """The temperature at which the mean cross-entropy is least.
+    """Find the temperature with the least mean cross-entropy, within ``LIMITS``.
 
-    Temperature scaling: Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks"
-    (arXiv 1706.04599), section 4.2.  The loss is convex in the inverse of the temperature, so that halving an
-    interval by the slope's sign finds the minimum.
+    The method is temperature scaling: Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural
+    Networks" (arXiv 1706.04599), section 4.2.  The loss is convex in the inverse of the temperature, so
+    bisection by the sign of its slope finds the minimum.
 
     Args:
         outputs: (N, C) logits, N > 0.
         labels: (N,) int64.
-
-    Returns:
-        Within ``LIMITS``.
     """
     logits = outputs.double() - outputs.double().amax(dim=1, keepdim=True)
     own = logits.gather(1, labels[:, None])[:, 0]
@@ -47,13 +47,13 @@ def fit_temperature(outputs: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a net says of images.
+    """A net's answers for N images.
 
     Attributes:
         probabilities: (N, num_classes) float32.
-        distances: (N,) float32 to what the class of the answer looks like, 1 is the limit; None: the net's
-            checkpoint does not tell (``likeness``).
-        told: (N,) each "sure", "not sure", or "no digit", of other classes than digits "no character".
+        distances: (N,) float32, distance of each image from the training images of the predicted class; the
+            limit is 1 (``likeness``).  None if the checkpoint has no likeness.
+        told: for each image "sure", "not sure", or "no digit" ("no character" if the classes are not digits).
     """
 
     probabilities: "NDArray[np.float32]"
@@ -62,10 +62,10 @@ class Answers:
 
 
 def answer(classifier: DigitClassifier, images: Tensor) -> Answers:
-    """The classes of images, and how sure they are.
+    """Classify images, and decide how sure each answer is.
 
     Args:
-        classifier: as ``load_classifier`` gives it, with a logit for each class.
+        classifier: a classifier from ``load_classifier``, with a logit for each class.
         images: (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255], N > 0.
     """
     hidden, outputs = likeness.see(classifier, images)
@@ -82,13 +82,14 @@ def answer(classifier: DigitClassifier, images: Tensor) -> Answers:
 
 
 def fit(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Fit what a checkpoint keeps under "confidence".
+    """Fit ``temperature`` and ``sure``, which a checkpoint keeps under "confidence".
 
-    ``temperature``, and ``sure``, the least probability with which a class is an answer: ``KEPT`` of the
-    images that are read correctly have more.
+    ``sure`` is the least probability that counts as an answer: the share ``KEPT`` of the correctly read
+    images has a higher one.
 
     Args:
-        outputs, labels: of the validation images, see ``fit_temperature``.
+        outputs: outputs for the validation images, (N, C) logits.
+        labels: their labels, (N,) int64.
     """
     temperature = fit_temperature(outputs, labels)
     highest, predictions = Probabilities(temperature)(outputs.double()).max(dim=1)
@@ -99,17 +100,20 @@ def fit(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
 def fit_likeness(
     classifier: DigitClassifier, training: Images, validation: Images, temperature: float
 ) -> dict[str, Any]:
-    """What it keeps besides of a net whose pictures are drawn by hand: ``likeness``, within whose limit are
-    ``KEPT`` of the validation images that are read correctly."""
+    """Fit ``likeness``, which the checkpoint of a net for handwriting also keeps under "confidence".
+
+    Its limit lets pass the share ``KEPT`` of the correctly read validation images.  The result is empty if
+    no validation image is read correctly.
+    """
     found = likeness.fit(classifier, training, validation, temperature, KEPT)
     return {} if found is None else {"likeness": found.pack()}
 
 
 def apply(classifier: DigitClassifier, checkpoint: dict[str, Any]) -> None:
-    """Set what a classifier's checkpoint keeps; 1, 0 and None where it has nothing.
+    """Set a classifier's temperature, sure and likeness from its checkpoint; by default 1, 0 and None.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the checkpoint's values are out of range, or of another net.
     """
     kept = checkpoint.get("confidence", {"temperature": 1.0, "sure": 0.0})
     temperature, sure = float(kept["temperature"]), float(kept["sure"])

@@ -1,4 +1,4 @@
-"""Why a net answers as it does: what each pixel and unit adds, what is like it, and what would turn it."""
+"""Explain a net's answer: contributions of pixels and units, similar images, and changes that turn it."""
 
 import copy
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-NUM_UNITS = 6  # that are drawn
-INK = 128.0  # grey levels: what is darker is a stroke, beside which new ink may be put
-FAINT = 25.0  # what is fainter is no part of the figure
+NUM_UNITS = 6  # number of units to draw
+INK = 128.0  # grey level from which a pixel is a stroke, beside which new ink may be added
+FAINT = 25.0  # grey level below which a pixel is no part of the figure
 NUM_NEAREST = 5
-MOST_CHANGES = 60  # pixels
-MOST_ERASED = 0.6  # of the ink, in one part
-BENDS = (nn.ReLU, nn.LeakyReLU)  # activations of two straight lines
+MOST_CHANGES = 60  # most pixels to change
+MOST_ERASED = 0.6  # largest share of the ink that an erased part may have
+BENDS = (nn.ReLU, nn.LeakyReLU)  # activations that consist of two straight lines
 
-# Parts of a figure: the rows and the columns of its box that they take, in sixths
+# Parts of a figure: the rows and the columns of its bounding box that they cover, in sixths
 PARTS = {
     "top": ((0, 2), (0, 6)),
     "middle": ((2, 4), (0, 6)),
@@ -44,12 +44,13 @@ PARTS = {
 
 @dataclass
 class Units:
-    """The units of the first hidden layer.
+    """The U units of the first hidden layer.
 
     Attributes:
-        weights: (U, C, H, W), as the net has them, for normalised pixels.
-        values: (U,) after the activation.
-        adds: (num_classes, U) to each logit; of a net of bends, relative to a blank image.
+        weights: (U, C, H, W), the net's weights for normalised pixels.
+        values: (U,), their values after the activation.
+        adds: (num_classes, U), their contributions to each logit; for exact explanations (``is_exact``),
+            relative to a blank image.
     """
 
     weights: Tensor
@@ -59,13 +60,13 @@ class Units:
 
 @dataclass
 class Change:
-    """Few pixels that turn an answer.
+    """A change of few pixels that turns the answer.
 
     Attributes:
-        image: (C, H, W) in [0, 255], as the net would see it.
-        pixels: rows and columns of those that are changed.
+        image: (C, H, W) in [0, 255], the changed input of the net.
+        pixels: row and column of each changed pixel.
         label: the new answer.
-        probability: of it.
+        probability: probability of the new answer, in [0, 1].
     """
 
     image: Tensor
@@ -76,13 +77,13 @@ class Change:
 
 @dataclass
 class Erased:
-    """A part of a figure without which the net answers otherwise.
+    """A part of a figure without which the net gives another answer.
 
     Attributes:
         part: a key of ``PARTS``.
-        image: (C, H, W) in [0, 255], without it.
+        image: (C, H, W) in [0, 255], the net's input without the part.
         label: the new answer.
-        probability: of it.
+        probability: probability of the new answer, in [0, 1].
     """
 
     part: str
@@ -93,12 +94,12 @@ class Erased:
 
 @dataclass
 class Nearest:
-    """The training images that are most like an image to the net's last hidden layer, the nearest first.
+    """The training images nearest to an image in the net's last hidden layer, the nearest first.
 
     Attributes:
         images: (N, H, W) or (N, H, W, C) uint8.
         labels: (N,) int64.
-        distances: (N,) float, Euclidean.
+        distances: (N,) float, Euclidean distances in the last hidden layer.
     """
 
     images: Tensor
@@ -108,21 +109,22 @@ class Nearest:
 
 @dataclass
 class Explanation:
-    """The explanation of one image's answer.
+    """The explanation of a net's answer for one image.
 
     Attributes:
-        seen: (C, H, W) float32 in [0, 255], the pixels that the net sees.
-        class_names: by label.
+        seen: (C, H, W) float32 in [0, 255], the net's input before it is normalised.
+        class_names: name of each label.
         logits: (num_classes,) float64.
         probabilities: (num_classes,) float64, at the net's temperature.
-        is_exact: whether ``pixels`` and ``rest`` are the exact decomposition; else gradient × input.
-        pixels: (num_classes, H, W) float64, what each pixel adds to each logit; a black one adds nothing.
-        rest: (num_classes,) float64.  If exact, the logits of a blank image; else what the pixels leave over.
-            Pixels and rest sum to the logits.
-        units: None for a net that is no ``FeedForward`` or has no hidden layer.
-        change: the smallest that was found; None: none of at most ``MOST_CHANGES`` pixels.
-        erased: the smallest part whose loss turns the answer; None: there is none.
-        nearest: None where they were not looked for.
+        is_exact: whether ``pixels`` and ``rest`` decompose the logits exactly; otherwise ``pixels`` are
+            gradient × input.
+        pixels: (num_classes, H, W) float64, contribution of each pixel to each logit; a pixel of 0 has none.
+        rest: (num_classes,) float64, the logits minus the sums of ``pixels``; if ``is_exact``, these are the
+            logits of a blank image.
+        units: the first hidden layer; None if the net is no ``FeedForward`` or has no hidden layer.
+        change: the smallest change that was found; None: none of at most ``MOST_CHANGES`` pixels.
+        erased: the smallest part whose removal turns the answer; None: there is none.
+        nearest: the nearest training images; None: they were not asked for.
     """
 
     seen: Tensor
@@ -139,7 +141,7 @@ class Explanation:
 
     @property
     def ranking(self) -> list[int]:
-        """The labels, the most probable first."""
+        """The labels in descending order of probability."""
         order: list[int] = self.logits.argsort(descending=True, stable=True).tolist()
         return order
 
@@ -148,7 +150,7 @@ class Explanation:
         return "exact, relative to a blank image" if self.is_exact else "gradient × input"
 
     def __str__(self) -> str:
-        """The answer in words; what it says of a part, the net was asked."""
+        """Say the answer in a sentence, and how it changes without a part of the figure."""
         first = self.ranking[0]
         told = f"read as {self.class_names[first]} ({100 * float(self.probabilities[first]):.1f} %)"
         if self.erased is None:
@@ -161,7 +163,7 @@ class Explanation:
         """Draw the explanation as a figure.
 
         Args:
-            title: None: the sentence.
+            title: the figure's title; None: the sentence of ``str``.
         """
         from mnist_lightning import figures
 
@@ -206,22 +208,22 @@ class Explanation:
 def explain(classifier: DigitClassifier, image: Tensor, *, nearest: Nearest | None = None) -> Explanation:
     """Explain the answer for one image.
 
-    Of a ``FeedForward`` net of bends (ReLU or leaky ReLU, with batch norm or without) the contributions are
-    exact: the slope of each unit is that of the line through its values for a blank image and for this one,
-    so that what the pixels add sums to the difference between the two images' logits.  That is DeepLIFT's
-    rescale rule: Shrikumar, Greenside and Kundaje 2017, arXiv 1704.02685.  Of any other net they are
-    gradient × input.
+    For a ``FeedForward`` net with ReLU or leaky ReLU, with or without batch norm, the contributions of pixels
+    are exact: they sum to the difference between the logits of this image and of a blank one.  To this end
+    the slope of each unit is that of the line through its values for both images.  This is the rescale rule
+    of DeepLIFT: Shrikumar, Greenside and Kundaje 2017, arXiv 1704.02685.  For any other net the contributions
+    are gradient × input.
 
     Args:
-        classifier: in eval mode.
-        image: (H, W) or (H, W, C) uint8 or float, in [0, 255], as the data set has them.
-        nearest: of ``find_nearest``, which looks for those of many images at once.
+        classifier: the net, in eval mode.
+        image: (H, W) or (H, W, C) uint8 or float, in [0, 255], as the data set stores it.
+        nearest: the image's result of ``find_nearest``, which takes many images at once; None: not shown.
 
     Raises:
-        ValueError: the net names no classes, or the image has another shape.
+        ValueError: the net is a regression, or the image has another shape.
     """
     if not classifier.names_classes:
-        raise ValueError("explain is for nets that name classes, and this one gives a number")
+        raise ValueError("explain is for classifiers, and this net gives a number (a regression)")
     channels, height, width = classifier.image_shape
     if tuple(image.shape) not in ((height, width), (height, width, channels)):
         raise ValueError(f"the net takes images of {height}×{width}×{channels}, not {tuple(image.shape)}")
@@ -248,7 +250,7 @@ def explain(classifier: DigitClassifier, image: Tensor, *, nearest: Nearest | No
 
 
 def is_exact(net: nn.Module) -> bool:
-    """Whether a net is one of bends, whose contributions can be told exactly."""
+    """Whether the contributions of a net's pixels can be computed exactly, see ``explain``."""
     if type(net) is not FeedForward:
         return False
     smooth = tuple(kind for kind in ACTIVATIONS.values() if kind not in BENDS)
@@ -258,10 +260,11 @@ def is_exact(net: nn.Module) -> bool:
 def _multiply(
     net: nn.Module, seen: Tensor, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Units | None]:
-    """Slopes between a blank image and this one; see ``explain``.
+    """Compute slopes between a blank image and this one, see ``explain``.
 
     Returns:
-        (num_classes, C, H, W) for each pixel, the logits of this image and of the blank one, and the units.
+        The slope of each logit for each pixel, (num_classes, C, H, W); the logits of this image and of the
+        blank one, (num_classes,) each; and the units.
     """
     layers = [layer for layer in net.layers if not isinstance(layer, nn.Dropout)]  # type: ignore[union-attr]
     values = [(torch.stack([torch.zeros_like(seen), seen]) - mean) / std]
@@ -279,7 +282,9 @@ def _multiply(
             gains = gains * (layer.weight / torch.sqrt(layer.running_var + layer.eps))
         elif isinstance(layer, BENDS):
             start, end = values[number + 1]
-            units = _read_units(net, end, gains * (end - start), seen.shape)  # the first layer's come last
+            units = _read_units(
+                net, end, gains * (end - start), seen.shape
+            )  # those of the first layer remain
             moved = high - low
             at = F.relu(torch.sign(high)) if isinstance(layer, nn.ReLU) else (end / high).nan_to_num(1.0)
             near = moved.abs() < 1e-9
@@ -290,7 +295,7 @@ def _multiply(
 def _differentiate(
     net: nn.Module, seen: Tensor, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Units | None]:
-    """Gradients at this image; as ``_multiply`` otherwise."""
+    """Compute gradients at this image; the result is like that of ``_multiply``, with 0 for a blank image."""
     pixels = seen.clone().requires_grad_()
     hidden: list[Tensor] = []
     first = None
@@ -318,7 +323,7 @@ def _read_units(net: nn.Module, values: Tensor, adds: Tensor, shape: Sequence[in
 
 
 def ask(classifier: DigitClassifier, seen: Tensor) -> Tensor:
-    """The logits for pixels as the net sees them.  (N, C, H, W) in [0, 255] -> (N, num_classes)"""
+    """Compute the logits for preprocessed pixels.  (N, C, H, W) in [0, 255] -> (N, num_classes)"""
     outputs = []
     with torch.inference_mode():
         for part in torch.split(seen.to(classifier.device), eval_batch_size(classifier.image_shape)):
@@ -329,19 +334,23 @@ def ask(classifier: DigitClassifier, seen: Tensor) -> Tensor:
 
 
 def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
-    """Look for the fewest pixels that turn the answer.
+    """Search for few pixels whose change turns the answer.
 
-    One pixel after the other is inked (255) where it touches ink, or erased (0) where there is some, always
-    the one that brings another answer nearest; then each is taken back whose change is not needed.  A search
-    of all sets of pixels would take for ever, so a smaller change may exist.
+    Each step sets one pixel to 255 beside ink, or to 0 where there is ink: the pixel that brings another
+    answer nearest.  Afterwards, changes that are not needed are undone.  A search of all sets of pixels would
+    take too long, so a smaller change may exist.
 
     Args:
+        classifier: the net.
         seen: (C, H, W) in [0, 255].
+
+    Returns:
+        The change; None: none of at most ``MOST_CHANGES`` pixels was found.
     """
     label = int(ask(classifier, seen[None]).argmax())
 
     def lead(images: Tensor) -> Tensor:
-        """The lead of the best other answer, in logits.  (N, C, H, W) -> (N,)"""
+        """Compute how far the best other logit is above the answer's.  (N, C, H, W) -> (N,)"""
         logits = ask(classifier, images)
         own = logits[:, label].clone()
         logits[:, label] = -torch.inf
@@ -386,11 +395,14 @@ def find_change(classifier: DigitClassifier, seen: Tensor) -> Change | None:
 
 
 def find_erased(classifier: DigitClassifier, seen: Tensor) -> Erased | None:
-    """Erase one part after the other, and ask the net: the one with the least ink that turns its answer to
-    another of which it is more sure than not.
+    """Find the part with the least ink whose removal turns the answer to one with a probability above 1/2.
 
     Args:
+        classifier: the net, which is tried without each of ``PARTS``.
         seen: (C, H, W) in [0, 255].
+
+    Returns:
+        The part; None: there is none.
     """
     seen = seen.cpu()
     level = seen.amax(dim=0)
@@ -419,12 +431,15 @@ def find_erased(classifier: DigitClassifier, seen: Tensor) -> Erased | None:
 
 
 def find_nearest(classifier: DigitClassifier, images: Tensor, training: Images) -> list[Nearest]:
-    """The training images nearest to each image in the last hidden layer.
-
-    That layer is what goes into the net's last linear layer; of a net that has none, the pixels.
+    """Find the training images nearest to each image in the last hidden layer, see ``likeness.see``.
 
     Args:
+        classifier: the net.
         images: (N, H, W) or (N, H, W, C) in [0, 255].
+        training: the training images.
+
+    Returns:
+        The ``NUM_NEAREST`` nearest for each image, fewer if there are fewer training images.
     """
     wanted = see(classifier, images)[0]
     distances, indices = [], []

@@ -1,4 +1,4 @@
-"""Join the predictions of nets of several folds for the images that they were not trained on."""
+"""Join the predictions of several folds' nets, each for the images on which it was not trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from mnist_lightning.evaluation.trained import average, load_split, log_probabil
 
 @dataclass(frozen=True)
 class Judged:
-    """
+    """Predictions for training images by nets that were trained without them.
+
     Attributes:
-        images: the training images that were judged, N of them.
-        indices: (N,) int64, their places among all training images.
-        log_probs: (N, C) float32, of nets that were trained without the image.
-        missing: folds that no net has left out.
+        images: the N training images that have predictions.
+        indices: (N,) int64, their positions among all training images.
+        log_probs: (N, C) float32, log-probabilities.
+        missing: folds for which there is no net.
     """
 
     images: Images
@@ -40,12 +41,13 @@ def join_folds(
     """Predict each fold's images with its own net; nets of one fold, with other seeds, are averaged.
 
     Args:
-        paths: of the checkpoints.
-        loaded: the nets and what their files hold, see ``load_classifier``; ``data_dir``, ``trust``: there.
+        paths: the checkpoints.
+        loaded: the result of ``load_classifier`` for each checkpoint.
+        data_dir, trust: see ``load_split``.
         tta: see ``log_probabilities``.
 
     Raises:
-        OSError: a net has no fold, or another division of the images than the first.
+        OSError: a net has no fold, or its folds are not those of the first net.
     """
     told = [dict(checkpoint["datamodule_hyper_parameters"]) for _, checkpoint in loaded]
     for path, settings in zip(paths, told, strict=True):
@@ -69,7 +71,7 @@ def join_folds(
             len(own) == int(members.sum()) and torch.equal(own.images, whole.images[members])
         ):
             raise OSError(
-                f"{paths[0]} and {path} divide their images in other ways (data.name, data.num_folds,"
+                f"{paths[0]} and {path} divide their images in different ways (data.name, data.num_folds,"
                 " data.split_seed): they can't be joined"
             )
         by_fold.setdefault(int(settings["fold"]), []).append(

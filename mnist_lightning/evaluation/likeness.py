@@ -1,4 +1,4 @@
-"""Whether an image looks like the training images of the class that the net gives it."""
+"""Measure how much an image looks like the training images of its predicted class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,31 +11,32 @@ from torch.nn import functional as F
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.data import Images, eval_batch_size
 
-POOL = 2  # pixels on a side that are averaged
-UNITS = 128  # of the last hidden layer; more are folded into so many
-IMAGES = 1_000  # of each class, from which its images are learned
-DIRECTIONS = 32  # along which images of a class may differ from their mean
-ROUNDS = 6  # of subspace iteration: more change no digit of the limit
-DOUBT = 1 / 3  # of what tells images apart, the part of the answer's probability
+POOL = 2  # side, in pixels, of the squares that are averaged
+UNITS = 128  # most features from the last hidden layer; a larger layer is folded to so many
+IMAGES = 1_000  # number of training images of each class to fit
+DIRECTIONS = 32  # number of directions in which images of a class may differ from their mean
+ROUNDS = 6  # iterations of the subspace method; more change no digit of the limit
+DOUBT = 1 / 3  # weight of the answer's probability in the distance
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """For each class the images that it may have: a mean and directions around it.
+    """Describe the images of each class by a mean and principal directions around it.
 
-    An image is described by features: its pixels, averaged in squares, and the last hidden layer, each scaled
-    so that the training images vary by 1.  What is left of them beside the mean and the directions of its
-    class, squared, is how far it is from that class: SIMCA, Wold 1976, "Pattern recognition by means of
-    disjoint principal components models", Pattern Recognition 8(3).  To that comes the net's doubt, the
-    negative logarithm of the answer's probability.
+    The features of an image are its pixels, averaged in squares, and the last hidden layer, both scaled to a
+    total variance of 1 over the training images.  The distance of an image from a class is the squared length
+    of what the class's mean and directions leave over: SIMCA, Wold 1976, "Pattern recognition by means of
+    disjoint principal components models", Pattern Recognition 8(3).  The net's doubt, the negative logarithm
+    of the answer's probability, is added to it.
 
     Attributes:
-        scales: by which pixels and hidden units are multiplied.
+        scales: factors for pixels and for hidden units.
         means: (num_classes, F) float.
-        directions: (num_classes, R, F) float, each class's orthonormal, or 0 where it has fewer.
-        doubt: by which the negative logarithm is multiplied.
-        limit: the largest distance of what looks like its class.
-        nothing: what is beyond it: "no digit", of other classes than digits "no character".
+        directions: (num_classes, R, F) float, orthonormal for each class; rows are 0 if it has fewer.
+        doubt: factor for the negative logarithm.
+        limit: the largest distance at which an image looks like its class.
+        nothing: what images beyond the limit are called: "no digit", or "no character" if the classes are not
+            digits.
     """
 
     scales: tuple[float, float]
@@ -46,20 +47,30 @@ class Likeness:
     nothing: str
 
     def describe(self, classifier: DigitClassifier, images: Tensor, hidden: Tensor) -> Tensor:
-        """Features, see above.  -> (N, F)"""
+        """Compute the features of images from their pixels and last hidden layer.
+
+        Args:
+            classifier: prepares the images.
+            images: (N, H, W) in [0, 255].
+            hidden: (N, U), see ``see``.
+
+        Returns:
+            (N, F) float
+        """
         pixels, units = pool(classifier, images), fold(hidden)
         return torch.cat([self.scales[0] * pixels, self.scales[1] * units], dim=1)
 
     def measure(self, features: Tensor, probabilities: Tensor) -> Tensor:
-        """How far images are from their most probable class, as a share of the limit: above 1 they do not
-        look like it.
+        """Measure the distance of images from their most probable class, divided by the limit.
+
+        An image with a distance above 1 does not look like the class.
 
         Args:
-            features: (N, F)
-            probabilities: (N, num_classes)
+            features: (N, F), see ``describe``.
+            probabilities: (N, num_classes).
 
         Returns:
-            (N,)
+            (N,) float
         """
         highest, labels = probabilities.max(dim=1)
         away = torch.empty(len(features))
@@ -69,7 +80,7 @@ class Likeness:
         return (away - self.doubt * highest.clamp(min=1e-12).log()) / self.limit
 
     def pack(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return plain data and tensors (float16) for a checkpoint."""
         return {
             **{"scales": list(self.scales), "doubt": self.doubt, "limit": self.limit},
             **{"means": self.means.half(), "directions": self.directions.half()},
@@ -77,12 +88,14 @@ class Likeness:
 
 
 def unpack(kept: Mapping[str, Any], classifier: DigitClassifier) -> Likeness:
-    """
+    """Make a ``Likeness`` of the data in a checkpoint.
+
     Args:
-        kept: see ``Likeness.pack``.
+        kept: what ``Likeness.pack`` returned.
+        classifier: the net to which it belongs.
 
     Raises:
-        ValueError, TypeError, KeyError: it is something else, or of another net.
+        ValueError, TypeError, KeyError: the data is something else, or of another net.
     """
     first, second, doubt, limit = (float(x) for x in (*kept["scales"], kept["doubt"], kept["limit"]))
     means, directions = kept["means"].float(), kept["directions"].float()
@@ -92,22 +105,23 @@ def unpack(kept: Mapping[str, Any], classifier: DigitClassifier) -> Likeness:
     fits = means.shape == (count, width) and directions.ndim == 3 and directions.shape[::2] == (count, width)
     numbers = torch.tensor([first, second, doubt, limit])
     if not (fits and means.isfinite().all() and directions.isfinite().all() and numbers.isfinite().all()):
-        raise ValueError("what it keeps of its training images is of another net")
+        raise ValueError("its likeness of training images is of another net")
     if limit <= 0:
-        raise ValueError(f"the limit of its training images is {limit}")
+        raise ValueError(f"the limit of its likeness is {limit}")
     return Likeness((first, second), means, directions, doubt, limit, name_nothing(classifier))
 
 
 def fit(
     classifier: DigitClassifier, training: Images, validation: Images, temperature: float, kept: float
 ) -> Likeness | None:
-    """Learn what images of each class look like; None where no validation image is read correctly.
+    """Fit what images of each class look like; None if no validation image is read correctly.
 
     Args:
-        training: from whose first images of each class it is learned.
-        validation: on which the limit is set.
-        temperature: of the probabilities.
-        kept: share of the validation images read correctly that are within the limit.
+        classifier: the trained net.
+        training: the first ``IMAGES`` images of each class are used.
+        validation: the images that set the limit.
+        temperature: temperature of the probabilities.
+        kept: share of the correctly read validation images within the limit.
     """
     chosen = torch.cat([(training.labels == k).nonzero()[:IMAGES, 0] for k in range(classifier.num_classes)])
     images, labels = training.images[chosen], training.labels[chosen]
@@ -121,7 +135,7 @@ def fit(
         means[label] = own.mean(dim=0)
         found = find_directions(own - means[label], directions.shape[1])
         directions[label, : len(found)] = found
-    means, directions = means.half().float(), directions.half().float()  # as they are kept
+    means, directions = means.half().float(), directions.half().float()  # as a checkpoint stores them
     nothing = name_nothing(classifier)
     likeness = Likeness((first, second), means, directions, 0.0, 1.0, nothing)
     hidden, outputs = see(classifier, validation.images)
@@ -142,7 +156,7 @@ def name_nothing(classifier: DigitClassifier) -> str:
 
 
 def find_directions(rows: Tensor, count: int) -> Tensor:
-    """The principal directions of centred rows, by subspace iteration.  (N, F) -> (at most count, F)"""
+    """Find the principal directions of centred rows by subspace iteration.  (N, F) -> (at most count, F)"""
     count = min(count, len(rows) - 1)
     if count < 1:
         return rows[:0]
@@ -153,19 +167,22 @@ def find_directions(rows: Tensor, count: int) -> Tensor:
 
 
 def leftover(offsets: Tensor, directions: Tensor) -> Tensor:
-    """The squared length of what no direction explains.  (N, F), (R, F) -> (N,)"""
+    """Compute the squared length of what the directions do not explain.  (N, F), (R, F) -> (N,)"""
     return offsets.square().sum(dim=1) - (offsets @ directions.T).square().sum(dim=1)
 
 
 def pool(classifier: DigitClassifier, images: Tensor) -> Tensor:
-    """The pixels that the net sees, averaged in squares.  (N, H, W) in [0, 255] -> (N, H // 2 * W // 2)"""
+    """Average the net's input in squares of pixels.  (N, H, W) in [0, 255] -> (N, C * (H // 2) * (W // 2))"""
     pixels = classifier.preprocess.to_pixels(images.to(classifier.device)).cpu()
     return F.avg_pool2d(pixels, POOL).flatten(1)
 
 
 def fold(hidden: Tensor) -> Tensor:
-    """Hidden units, of which each further ``UNITS`` are taken from and added to the first ones by turns: sums
-    with random signs keep distances, and the units' order is random.  (N, U) -> (N, at most UNITS)"""
+    """Fold a large hidden layer to at most ``UNITS`` features.  (N, U) -> (N, at most UNITS)
+
+    Each further group of ``UNITS`` is subtracted from or added to the first one, alternately.  Sums with
+    random signs keep distances, and the order of the units is random.
+    """
     groups = torch.split(hidden, UNITS, dim=1)
     folded: Tensor = groups[0].clone()
     for number, group in enumerate(groups[1:], start=1):
@@ -174,11 +191,11 @@ def fold(hidden: Tensor) -> Tensor:
 
 
 def see(classifier: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The last hidden layer and the outputs for each image.
+    """Compute the last hidden layer and the outputs for each image.
 
-    That layer is what goes into the net's last linear layer; of a net that has none, the pixels.
+    The last hidden layer is the input of the net's last linear layer or, without one, the net's input.
 
-    (N, H, W) or (N, H, W, C) in [0, 255] -> (N, U) float32, (N, num_outputs), on the CPU
+    (N, H, W) or (N, H, W, C) in [0, 255] -> (N, U) float32, (N, num_outputs), both on the CPU
     """
     linear = [layer for layer in classifier.net.modules() if isinstance(layer, nn.Linear)]
     hidden, outputs = [], []
@@ -191,7 +208,9 @@ def see(classifier: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
                 for layer in linear[-1:]
             ]
             try:
-                outputs.append(classifier.net.forward(inputs).cpu())  # a compiled net would miss the hook
+                outputs.append(
+                    classifier.net.forward(inputs).cpu()
+                )  # forward(), because a compiled net skips the hook
             finally:
                 for handle in handles:
                     handle.remove()
@@ -201,5 +220,5 @@ def see(classifier: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(rows: Tensor) -> float:
-    """The root of the variances' sum.  (N, F)"""
+    """Compute the square root of the sum of the features' variances.  (N, F) -> float"""
     return max(float((rows - rows.mean(dim=0)).square().sum(dim=1).mean().sqrt()), 1e-6)

@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy with its uncertainty, scores per class, calibration, McNemar's test."""
+"""Score predictions: accuracy with its interval, scores of each class, calibration, McNemar's test."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Z_95 = 1.959964  # the normal distribution's 97.5 % quantile: two-sided 95 %
-NUM_BINS = 15  # of confidence, as in Guo et al. 2017
+Z_95 = 1.959964  # 97.5 % quantile of the normal distribution, for a two-sided interval of 95 %
+NUM_BINS = 15  # number of bins of confidence, as in Guo et al. 2017
 
 Labels = NDArray[np.integer]
 Floats = NDArray[np.floating]
@@ -15,11 +15,11 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predictions sorted into equal bins of confidence.
+    """Confidence and accuracy of predictions in B equal bins of confidence.
 
     Attributes:
-        counts: (B,) int64, predictions in each bin.
-        confidences, accuracies: (B,) float64 means of each bin in [0, 1]; NaN where it is empty.
+        counts: (B,) int64, number of predictions in each bin.
+        confidences, accuracies: (B,) float64, means over each bin in [0, 1]; NaN for an empty bin.
         error: the expected calibration error, in [0, 1].
     """
 
@@ -31,7 +31,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Scores of each class, (C,) each; NaN where a class was never predicted or never occurs."""
+    """Scores of C classes, (C,) each; NaN where a score is not defined, such as without predictions."""
 
     precision: Floats
     recall: Floats
@@ -40,14 +40,17 @@ class ClassScores:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, in [0, 1].
+    """Compute Wilson's 95 % confidence interval of a share.
 
-    It stays inside [0, 1] and holds its level near the ends, where accuracies lie.
-    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", p. 212;
-    recommended by Brown, Cai and DasGupta 2001, "Interval Estimation for a Binomial Proportion".
+    It stays within [0, 1], and its level is right even near 1, where accuracies are.  Wilson 1927, "Probable
+    Inference, the Law of Succession, and Statistical Inference", p. 212; Brown, Cai and DasGupta 2001,
+    "Interval Estimation for a Binomial Proportion", recommend it.
+
+    Returns:
+        Lower and upper end, in [0, 1].
 
     Raises:
-        ValueError: not 0 <= successes <= trials, or no trials.
+        ValueError: ``trials`` is 0, or ``successes`` is not in [0, trials].
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"no share: {successes} of {trials}")
@@ -56,18 +59,18 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     half = Z_95 / (1 + squared / trials) * math.sqrt(
         share * (1 - share) / trials + squared / (4 * trials**2)
     )  # fmt: skip
-    # rounding must not part the interval from a share of 0 or 1
+    # the interval of a share of 0 or 1 must include it in spite of rounding
     return 0.0 if successes == 0 else center - half, 1.0 if successes == trials else center + half
 
 
 def confusion_matrix(labels: Labels, predictions: Labels, num_classes: int) -> NDArray[np.int64]:
-    """Counts, rows are labels, columns are predictions.  (N,), (N,) -> (C, C) int64"""
+    """Count label against prediction; rows are labels, columns predictions.  (N,), (N,) -> (C, C) int64"""
     pairs = labels.astype(np.int64) * num_classes + predictions
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_scores(confusion: NDArray[np.int64]) -> ClassScores:
-    """Precision, recall, F1 and support of each class from a (C, C) confusion matrix."""
+    """Compute precision, recall, F1 and support of each class from a (C, C) confusion matrix."""
     hits = np.diag(confusion).astype(float)
     predicted, support = confusion.sum(axis=0), confusion.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -82,13 +85,14 @@ def class_scores(confusion: NDArray[np.int64]) -> ClassScores:
 def calibration(confidences: Floats, hits: NDArray[np.bool_], *, num_bins: int = NUM_BINS) -> Calibration:
     """Compare confidence with accuracy in equal bins.
 
-    The expected calibration error is the mean over equal bins of |accuracy - confidence|, weighted by
-    the bins' counts.  Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks"
-    (arXiv 1706.04599), equation 3.
+    The expected calibration error is the mean of |accuracy - confidence| over the bins, weighted by their
+    counts: Guo, Pleiss, Sun and Weinberger 2017, "On Calibration of Modern Neural Networks" (arXiv
+    1706.04599), equation 3.
 
     Args:
-        confidences: (N,) probability of each predicted class, in [0, 1]; N > 0.
-        hits: (N,) whether the prediction is right.
+        confidences: (N,), probability of each predicted class, in [0, 1]; N > 0.
+        hits: (N,), whether each prediction is right.
+        num_bins: number of bins.
     """
     # bins are (lower, upper], as in the paper
     bins = np.clip(np.ceil(confidences.astype(float) * num_bins).astype(int) - 1, 0, num_bins - 1)
@@ -101,22 +105,22 @@ def calibration(confidences: Floats, hits: NDArray[np.bool_], *, num_bins: int =
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p value of McNemar's test: do two classifiers err equally often?
+    """Compute the exact two-sided p-value of McNemar's test that two classifiers err equally often.
 
-    Where they do, each image that only one of them reads right is a fair coin.  McNemar 1947, "Note on
-    the sampling error of the difference between correlated proportions or percentages"; for comparing
-    classifiers: Dietterich 1998, "Approximate Statistical Tests for Comparing Supervised
-    Classification Learning Algorithms", section 3.1.
+    If they do, each image that only one of them reads correctly is like the toss of a fair coin.  McNemar
+    1947, "Note on the sampling error of the difference between correlated proportions or percentages";
+    Dietterich 1998, "Approximate Statistical Tests for Comparing Supervised Classification Learning
+    Algorithms", section 3.1, uses it for classifiers.
 
     Args:
-        only_first: number of images that only the first reads right.
-        only_second: number of images that only the second reads right.
+        only_first: number of images that only the first classifier reads correctly.
+        only_second: number of images that only the second classifier reads correctly.
 
     Returns:
-        In [0, 1].
+        The p-value, in [0, 1].
     """
     total = only_first + only_second
-    ways_of_k = tail = 1  # whole numbers until the end: nothing is rounded
+    ways_of_k = tail = 1  # integers, so that nothing is rounded before the end
     for k in range(min(only_first, only_second)):
         ways_of_k = ways_of_k * (total - k) // (k + 1)
         tail += ways_of_k
@@ -131,8 +135,12 @@ class Evaluation:
     Attributes:
         labels, predictions: (N,) int64.
         probabilities: (N, C) float32.
-        confusion: (C, C) int64, rows are labels.
+        confusion: (C, C) int64; rows are labels, columns are predictions.
         loss: mean cross-entropy, without label smoothing and temperature.
+        accuracy: share of correct predictions, in [0, 1].
+        interval: Wilson's 95 % interval of the accuracy.
+        scores: scores of each class.
+        calibration: confidence against accuracy.
     """
 
     labels: NDArray[np.int64]
@@ -152,9 +160,11 @@ class Evaluation:
         return highest
 
     def risk_coverage(self) -> tuple[Floats, Floats]:
-        """The share that is answered and the share of it that is misread, the most confident first.
+        """Compute the risk-coverage curve: answer the n most confident images, for n = 1 … N.
 
-        -> (N,) coverage in (0, 1], rising, and (N,) risk in [0, 1]
+        Returns:
+            Coverage, the share of images that are answered, (N,) in (0, 1], rising; and risk, the share of
+            the answered images that are misread, (N,) in [0, 1].
         """
         order = (-self.confidences).argsort(kind="stable")
         count = np.arange(1, len(order) + 1)
@@ -162,17 +172,17 @@ class Evaluation:
         return count / len(order), wrong / count
 
     def worst(self, most: int) -> NDArray[np.int64]:
-        """Indices of the misread images, the most confident first.  -> (at most ``most``,) int64"""
+        """Return the indices of misread images, the most confident first.  -> (at most ``most``,) int64"""
         wrong = (self.labels != self.predictions).nonzero()[0]
         chosen: NDArray[np.int64] = wrong[(-self.confidences[wrong]).argsort(kind="stable")][:most]
         return chosen
 
     def doubtful(self) -> NDArray[np.int64]:
-        """Indices of the misread images, that with the least probable label first.  -> (M,) int64
+        """Return the indices of the misread images, the least probable label first.  -> (M,) int64
 
-        Of labels that a net has not been trained on, those with little "self-confidence" are the likeliest
+        If a net was not trained on the images, labels to which it gives a low probability are the most likely
         to be wrong: Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset
-        Labels" (arXiv 1911.00068), section 3.
+        Labels" (arXiv 1911.00068), section 3, where this probability is called self-confidence.
         """
         wrong = (self.labels != self.predictions).nonzero()[0]
         given = self.probabilities[wrong, self.labels[wrong]]
@@ -183,11 +193,13 @@ class Evaluation:
 def score(
     labels: "NDArray[np.int64]", log_probabilities: "NDArray[np.float32]", temperature: float = 1.0
 ) -> Evaluation:
-    """
+    """Score the predictions of a net.
+
     Args:
         labels: (N,) int64, N > 0.
-        log_probabilities: (N, C).
-        temperature: by which they are divided for the probabilities and the calibration; the loss is without.
+        log_probabilities: (N, C) float32.
+        temperature: number by which they are divided for the probabilities and the calibration, but not for
+            the loss.
     """
     num_classes = log_probabilities.shape[1]
     predictions = log_probabilities.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Tests of whether one setting is better than another on the same images; of two nets, see scores.mcnemar."""
+"""Test whether one setting is better than another on the same images; for two nets, see scores.mcnemar."""
 
 import math
 from typing import TYPE_CHECKING
@@ -8,15 +8,17 @@ if TYPE_CHECKING:
 
 
 def sign_flip(differences: "np.ndarray") -> float:
-    """Two-sided p-value of the exact sign-flip test on paired differences.
+    """Compute the two-sided p-value of the exact sign-flip test on paired differences.
 
-    If two settings are equally good, a difference on an image could as well have the other sign.
-    Fisher 1935, "The Design of Experiments", section 21.  With differences of -1, 0 and 1 it is
-    McNemar's exact test.
+    If two settings are equally good, each difference has either sign with probability 1/2: Fisher 1935, "The
+    Design of Experiments", section 21.  For differences of -1, 0 and 1, this is McNemar's exact test.
 
     Args:
-        differences: (N,) integers, an image each: the number of seeds with which the first setting
-            names it correctly, less that of the second.
+        differences: (N,) integers.  For each image, it is the number of seeds with which the first setting
+            classifies it correctly, minus that number of the second setting.
+
+    Returns:
+        The p-value, in [0, 1].
     """
     import numpy as np
 
@@ -37,7 +39,7 @@ def sign_flip(differences: "np.ndarray") -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P-values adjusted for their number: Holm 1979, Scandinavian Journal of Statistics 6, 65–70."""
+    """Adjust p-values for their number by the method of Holm 1979, Scandinavian Journal of Statistics 6."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, position in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

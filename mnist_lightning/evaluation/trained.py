@@ -1,4 +1,4 @@
-"""Read a trained net back from its run's files, and compute its outputs."""
+"""Load a trained net and its data from a checkpoint, and compute its outputs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,28 @@ from mnist_lightning.rundir.outside import as_text, as_word
 from mnist_lightning.targets import PARTS, TargetError, make, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
 
-OPERATIONS = 10_000  # of torch, to try a net: a recurrent one takes some for each row of an image
-OPERATIONS_OF_A_WEIGHT = 1_000  # more for each tensor of weights
-BUILDING = 10  # operations that one counts for which makes a weight: there are some tens for each
-LARGEST = 2**30  # bytes of a tensor
-MOST_PIXELS = 2**26  # of an image
+OPERATIONS = 10_000  # most operations of torch to try a net; a recurrent one takes some for each row
+OPERATIONS_OF_A_WEIGHT = 1_000  # as many more for each tensor of weights
+BUILDING = 10  # an operation that makes a weight counts as so many; each weight takes some tens of them
+LARGEST = 2**30  # most bytes of a tensor
+MOST_PIXELS = 2**26  # most values of an image
 MOST_CLASSES = 10_000
-MOST_VALUES = 10_000  # in the settings of a net, a loss and metrics
+MOST_VALUES = 10_000  # most values in the settings of a net, a loss and metrics
 
 
 def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, dict[str, Any]]:
-    """The net of a checkpoint, rebuilt from the checkpoint alone, and the checkpoint.
+    """Rebuild the classifier of a checkpoint from the checkpoint alone.
 
     Args:
-        trust: modules, besides this project's and its libraries, that the checkpoint may name; see ``trust``.
+        path: the checkpoint file.
+        trust: the user's modules that the checkpoint may name, see ``trust.read_trust``.
 
     Returns:
-        The classifier, in eval mode and for inference only, and what the file holds.
+        The classifier, in eval mode and for inference only, and the contents of the file.
 
     Raises:
-        OSError: the file can't be read, or the net it describes is not the one it holds.
-        TrustError: it names what is not trusted.
+        OSError: the file can't be read, describes another net than it holds, or needs too much memory.
+        TrustError: the checkpoint names code that is not trusted.
     """
     try:
         checkpoint = load(path)
@@ -51,7 +52,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
         except OSError:
             raise error from None
         raise OSError(
-            f"{error}; another net is never taken in silence: checkpoint={as_word(str(other))} is whole"
+            f"{error}; a valid checkpoint of the run is checkpoint={as_word(str(other))}"
         ) from error
     recipe = checkpoint["hyper_parameters"]
     if recipe.get("model") is None:
@@ -74,7 +75,7 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a class raises that is given what it does not expect
+    except Exception as error:  # a class with unexpected arguments may raise anything
         cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
     bounds.check_batch(eval_batch_size(classifier.image_shape), path)
@@ -110,19 +111,23 @@ DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()
 
 
 class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
-    """Limit torch's operations within the block, and the size of each tensor to ``LARGEST``; measured on
-    tensors without content, before any memory is taken.
+    """Limit the number of torch's operations within the block, and each tensor to ``LARGEST`` bytes.
 
-    What a checkpoint says of its net may describe one that no machine can hold, or whose building has no end.
+    A hostile checkpoint may describe a net that no machine can hold, or that takes for ever to build.  Sizes
+    are computed on tensors without content, before memory is allocated.
+
+    Args:
+        most: largest number of operations.
 
     Args:
         checkpoint: that holds the net's weights.
 
     Attributes:
-        largest: bytes of the largest tensor that an operation has given.
+        left: number of operations that are left.
+        largest: bytes of the largest tensor so far.
 
     Raises:
-        MemoryError: it was to do more.
+        MemoryError: the block exceeds a limit.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:
@@ -160,9 +165,14 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         return func(*args, **kwargs)
 
     def look_ahead(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], *, most: int) -> None:
-        """
+        """Compute the size of an operation's results without running it.
+
         Args:
-            most: bytes that a result may take: what is no more than what is there already is no danger.
+            func, args, kwargs: the operation and its arguments.
+            most: most bytes of a result; the caller allows as many as an argument has.
+
+        Raises:
+            MemoryError: a result is larger.
         """
         if getattr(func, "is_view", False):  # of what is there: a weight, transposed
             return
@@ -170,7 +180,7 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         try:
             empty = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs | where))
             results = tree_leaves(func(*empty[0], **empty[1]))
-        except RuntimeError:  # it depends on the content, or fails with it too
+        except RuntimeError:  # the result depends on the content, or the operation fails anyway
             return
         size = max((one.nbytes for one in results if isinstance(one, Tensor)), default=0)
         if size > most:
@@ -179,10 +189,10 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
 
 
 def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
-    """
+    """Check the image shape, the class names and the number of settings in a checkpoint.
+
     Raises:
-        OSError: images or classes are such as no data set of this project has, or there is no end to its
-            settings.
+        OSError: no data set of this project has such images or classes, or there are too many settings.
     """
     shape, names = recipe["image_shape"], recipe["class_names"]
     if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
@@ -217,20 +227,20 @@ def check_numbers(metrics: Any, path: Path) -> None:
 def load_data(
     path: Path, checkpoint: dict[str, Any], *, data_dir: str | None, trust: Any = None
 ) -> MNISTDataModule:
-    """The data of a checkpoint's run, set up and split as the run had it.
+    """Load the data of a checkpoint's run, in the run's splits.
 
     Args:
-        path: of the checkpoint, for the messages.
-        checkpoint: what it holds.
-        data_dir: where the data lies, the folder or the npz file of such data, made and filled where
-            something is missing; None: where the run read it.  That path comes from a file that may be a
-            stranger's: it is read, never written.
+        path: the checkpoint file, for messages.
+        checkpoint: its contents.
+        data_dir: folder or npz file with the data; a missing folder is created and filled.  None: the path
+            from which the run read the data.  It comes from a file that may be a stranger's, so it is only
+            read, never written.
         trust: see ``load_classifier``.
 
     Raises:
-        OSError: the checkpoint does not tell its data, the data can't be read or fetched, or is not what the
-            run was trained on.
-        TrustError: the data is to be read by code that is not trusted.
+        OSError: the checkpoint does not say which data it used, the data can't be read or downloaded, or it
+            is not the data of the training.
+        TrustError: the data needs code that is not trusted.
     """
     try:
         settings = dict(checkpoint["datamodule_hyper_parameters"])
@@ -245,8 +255,8 @@ def load_data(
             datamodule.prepare_data()
         elif not datamodule.source.is_whole():
             raise OSError(
-                f"{path} says that its data lies in {settings[place]}, where it is not, or not whole:"
-                f" data_dir=… says where it lies, or is to be put"
+                f"{path} was trained on data in {settings[place]}, which is missing or incomplete:"
+                f" give its place, or a folder to put it in, by data_dir=…"
             )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         cause = as_text(str(error))
@@ -256,7 +266,7 @@ def load_data(
         datamodule.check_fingerprint(checkpoint.get(type(datamodule).__qualname__) or {})
     except DataError as error:
         raise OSError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:  # from settings of other types
+    except (KeyError, TypeError, ValueError) as error:  # settings of wrong types
         cause = as_text(str(error))
         raise OSError(f"{path} does not tell which data its net was trained on: {cause}") from error
     return datamodule
@@ -265,13 +275,15 @@ def load_data(
 def load_split(
     path: Path, checkpoint: dict[str, Any], split: str, *, data_dir: str | None, trust: Any = None
 ) -> Images:
-    """The images of a checkpoint's run in one of its splits; see ``load_data`` and ``find_split``."""
+    """Load the images of one split of a checkpoint's run; see ``load_data`` and ``find_split``."""
     return find_split(load_data(path, checkpoint, data_dir=data_dir, trust=trust), split)
 
 
 def find_split(datamodule: MNISTDataModule, split: str) -> Images:
-    """
+    """Return the images of a split, after checking that there are some.
+
     Args:
+        datamodule: set up.
         split: "train", "val" or "test".
 
     Raises:
@@ -279,29 +291,34 @@ def find_split(datamodule: MNISTDataModule, split: str) -> Images:
     """
     images = datamodule.splits[split]
     if not len(images):
-        raise OSError(f"split={split}: the run had no such images of {datamodule.name} (data.val_size=0)")
+        raise OSError(f"split={split}: the run had no such split of {datamodule.name} (data.val_size=0)")
     return images
 
 
 def check_same_images(paths: Sequence[Path], splits: Sequence[Images], name: str) -> None:
     """Check that all runs have the same images in the split of this name.
 
+    Args:
+        paths: the checkpoints, for messages.
+        splits: the split of each run.
+        name: "train", "val" or "test".
+
     Raises:
-        OSError: two have others.
+        OSError: two runs have different images.
     """
     first = splits[0]
     for path, other in zip(paths, splits, strict=True):
         same = len(other) == len(first) and torch.equal(other.images, first.images)
         if not (same and torch.equal(other.labels, first.labels)):
             raise OSError(
-                f"{paths[0]} and {path} have other {name} images"
-                " (data.name, data.val_size, data.split_seed): they can't be compared on them"
-                + ("; split=test may do" if name == "val" else "")
+                f"{paths[0]} and {path} have different {name} images"
+                " (data.name, data.val_size, data.split_seed), so they can't be compared on them"
+                + ("; split=test may work" if name == "val" else "")
             )
 
 
 def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, wanted: int | None) -> int:
-    """The number of threads for ``compute_outputs`` of each of these nets."""
+    """Choose the number of threads for ``compute_outputs`` of these nets; ``wanted`` is the user's."""
     flops = [
         threads.count_flops(one.net, one.image_shape, min(num_images, eval_batch_size(one.image_shape)))
         for one in classifiers
@@ -310,36 +327,39 @@ def choose_threads(classifiers: Sequence[DigitClassifier], num_images: int, want
 
 
 def choose_device(name: str) -> torch.device:
-    """
+    """Find a device by its name.
+
     Args:
-        name: torch's, or "auto": CUDA where there is one, else the CPU, as in training.
+        name: torch's name, or "auto": CUDA if there is one, else the CPU, as in training.
 
     Raises:
-        OSError: torch has no such device here.
+        OSError: torch can't use this device here.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     try:
         torch.zeros(1, device=device)
-    except Exception as error:  # of another kind for each kind of device
+    except Exception as error:  # each type of device raises another exception
         cause = as_text(f"{error}".partition("\n")[0])
         raise OSError(f"device={name} can't be used here: {cause}") from error
     return device
 
 
 def describe_device(device: torch.device) -> str:
-    """The kind of device, with what decides how it rounds."""
+    """Describe a device with what decides its rounding: the GPU's name or the CPU's instructions."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
     return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int | None = None) -> Tensor:
-    """The net's outputs for each image.
+    """Compute the net's outputs for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_outputs) float
 
     Args:
-        variant: a number, of whose deformations each image gets one; None: the image itself.
+        classifier: the net, in eval mode.
+        images: the images as the data set stores them.
+        variant: a number that selects a deformation for each image; None: no deformation.
     """
     outputs = []
     with torch.inference_mode():
@@ -350,13 +370,14 @@ def compute_outputs(classifier: DigitClassifier, images: Tensor, *, variant: int
 
 
 def log_probabilities(classifier: DigitClassifier, images: Tensor, *, tta: int = 0) -> Tensor:
-    """Log-probabilities for each image.
+    """Compute log-probabilities for each image.
 
     (N, H, W) or (N, H, W, C) uint8 or float, in [0, 255] -> (N, num_classes) float
 
     Args:
-        classifier: its outputs are logits (``names_classes``).
-        tta: deformations of each image whose probabilities are averaged; 0: the image itself.
+        classifier: a classifier (``names_classes``), in eval mode.
+        images: the images as the data set stores them.
+        tta: number of deformations of each image whose probabilities are averaged; 0: no deformation.
     """
     return average(
         [
@@ -367,14 +388,15 @@ def log_probabilities(classifier: DigitClassifier, images: Tensor, *, tta: int =
 
 
 def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """The run's own loss and metrics, of a whole split.
+    """Compute the run's own loss and metrics on a whole split.
 
     Args:
-        outputs: (N, num_outputs) float, as the net gives them.
+        classifier: has the loss and the metrics.
+        outputs: the net's outputs, (N, num_outputs) float.
         labels: (N,) int64.
 
     Returns:
-        By name, the loss as "loss".
+        Values by name; the loss is "loss".
     """
     with torch.inference_mode():
         size = eval_batch_size(classifier.image_shape)
@@ -387,5 +409,5 @@ def measure(classifier: DigitClassifier, outputs: Tensor, labels: Tensor) -> dic
 
 
 def average(log_probabilities: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of the probabilities.  K times (N, C) -> (N, C)"""
+    """Average probabilities, given and returned as logarithms.  K times (N, C) -> (N, C)"""
     return torch.logsumexp(torch.stack(list(log_probabilities)), dim=0) - math.log(len(log_probabilities))

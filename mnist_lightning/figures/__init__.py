@@ -1,6 +1,6 @@
-"""Every picture of the project, as functions from arrays to a matplotlib ``Figure``.
+"""Draw all figures of the project: each function takes arrays and returns a matplotlib ``Figure``.
 
-They open no window, touch no global state of pyplot and know nothing of trainers or runs.
+The functions open no window, do not use pyplot's global state, and know nothing about trainers or runs.
 """
 
 from mnist_lightning.figures.charts import (

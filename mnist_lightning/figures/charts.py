@@ -1,4 +1,4 @@
-"""Curves by epoch, and the metric of a sweep's jobs against its settings."""
+"""Draw curves by epoch, and the metric of a sweep's jobs against its settings."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,17 @@ from mnist_lightning.figures.style import (
 
 Curve = tuple[Array, Array]  # epochs (E,) and values (E,)
 LIGHT_GREY = "#BBBBBB"
-HIGHLIGHTED = 6  # learning curves that get a colour and a name of their own
+HIGHLIGHTED = 6  # number of learning curves that get their own colour and name
 HIGHLIGHTS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)
 
 
 @styled
 def curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """Loss and metrics by epoch; a colour for each run, train dashed and validation solid.
+    """Draw loss and metrics by epoch, with a colour for each run; train is dashed, validation solid.
 
     Args:
-        runs: name of a run -> "train/loss", "val/loss", "train/acc" … -> its curve.  A run may lack some.
+        runs: name of a run -> name of a metric ("train/loss", "val/acc", …) -> its curve.  Runs may lack
+            metrics.
     """
     names = {key.partition("/")[2] for history in runs.values() for key in history}
     metrics = sorted(names, key=lambda name: (name != "loss", name)) or ["loss"]
@@ -63,11 +64,13 @@ def curves(runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 @styled
 def parameter(name: str, settings: Sequence[str], metric: str, values: Sequence[float]) -> Figure:
-    """A metric against one swept parameter: every job a dot, the median of each value a line.
+    """Draw a metric against one swept parameter, with a dot for each job and a line through the medians.
 
     Args:
-        settings: (N,) the parameter's value in each job, as typed.
-        values: (N,) the metric.
+        name: key of the parameter.
+        settings: the parameter's value in each of N jobs, as typed.
+        metric: name of the metric.
+        values: the metric of each job, N numbers.
     """
     figure = Picture(figsize=(6.4, 4))
     axes = figure.subplots()
@@ -108,11 +111,13 @@ def heat_map(
     metric: str,
     values: Sequence[float],
 ) -> Figure:
-    """A metric over two swept parameters.
+    """Draw a metric over two swept parameters as a coloured table.
 
     Args:
-        rows, columns: (N,) the parameters' values in each setting, as typed.
-        values: (N,) the metric's mean over the setting's jobs.
+        row_name, column_name: keys of the parameters.
+        rows, columns: the parameters' values in each of N settings, as typed.
+        metric: name of the metric.
+        values: mean of the metric over each setting's jobs, N numbers.
     """
     ys, xs = _ordered(rows), _ordered(columns)
     grid = np.full((len(ys), len(xs)), np.nan)
@@ -138,10 +143,11 @@ def heat_map(
 
 @styled
 def learning_curves(metric: str, curves: Sequence[tuple[str, Sequence[int], Sequence[float]]]) -> Figure:
-    """The learning curves of many jobs in one picture, the best few in colour.
+    """Draw the learning curves of many jobs, the best ``HIGHLIGHTED`` in colour.
 
     Args:
-        curves: (label, epochs, values of the metric) of each job, the best first.
+        metric: name of the metric.
+        curves: label, epochs and values of each job, the best first.
     """
     figure = Picture(figsize=(8, 4.5))
     axes = figure.subplots()
@@ -176,11 +182,14 @@ def learning_curves(metric: str, curves: Sequence[tuple[str, Sequence[int], Sequ
 def learning_rates(
     rates: Array, losses: Array, smooth: Array, suggestion: float | None, *, title: str
 ) -> Figure:
-    """The loss while the learning rate rises.
+    """Draw the loss of a range test against the rising learning rate.
 
     Args:
-        rates: (steps,) of each step.
-        losses, smooth: (steps,) what each step's batch gave, and the smoothed curve.
+        rates: learning rate of each step, (S,).
+        losses: loss of each step's batch, (S,).
+        smooth: the smoothed losses, (S,).
+        suggestion: the suggested rate; None: there is none.
+        title: the figure's title.
     """
     figure = Picture(figsize=(WIDTH, 4.2))
     axes = figure.subplots()
@@ -216,13 +225,13 @@ def _numbers(settings: Sequence[str]) -> Array | None:
 
 
 def _ordered(settings: Sequence[str]) -> list[str]:
-    """The distinct values: numbers by size, words as they first come."""
+    """Return the distinct values, numbers by size and words in the order of their first use."""
     distinct = list(dict.fromkeys(settings))
     return distinct if _numbers(distinct) is None else sorted(distinct, key=float)
 
 
 def _wants_log(numbers: Array) -> bool:
-    """Whether the values spread over a decade, or each is a like multiple of the one before."""
+    """Whether the values span a factor of 10, or each is the same multiple of the previous one."""
     distinct = np.unique(numbers)
     if distinct[0] <= 0 or len(distinct) < 2:
         return False

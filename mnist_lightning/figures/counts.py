@@ -1,4 +1,4 @@
-"""Numbers of a data set, and scores of a net on it."""
+"""Draw the statistics of a data set, and the scores of a net on it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -28,15 +28,16 @@ from mnist_lightning.figures.style import (
     styled,
 )
 
-MOST_NUMBERED = 40  # classes up to which a confusion matrix shows its numbers
+MOST_NUMBERED = 40  # with more classes, a confusion matrix shows only colours
 
 
 @styled
 def class_counts(counts: Mapping[str, Array], class_names: Sequence[str]) -> Figure:
-    """Bars: how many images of each class a split holds.
+    """Draw the number of images of each class in each split as bars.
 
     Args:
         counts: name of a split -> (C,) int.
+        class_names: name of each class.
     """
     width = max(WIDTH, min(16.0, 0.14 * len(class_names)))
     longest = max(len(shorten(name, LONGEST)) for name in class_names)
@@ -58,11 +59,12 @@ def class_counts(counts: Mapping[str, Array], class_names: Sequence[str]) -> Fig
 
 @styled
 def pixel_histogram(counts: Array, *, mean: float, std: float, title: str) -> Figure:
-    """How often each value stands in the images, on a logarithmic axis.
+    """Draw how often each pixel value occurs, on a logarithmic axis.
 
     Args:
-        counts: (1, 256) int, or (3, 256) of red, green and blue.
-        mean, std: of the pixels, in [0, 1].
+        counts: (1, 256) int, or (3, 256) for red, green and blue.
+        mean, std: mean and standard deviation of the pixels, scaled to [0, 1].
+        title: beginning of the figure's title.
     """
     figure = Picture(figsize=(WIDTH, 3.2))
     axes = figure.subplots()
@@ -87,10 +89,12 @@ def pixel_histogram(counts: Array, *, mean: float, std: float, title: str) -> Fi
 
 @styled
 def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -> Figure:
-    """Counts of label against prediction; mistakes are coloured by their number, hits are not.
+    """Draw a confusion matrix, with mistakes coloured by their number and a grey diagonal.
 
     Args:
-        matrix: (C, C) int, rows are labels, columns are predictions.
+        matrix: (C, C) int; rows are labels, columns are predictions.
+        class_names: name of each class.
+        title: the figure's title.
     """
     count = len(class_names)
     side = WIDTH if count <= 12 else min(14.0, WIDTH + 0.12 * (count - 12))
@@ -116,13 +120,15 @@ def confusion_matrix(matrix: Array, class_names: Sequence[str], *, title: str) -
 def confusion_matrices(
     matrices: Sequence[Array], class_names: Sequence[str], *, titles: Sequence[str]
 ) -> Iterator[Array]:
-    """The confusion matrix at several moments, in the colours of the last one's scale.
+    """Draw confusion matrices of several moments, with the colour scale of the last one.
 
     Args:
         matrices: (C, C) int each.
+        class_names: name of each class.
+        titles: the title of each picture.
 
     Returns:
-        (H, W, 3) uint8 each.
+        Pictures of one size, (H, W, 3) uint8 each.
     """
     figure = confusion_matrix(matrices[-1], class_names, title=titles[-1])
     axes = figure.axes[0]
@@ -143,11 +149,13 @@ def confusion_matrices(
 
 
 def _write_numbers(axes: Axes, matrix: Array, *, size: float, most: float) -> None:
-    """The counts that are not 0, each in its cell.
+    """Write each count that is not 0 into its cell.
 
     Args:
-        size: points of the texts beside the axes.
-        most: the number of mistakes that is coloured darkest.
+        axes: the axes of the confusion matrix.
+        matrix: (C, C) int.
+        size: font size of the axes' labels, in points.
+        most: the number of mistakes with the darkest colour.
     """
     for (row, column), number in np.ndenumerate(matrix):
         if number and len(matrix) <= MOST_NUMBERED:
@@ -155,20 +163,21 @@ def _write_numbers(axes: Axes, matrix: Array, *, size: float, most: float) -> No
             color = "black" if row == column or number < 0.6 * most else "white"
             fitting = min(9, 1.9 * size, 6.4 * size / len(text))
             written = axes.text(column, row, text, ha="center", va="center", color=color, fontsize=fitting)
-            written.set_in_layout(False)  # it lies inside, and looking takes longer than drawing
+            written.set_in_layout(False)  # it is inside the axes, and measuring it takes longer than drawing
 
 
 @styled
 def risk_coverage(coverage: Array, risk: Array, *, sure: float | None, title: str) -> Figure:
-    """How many of the images that are answered are misread, where the least confident are left unanswered.
+    """Draw the risk-coverage curve of a net that leaves its least confident images unanswered.
 
     El-Yaniv and Wiener 2010, "On the Foundations of Noise-free Selective Classification", Journal of Machine
     Learning Research 11, section 2.
 
     Args:
-        coverage: (N,) share of the images that are answered, in (0, 1], rising.
-        risk: (N,) share of these that are misread, in [0, 1].
-        sure: the coverage at which predict stops saying "not sure"; None: it never does.
+        coverage: (N,), share of all images that get an answer, in (0, 1], rising.
+        risk: (N,), share of the answered images that are misread, in [0, 1].
+        sure: share of the images that ``predict`` answers without "not sure"; None: not drawn.
+        title: beginning of the figure's title.
     """
     figure = Picture(figsize=(WIDTH, 4.2))
     axes = figure.subplots()
@@ -180,9 +189,9 @@ def risk_coverage(coverage: Array, risk: Array, *, sure: float | None, title: st
     axes.set_ylim(0, max(1.1 * float(np.max(risk)), 0.001))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("coverage: images that are answered, the most confident first")
-    axes.set_ylabel("risk: misread among them")
-    axes.set_title(f"{title}: {100 * float(risk[-1]):.2f} % misread where all are answered")
+    axes.set_xlabel("coverage: share of images answered, the most confident first")
+    axes.set_ylabel("risk: share of these misread")
+    axes.set_title(f"{title}: {100 * float(risk[-1]):.2f} % misread if all are answered")
     return figure
 
 
@@ -190,14 +199,15 @@ def risk_coverage(coverage: Array, risk: Array, *, sure: float | None, title: st
 def reliability_diagram(
     counts: Array, confidences: Array, accuracies: Array, *, error: float, title: str
 ) -> Figure:
-    """Accuracy against confidence in equal bins of confidence, and how many images each bin holds.
+    """Draw accuracy against confidence in equal bins of confidence, and the number of images in each bin.
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), figure 1.
 
     Args:
-        counts: (B,) int, images in each bin.
-        confidences, accuracies: (B,) means in [0, 1]; NaN where the bin is empty.
+        counts: (B,) int, number of images in each bin.
+        confidences, accuracies: (B,), means over each bin in [0, 1]; NaN for an empty bin.
         error: expected calibration error, in [0, 1].
+        title: beginning of the figure's title.
     """
     figure = Picture(figsize=(WIDTH, 5.6))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

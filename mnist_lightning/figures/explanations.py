@@ -1,4 +1,4 @@
-"""Why a net answers as it does, for one image."""
+"""Draw the explanation of a net's answer for one image."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from mnist_lightning.figures.style import BLUE, GREY, PAPER, VERMILION, WIDTH, Array, shorten, styled
 
-LINE = 105  # letters of a title
+LINE = 105  # most characters in a line of a title
 
 
 @styled
@@ -23,15 +23,19 @@ def explanation(
     title: str,
     note: str,
 ) -> Figure:
-    """What the net sees, what its pixels add, the units that decided, the nearest training images, and the
-    smallest change that turns the answer.
+    """Draw an explanation.
+
+    It shows the net's input, the contribution of each pixel, the smallest change that turns the answer, the
+    units that decided, and the nearest training images.
 
     Args:
-        seen: (H, W) or (H, W, 3) in [0, 255].
-        maps: a caption -> (H, W), what each pixel adds; blue is for, red against.  Of one scale.
-        change: the changed image, as ``seen``, and a caption; None: none was found.
-        units: weights (U, H, W) or (U, H, W, 3), captions, and a line above them; None: none.
-        nearest: (N, H, W) or (N, H, W, 3) in [0, 255], and captions; None: none.
+        seen: the net's input, (H, W) or (H, W, 3) in [0, 255].
+        maps: caption -> contribution of each pixel, (H, W).  Positive ones are blue, negative ones red, with
+            one scale for all maps.
+        change: the changed image, in the form of ``seen``, and a caption; None: none was found.
+        units: weights, (U, H, W) or (U, H, W, 3), their captions, and a line above them; None: no units.
+        nearest: images, (N, H, W) or (N, H, W, 3) in [0, 255], and their captions; None: no images.
+        title: the figure's title.
         note: what the maps show, in small letters.
     """
     rows = 1 + (units is not None) + (nearest is not None)

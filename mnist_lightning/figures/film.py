@@ -1,4 +1,4 @@
-"""A training as an animated picture."""
+"""Draw the film of a training as an animated picture."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,19 +8,21 @@ from matplotlib.figure import Figure
 
 from mnist_lightning.figures.style import BLUE, PAPER, VERMILION, Array, percent, shorten, styled, to_array
 
-COLUMNS = 6  # of the units
+COLUMNS = 6  # units in a row
 NUM_IMAGES, IMAGE_COLUMNS = 12, 3
-GAP = 2  # pixels between two
+GAP = 2  # pixels between two images
 
 
 def film_frames(film: Any, class_names: Sequence[str], *, title: str) -> Iterator[Array]:
-    """Each moment of a film as a picture: weights of some units, some images' answers, and the losses.
+    """Draw each moment of a film: weights of some units, answers for some images, and the losses.
 
     Args:
         film: a ``rundir.film.Film``.
+        class_names: name of each class.
+        title: beginning of each picture's title.
 
     Returns:
-        (H, W, 3) uint8 each.
+        Pictures of one size, (H, W, 3) uint8 each.
     """
     figure = _draw_end(film)
     left, middle, right = figure.axes
@@ -41,8 +43,11 @@ def film_frames(film: Any, class_names: Sequence[str], *, title: str) -> Iterato
 
 @styled
 def _draw_end(film: Any) -> Figure:
-    """The last moment, without answers; what changes is the first axes' image, the second's texts and the
-    third's last lines."""
+    """Draw the last moment, without answers.
+
+    Other moments change only the image of the first axes, the texts of the second and the last lines of the
+    third.
+    """
     figure = Figure(figsize=(7.2, 3.7), dpi=100)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.35, 0.75, 1.1))
     weights = _tile(film.weights[-1].astype(float) - 128, COLUMNS)
@@ -71,13 +76,13 @@ def _draw_end(film: Any) -> Figure:
 
 
 def _losses(film: Any) -> list[tuple[str, str, Array]]:
-    """Names, colours and values of the curves that there are."""
+    """Return name, colour and values of each curve that the film has."""
     curves = [("train", BLUE, film.train_loss), ("val", VERMILION, film.val_loss)]
     return [curve for curve in curves if np.isfinite(curve[2]).all()]
 
 
 def _tile(images: Array, columns: int) -> Array:
-    """(N, H, W) -> one image of them side by side"""
+    """Put images side by side into one array, with NaN in the gaps.  (N, H, W) -> (H', W')"""
     count, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + GAP), columns * (width + GAP)), np.nan)

@@ -1,4 +1,4 @@
-"""Images: sheets of many, and one beside what a net says of it."""
+"""Draw sheets of images, and single images with a net's answer."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,27 +28,31 @@ from mnist_lightning.figures.style import (
 )
 
 LINE = "\n"
-LINE_HEIGHT, LETTER_WIDTH = 0.13, 0.068  # inches, of the captions' 8 points
-MOST_BARS = 10  # classes whose probabilities are drawn
+LINE_HEIGHT, LETTER_WIDTH = 0.13, 0.068  # of captions with 8 points, in inches
+MOST_BARS = 10  # most classes whose probabilities are drawn
 
 
 @styled
 def images(images: Array, labels: Sequence[str], *, title: str, columns: int = 10) -> Figure:
-    """A grid of images, grey ones as on paper, each with its label.
+    """Draw a grid of images, each with its label; grey images are dark on white.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) in [0, 255].
         labels: N texts.
+        title: the figure's title.
+        columns: number of images in a row.
     """
     return draw_sheet(images, labels, title=title, columns=columns, limits=(0, 255))[0]
 
 
 @styled
 def mean_images(means: Array, class_names: Sequence[str], *, title: str) -> Figure:
-    """The mean image of each class.
+    """Draw the mean image of each class.
 
     Args:
         means: (C, H, W) or (C, H, W, 3) in [0, 255].
+        class_names: name of each class.
+        title: the figure's title.
     """
     columns = min(10, max(5, math.ceil(len(means) / 2)))
     return draw_sheet(means, class_names, title=title, columns=columns, limits=(0, 255))[0]
@@ -64,11 +68,14 @@ def mistakes(
     title: str,
     columns: int = 8,
 ) -> Figure:
-    """A sheet of misread images, each with its label, the prediction and its probability.
+    """Draw a sheet of misread images, each with its label, the prediction and its probability.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) in [0, 255]; N may be 0.
-        probabilities: (N,) of the predictions, in [0, 1].
+        labels, predictions: N names of classes each.
+        probabilities: (N,), probability of each prediction, in [0, 1].
+        title: the figure's title.
+        columns: number of images in a row.
     """
     if len(images) == 0:
         figure = Picture(figsize=(WIDTH, 1.4))
@@ -87,12 +94,14 @@ def mistakes(
 
 @styled
 def first_layer(weights: Array, *, title: str, columns: int = 10) -> Figure:
-    """What each unit of the first layer looks for: its weights as an image, blue +, red -.
+    """Draw the weights of each unit of the first layer as an image; positive ones are blue, others red.
 
-    In colour, grey is 0, and a colour's weight is more or less of it.
+    For coloured images, grey stands for 0, and a positive weight for more of its colour.
 
     Args:
-        weights: (units, H, W) or (units, H, W, 3).
+        weights: (U, H, W) or (U, H, W, 3).
+        title: the figure's title.
+        columns: number of units in a row.
     """
     limit = float(np.quantile(np.abs(weights), 0.999)) or 1.0
     figure, axes, picture = draw_sheet(
@@ -104,13 +113,15 @@ def first_layer(weights: Array, *, title: str, columns: int = 10) -> Figure:
 
 
 def first_layers(weights: Sequence[Array], *, titles: Sequence[str], columns: int = 10) -> Iterator[Array]:
-    """The first layer at several moments, in the colours of the last one's scale.
+    """Draw the first layer at several moments, with the colour scale of the last one.
 
     Args:
-        weights: (units, H, W) or (units, H, W, 3) each.
+        weights: (U, H, W) or (U, H, W, 3) each.
+        titles: the title of each picture.
+        columns: number of units in a row.
 
     Returns:
-        (H, W, 3) uint8 each.
+        Pictures of one size, (H, W, 3) uint8 each.
     """
     figure = first_layer(weights[-1], title=titles[-1], columns=columns)
     axes = figure.axes[0]
@@ -129,12 +140,14 @@ def first_layers(weights: Sequence[Array], *, titles: Sequence[str], columns: in
 def prediction(
     given: Array, seen: Array, probabilities: Array, class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """What was given, the image that the net saw, and the probabilities of at most ten classes.
+    """Draw a user's picture, the net's input, and the probabilities of at most ten classes.
 
     Args:
-        given: (H, W, 3) uint8.
-        seen: (H, W) or (H, W, 3) in [0, 255].
+        given: the picture, (H, W, 3) uint8.
+        seen: the net's input, (H, W) or (H, W, 3) in [0, 255].
         probabilities: (C,) in [0, 1].
+        class_names: name of each class.
+        title: the figure's title.
     """
     figure = Picture(figsize=(WIDTH, 3.1))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
@@ -168,11 +181,13 @@ def prediction(
 def several(
     given: Array, boxes: Sequence[tuple[int, int, int, int]], captions: Sequence[str], *, title: str
 ) -> Figure:
-    """A picture with a box around each of its digits, and what it is read as above the box.
+    """Draw a picture with a box around each of its digits, and the answers above the boxes.
 
     Args:
-        given: (H, W, 3) uint8.
-        boxes: left, top, right, bottom, in pixels.
+        given: the picture, (H, W, 3) uint8.
+        boxes: left, top, right and bottom of each digit, in pixels.
+        captions: the answer for each digit.
+        title: the figure's title.
     """
     height, width = given.shape[:2]
     figure = Picture(figsize=(WIDTH, min(max(WIDTH * height / width + 0.6, 2.0), 2 * WIDTH)))
@@ -196,12 +211,15 @@ def draw_sheet(
     limits: tuple[float, float],
     cmap: str = PAPER,
 ) -> tuple[Figure, Axes, AxesImage]:
-    """Images side by side in one array: a hundred axes would take seconds to draw.
+    """Draw images side by side in one pair of axes, because a hundred axes would take seconds.
 
     Args:
         images: (N, H, W) or (N, H, W, 3), N > 0.
-        captions: N texts, of one line or more.
-        limits: the values that are shown darkest and brightest.
+        captions: N texts of one or more lines; None: no captions.
+        title: the figure's title.
+        columns: number of images in a row.
+        limits: the values at both ends of the colour map.
+        cmap: the colour map of grey images.
     """
     width = images.shape[2]
     pixels_per_inch = columns * (width + gap_of(width)) / WIDTH
@@ -223,17 +241,22 @@ def draw_sheet(
             fontsize=8,
             linespacing=1.0,
         )
-        written.set_in_layout(False)  # it lies inside, and looking takes longer than drawing
+        written.set_in_layout(False)  # it is inside the axes, and measuring it takes longer than drawing
     picture = axes.imshow(sheet, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     return figure, axes, picture
 
 
 def tile(images: Array, columns: int, *, limits: tuple[float, float], band: int = 0) -> Array:
-    """Images side by side in one array, what is between them NaN, or white where they are in colour.
+    """Put images side by side into one array; the gaps are NaN or, between coloured images, white.
 
     Args:
-        images: (N, H, W), or (N, H, W, 3), which is brought from ``limits`` into [0, 1].
-        band: rows that are left free above each.
+        images: (N, H, W), or (N, H, W, 3), which is scaled from ``limits`` to [0, 1].
+        columns: number of images in a row.
+        limits: least and largest value of coloured images.
+        band: number of free rows of pixels above each image.
+
+    Returns:
+        (H', W') or (H', W', 3) float
     """
     height, width = images.shape[1:3]
     rows, gap = math.ceil(len(images) / columns), gap_of(width)
@@ -246,7 +269,7 @@ def tile(images: Array, columns: int, *, limits: tuple[float, float], band: int 
 
 
 def place_tiles(images: Array, columns: int, *, band: int) -> list[tuple[int, int]]:
-    """Top and left of each image in what ``tile`` makes."""
+    """Return top and left of each image in the array of ``tile``, in pixels."""
     height, width = images.shape[1:3]
     gap = gap_of(width)
     return [
@@ -256,5 +279,5 @@ def place_tiles(images: Array, columns: int, *, band: int) -> list[tuple[int, in
 
 
 def gap_of(width: int) -> int:
-    """Pixels between two images of a sheet."""
+    """Return the gap between two images of this width on a sheet, in pixels."""
     return max(1, round(0.1 * width))

@@ -1,7 +1,7 @@
-"""The style of every picture, and where pictures go.
+"""Define the style of all figures, and save or show them.
 
-Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart
-(https://jfly.uni-koeln.de/color/), cividis, and the red-blue map that ColorBrewer marks as safe.
+The colours can be told apart with any kind of colour blindness: those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), the colour map cividis, and ColorBrewer's red-blue map.
 """
 
 import functools
@@ -27,9 +27,9 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
 )  # fmt: skip
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 GREY = "#767676"
-PAPER = "gray_r"  # as on paper: ink is dark
-WIDTH = 8.0  # inches of every figure: 960 pixels
-LONGEST = 24  # letters of a class's name on an axis
+PAPER = "gray_r"  # colour map with dark ink on white paper
+WIDTH = 8.0  # width of every figure in inches: 960 pixels
+LONGEST = 24  # most characters of a class's name on an axis
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -50,7 +50,7 @@ Arguments = ParamSpec("Arguments")
 
 
 class Picture(Figure):
-    """A figure that a notebook draws where it is a cell's last line, without ``%matplotlib``."""
+    """A figure that a notebook shows if it is a cell's last line, without ``%matplotlib``."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -63,14 +63,13 @@ class Picture(Figure):
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Draws in this style, whatever the style around it, and texts as they are: a $ opens no formula."""
+    """Make a function draw in this project's style, and show texts literally: a $ starts no formula."""
 
     @functools.wraps(draw)
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with rc_context(STYLE):
             figure = draw(*escape(args), **escape(kwargs))
-            # The style must still hold while the layout is worked out, and once is enough: it takes
-            # longer than the drawing.
+            # Compute the layout now, while the style holds, and only once: it takes longer than drawing.
             if (engine := figure.get_layout_engine()) is not None:
                 engine.execute(figure)
                 figure.set_layout_engine("none")
@@ -80,7 +79,7 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 
 def escape(value: Any) -> Any:
-    """The same, each $ in its texts escaped, and what is no letter written out."""
+    """Escape each $ and each control character in all texts of a value, nested ones included."""
     if isinstance(value, str):
         return as_text(value, lines=True).replace("$", r"\$")
     if isinstance(value, Mapping):
@@ -91,7 +90,14 @@ def escape(value: Any) -> Any:
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as ``<name>.png`` into a folder, which is made where it is missing.
+    """Write each figure as ``<name>.png`` into a folder, and create the folder if it is missing.
+
+    Args:
+        figures: figures by name.
+        folder: the folder.
+
+    Returns:
+        The files.
 
     Raises:
         OSError: the folder or a file can't be written.
@@ -106,10 +112,12 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 
 def save_animation(frames: Iterable[Array], path: Path, *, milliseconds: int = 120) -> None:
-    """Write pictures of one size as an animated GIF that begins anew at its end, after a pause.
+    """Write pictures of one size as an animated GIF that repeats after a pause.
 
     Args:
         frames: (H, W, 3) uint8 each.
+        path: the file.
+        milliseconds: duration of a frame; the last one lasts 20 times as long.
 
     Raises:
         OSError: the file can't be written.
@@ -127,7 +135,7 @@ def save_animation(frames: Iterable[Array], path: Path, *, milliseconds: int = 1
 
 
 def to_array(figure: Figure) -> NDArray[np.uint8]:
-    """The figure's pixels.  -> (H, W, 3) uint8"""
+    """Render a figure.  -> (H, W, 3) uint8"""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
@@ -136,9 +144,17 @@ def to_array(figure: Figure) -> NDArray[np.uint8]:
 def redraw(
     figure: Figure, axes: Axes, changes: Iterable[Callable[[], object]]
 ) -> Iterator[NDArray[np.uint8]]:
-    """The figure's pixels after each change of what lies in one of its axes: images, texts and the title.
+    """Render a figure after each of several changes to images, texts and title of one of its axes.
 
-    All else is drawn once, which takes ten times as long.  -> (H, W, 3) uint8 each
+    Everything else is drawn only once, because it takes ten times as long.
+
+    Args:
+        figure: the figure.
+        axes: the axes whose contents change.
+        changes: functions that change them, called in this order.
+
+    Returns:
+        (H, W, 3) uint8 each.
     """
     canvas = FigureCanvasAgg(figure)
     title = retitle(axes, axes.get_title(loc="left"))
@@ -158,7 +174,7 @@ def redraw(
 
 
 def retitle(axes: Axes, title: str) -> Text:
-    """Give axes of a figure in this style another title."""
+    """Set the title of axes, in this project's style."""
     with rc_context(STYLE):
         return axes.set_title(title)
 
@@ -167,9 +183,9 @@ def show(figures: Iterable[Figure]) -> None:
     """Open a window for each figure, and wait until all are closed.
 
     Raises:
-        OSError: there is no display to open it on.
+        OSError: there is no display.
     """
-    from matplotlib import pyplot  # the one place that wants a window system
+    from matplotlib import pyplot  # imported only here, because it needs a window system
 
     for figure in figures:
         window = pyplot.figure(figsize=figure.get_size_inches())
@@ -177,7 +193,7 @@ def show(figures: Iterable[Figure]) -> None:
             pyplot.close(window)
             raise OSError(
                 "show=true opens windows, and there is no display for them"
-                f" (matplotlib's backend here is {pyplot.get_backend()}); the files are written"
+                f" (matplotlib's backend is {pyplot.get_backend()}); the files have been written"
             )
         manager = window.canvas.manager
         assert manager is not None
@@ -187,9 +203,12 @@ def show(figures: Iterable[Figure]) -> None:
 
 
 def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH) -> None:
-    """
+    """Label the x axis with the names of the classes, small or rotated if they need it.
+
     Args:
-        width: of the figure, in inches.
+        axes: the axes, with class k at x = k.
+        class_names: name of each class.
+        width: width of the figure, in inches.
     """
     names = [shorten(name, LONGEST) for name in class_names]
     longest, count = max(map(len, names)), len(names)
@@ -203,12 +222,12 @@ def name_classes(axes: Axes, class_names: Sequence[str], *, width: float = WIDTH
 
 
 def font_size(count: int, inches: float) -> float:
-    """Font size, in points, for this many texts side by side along a figure."""
+    """Return the font size, in points, for so many texts side by side on a figure of this width."""
     return max(3.5, min(10.0, 0.55 * 72 * inches / count))
 
 
 def shorten(text: str, most: int) -> str:
-    """A text shortened to at most this many letters, "…" in its middle where some are left out."""
+    """Shorten a text to at most this many characters, with "…" in place of its middle."""
     if len(text) <= most:
         return text
     tail = (most - 1) // 2
@@ -216,7 +235,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def percent(probability: float) -> str:
-    """A probability that only says 100 % or 0 % where it is so to the last digit shown."""
+    """Format a probability in percent; only exactly 1 and 0 become "100.0 %" and "0.0 %"."""
     percent = 100 * float(probability)
     if 99.9 <= percent < 100:
         return "> 99.9 %"

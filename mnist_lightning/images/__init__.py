@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are deformed and prepared."""
+"""Read images from their sources, deform them, and prepare them for a net."""

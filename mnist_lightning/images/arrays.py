@@ -1,4 +1,4 @@
-"""Images and labels as arrays: what a user's data set must be, and reading it from an npz file."""
+"""Check a user's data set, given as arrays of images and labels, and read one from an npz file."""
 
 import hashlib
 import zipfile
@@ -17,17 +17,17 @@ PARTS = {"train": "train_", "test": "test_", "all": ""}
 
 
 class DataError(OSError):
-    """Images or labels that can't be used."""
+    """Images or labels can't be used; the message says why."""
 
 
 class ImageSet(NamedTuple):
-    """What a source of images gives.
+    """The images, labels and class names that a source returns.
 
     Attributes:
-        parts: images, (N, H, W) or (N, H, W, 3) uint8, and labels, (N,) int64, in [0, len(class_names)), of
-            "train" and "test", or of "all", which are then to be split.
-        class_names: at least two.
-        fingerprint: two data sets that differ have different ones.
+        parts: either "train" and "test", or "all", which still has to be split.  Each has images, (N, H, W)
+            or (N, H, W, 3) uint8, and labels, (N,) int64 in [0, len(class_names)).
+        class_names: name of each class, at least two.
+        fingerprint: a text that differs between different data sets.
     """
 
     parts: dict[str, tuple[Tensor, Tensor]]
@@ -36,15 +36,15 @@ class ImageSet(NamedTuple):
 
 
 def check_arrays(content: Mapping[str, Any], source: str) -> ImageSet:
-    """A data set from arrays of NumPy or torch.
+    """Check arrays of NumPy or torch, and make a data set of them.
 
     Args:
-        content: "train_images", "train_labels", "test_images", "test_labels", or "images" and "labels";
-            "class_names" and "fingerprint", if wanted.
-        source: where they come from, for messages.
+        content: "train_images", "train_labels", "test_images" and "test_labels", or "images" and "labels";
+            optionally "class_names" and "fingerprint".
+        source: where the arrays come from, for messages.
 
     Raises:
-        DataError: an array is missing, or of another type or shape, or its labels do not fit.
+        DataError: an array is missing, has another type or shape, or holds labels that are not allowed.
     """
     found = [part for part, prefix in PARTS.items() if f"{prefix}images" in content]
     if found not in (["train", "test"], ["all"]):
@@ -58,7 +58,7 @@ def check_arrays(content: Mapping[str, Any], source: str) -> ImageSet:
     for images, _ in parts.values():
         if images.shape[1:] != parts[found[0]][0].shape[1:]:
             raise DataError(
-                f"{source}: its train and test images have other shapes,"
+                f"{source}: its train and test images have different shapes,"
                 f" {tuple(parts['train'][0].shape[1:])} and {tuple(images.shape[1:])}"
             )
     fingerprint = content.get("fingerprint")
@@ -68,7 +68,14 @@ def check_arrays(content: Mapping[str, Any], source: str) -> ImageSet:
 
 
 def check_part(content: Mapping[str, Any], prefix: str, source: str) -> tuple[Tensor, Tensor]:
-    """Images (N, H, W) or (N, H, W, 3) uint8, and labels (N,) int64, of a part."""
+    """Check one part's images and labels.
+
+    Returns:
+        Images, (N, H, W) or (N, H, W, 3) uint8, and labels, (N,) int64.
+
+    Raises:
+        DataError: they can't be used.
+    """
     if f"{prefix}labels" not in content:
         raise DataError(f"{source} holds {prefix}images and no {prefix}labels")
     images, labels = to_array(content[f"{prefix}images"]), to_array(content[f"{prefix}labels"])
@@ -96,7 +103,11 @@ def to_array(value: Any) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def check_names(names: Any, parts: Mapping[str, tuple[Tensor, Tensor]], source: str) -> list[str]:
-    """The classes' names: those that are given, or "0", "1" …"""
+    """Check the names of the classes; None gives "0", "1", ….
+
+    Raises:
+        DataError: names or labels can't be used.
+    """
     highest = max(int(labels.max()) for _, labels in parts.values())
     if names is None and highest >= 10_000:
         raise DataError(f"{source}: its labels must be 0, 1, 2 …, got {highest}")
@@ -105,7 +116,7 @@ def check_names(names: Any, parts: Mapping[str, tuple[Tensor, Tensor]], source: 
         raise DataError(f"{source}: class_names must be a list of texts")
     texts = [str(name) for name in array.astype(str)]
     if len(texts) < 2:
-        raise DataError(f"{source} has a single class: there is nothing to tell apart")
+        raise DataError(f"{source} has a single class, and a net needs at least two")
     if highest >= len(texts):
         raise DataError(f"{source}: its labels must be in [0, {len(texts)}), got {highest}")
     if len(set(texts)) < len(texts):
@@ -114,7 +125,7 @@ def check_names(names: Any, parts: Mapping[str, tuple[Tensor, Tensor]], source: 
 
 
 def take_fingerprint(parts: Mapping[str, tuple[Tensor, Tensor]], class_names: Sequence[str]) -> str:
-    """16 hexadecimal digits of all images, labels and names (SHA-256)."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of all images, labels and class names."""
     digest = hashlib.sha256("\n".join(class_names).encode())
     for part, tensors in parts.items():
         for tensor in tensors:
@@ -124,10 +135,10 @@ def take_fingerprint(parts: Mapping[str, tuple[Tensor, Tensor]], class_names: Se
 
 
 def read_npz(path: Path) -> ImageSet:
-    """
+    """Read a data set from an npz file (``numpy.savez``); see ``check_arrays`` for its arrays.
+
     Raises:
-        DataError: it is no npz file of images and labels.
-        OSError: it can't be read.
+        DataError: the file can't be read, or is no npz file of images and labels.
     """
     try:
         if path.exists() and not path.is_file():
@@ -138,9 +149,7 @@ def read_npz(path: Path) -> ImageSet:
         with file:
             size = sum(member.file_size for member in (file.zip.infolist() if file.zip else ()))
             if size > free_memory():
-                raise DataError(
-                    f"data.path={path}: its {size / 1e9:.1f} GB are more than the memory that is free"
-                )
+                raise DataError(f"data.path={path}: its {size / 1e9:.1f} GB are more than the free memory")
             content = {name: file[name] for name in file.files}
     except DataError:
         raise

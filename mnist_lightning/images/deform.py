@@ -1,11 +1,12 @@
-"""Changes of an image's shape that leave it what it is, a whole batch at once.
+"""Deform images without changing what they show, a whole batch at once.
 
-``Deformation`` draws one anew for each image, ``upright`` takes a writer's slant away.  Each says from where
-in an image a pixel's value comes, and both together are one resampling: two would blur twice.
+``Deformation`` draws a random deformation for each image; ``upright`` removes a writer's slant.  Both compute
+for each pixel the place in the image where its new value comes from.  Together they need one resampling,
+because two would blur twice.
 
 The deformations are those of Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural
 Networks Applied to Visual Document Analysis", section 2, and Ciresan et al. 2010, arXiv 1003.0358, section
-2.2.  Beside them ``add_flags`` draws what is missing in MNIST: people elsewhere write their 1s with a flag.
+2.2.  ``add_flags`` adds strokes that MNIST lacks: many people write their 1s with a flag and a foot.
 """
 
 import hashlib
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FLAGS = 0xF1A6  # keeps the key of the flags apart from that of the deformations
+FLAGS = 0xF1A6  # makes the random numbers of the flags differ from those of the deformations
 
 
 class Tables(NamedTuple):
-    """What depends on the size of the images and the device alone."""
+    """Tensors that depend only on the size of the images and the device."""
 
     limits: Tensor  # (6, 1)
     places: Tensor  # (3, H * W): x, y and 1 of each pixel
@@ -29,20 +30,19 @@ class Tables(NamedTuple):
 
 
 class Deformation:
-    """Rotates, scales, slants, shifts and bends the images of a batch, each in its own way.
+    """Rotate, scale, slant, shift and bend each image of a batch at random.
 
-    Every amount is drawn uniformly from 0 on both sides up to the one that is given; lines that
-    ``grid_sample`` takes from beyond the image are background, 0.
+    Rotation, scale, shear and shift are drawn uniformly between minus and plus the given amount.  Pixels that
+    come from outside the image become 0, the background.
 
     Args:
-        rotation: degrees about the image's centre.
-        scale: share by which width and height grow or shrink, each on its own; in [0, 1).
-        shear: degrees by which upright lines lean.
-        shift: pixels, to the side and up or down.
-        elastic: pixels, the standard deviation of the elastic displacement of each point along each
-            axis.  Simard's alpha 34 with sigma 4 is 1.4 pixels here, Ciresan's 36 with 6 is 1.0.
-        smoothness: pixels, the standard deviation of the Gaussian that smooths the field of random
-            displacements; > 0.
+        rotation: largest angle about the image's centre, in degrees.
+        scale: largest share by which width and height grow or shrink, independently; in [0, 1).
+        shear: largest angle by which upright lines lean, in degrees.
+        shift: largest shift sideways and up or down, in pixels.
+        elastic: standard deviation of the elastic displacement of each point along each axis, in pixels.
+            Simard's alpha 34 with sigma 4 is 1.4 pixels here, Ciresan's 36 with 6 is 1.0.
+        smoothness: standard deviation of the Gaussian that smooths the random displacements, in pixels; > 0.
         flags: share of the digits 1 that get a flag, see ``add_flags``; in [0, 1].
     """
 
@@ -64,19 +64,23 @@ class Deformation:
         self._tables: dict[tuple[int, int, torch.device], Tables] = {}
 
     def __call__(self, images: Tensor, *key: int) -> Tensor:
-        """The images, deformed.  (B, C, H, W) float, >= 0 -> (B, C, H, W) float, in the range of the images
+        """Deform images.  (B, C, H, W) float, >= 0 -> (B, C, H, W) float, in the range of the images
 
         Args:
-            key: whole numbers, say seed, step and rank, that alone decide what is drawn.
+            images: the images; they are not changed.
+            key: whole numbers, such as seed, step and rank, that decide all random numbers.
         """
         return resample(images, self.draw(images, *key))
 
     def draw(self, images: Tensor, *key: int) -> Tensor:
-        """Where each pixel's value comes from, x and y in pixels from the centre.  -> (B, 2, H, W)
+        """Draw the place where each pixel's value comes from, x and y in pixels from the image's centre.
 
         Args:
-            images: (B, C, H, W); their shape and device count.
+            images: (B, C, H, W); only their shape and device matter.
             key: see ``__call__``.
+
+        Returns:
+            (B, 2, H, W) float32
         """
         count, (height, width), device = len(images), images.shape[2:], images.device
         limits, places, smoothing_x, smoothing_y = self._make_tables(height, width, device)
@@ -84,7 +88,7 @@ class Deformation:
         drawn = torch.rand(6, count, generator=generator, device=device)
         angle, lean, wider, taller, right, down = (2 * drawn - 1) * limits
         cos, sin, slant = angle.cos(), angle.sin(), lean.tan()
-        wider, taller = 1 / (1 + wider), 1 / (1 + taller)  # what is drawn larger is sampled more densely
+        wider, taller = 1 / (1 + wider), 1 / (1 + taller)  # to enlarge an image is to sample it more densely
         matrix = torch.stack(
             [
                 *(cos * wider, (sin + cos * slant) * wider, -right),
@@ -115,32 +119,32 @@ class Deformation:
         return self._tables[key]
 
     def _smoothing(self, place: Tensor) -> Tensor:
-        """From random numbers to smooth displacements along an axis.  (size,) -> (size, knots)
+        """Make the matrix that turns random numbers into smooth displacements.  (size,) -> (size, knots)
 
-        The Gaussian hides what is finer than itself: noise on knots that are a standard deviation apart,
-        one of them outside on each side, does for noise on every pixel.
+        A Gaussian removes details that are finer than itself.  So random numbers on knots that are a standard
+        deviation apart, with one knot outside on each side, are as good as one on every pixel.
         """
         num_knots = math.ceil((len(place) - 1) / self.smoothness) + 3
         numbers = torch.arange(num_knots, device=place.device)
         knots = (numbers - (num_knots - 1) / 2) * self.smoothness
         smoothing = torch.exp(-0.5 * ((place[:, None] - knots) / self.smoothness) ** 2)
-        # rows of length 1: a smoothed displacement varies as much as one before it
+        # with rows of length 1, smoothing keeps the variance of a displacement
         return F.normalize(smoothing, dim=1)
 
 
 def add_flags(images: Tensor, labels: Tensor, share: float, *key: int) -> Tensor:
-    """Draws a flag at the top of some of the digits 1, and a foot under some of these.
+    """Draw a flag at the top of some of the digits 1, and a foot under some of these.
 
-    Nearly all of MNIST's 1s are a bare stroke.  A flag goes back from the stroke's upper end, to the left of
-    it, at 25 to 65 degrees, 0.2 to 0.8 of the stroke long; three in ten get a foot across the lower end, too,
-    0.3 to 0.9 of the stroke wide.  Both are as thick as the stroke; the centre of mass is put where it was,
-    to a pixel.
+    Nearly all of MNIST's 1s are a single stroke.  A flag goes from the stroke's upper end down to its left,
+    at an angle of 25 to 65 degrees, with 0.2 to 0.8 of the stroke's length.  Three in ten of these 1s also
+    get a foot across the lower end, with 0.3 to 0.9 of the stroke's length.  Both are as thick as the stroke.
+    The centre of mass stays in its place, within a pixel.
 
     Args:
-        images: (B, 1, H, W) float, in [0, 255]; left as they are.
-        labels: (B,) int64, of the digits 0 to 9.
-        share: of the 1s, in [0, 1].
-        key: whole numbers that alone decide what is drawn.
+        images: (B, 1, H, W) float, in [0, 255]; they are not changed.
+        labels: (B,) int64, the digits 0 to 9.
+        share: share of the 1s that get a flag, in [0, 1].
+        key: whole numbers that decide all random numbers.
 
     Returns:
         (B, 1, H, W) float, in [0, 255]
@@ -157,8 +161,8 @@ def add_flags(images: Tensor, labels: Tensor, share: float, *key: int) -> Tensor
     top = has_ink.float().argmax(dim=1)
     bottom = has_ink.shape[1] - 1 - has_ink.flip(1).float().argmax(dim=1)
     rows, columns = ones.sum(dim=2).clamp(min=1e-6), (ones * x).sum(dim=2)
-    middles = columns / rows  # where a row's ink lies
-    # the stroke's ends, half its width within the ink
+    middles = columns / rows  # the mean x of each row's ink
+    # the middles of the ink's first and last rows
     run = torch.stack([middles.gather(1, end[:, None])[:, 0] for end in (top, bottom)])
     ends = torch.stack([run, torch.stack([y[top], y[bottom]])], dim=2)  # (2, b, 2)
     along = ends[1] - ends[0]
@@ -205,39 +209,41 @@ def _draw_stroke(points: Tensor, start: Tensor, end: Tensor, half: Tensor) -> Te
 
 
 def make_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers that these whole numbers alone decide."""
-    # torch's generator on the CPU heeds 32 bits of a seed
+    """Make a random generator whose seed is a hash of these whole numbers."""
+    # torch's generator on the CPU uses 32 bits of a seed
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))
 
 
 def upright(images: Tensor, sources: Tensor | None = None) -> Tensor:
-    """Slants each image so that its ink stands upright, its centre of mass in the image's middle.
+    """Slant each image so that its ink stands upright, and move its centre of mass to the middle.
 
-    The lines are shifted sideways in proportion to their height, until the ink's columns and rows are
-    uncorrelated: LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document
-    Recognition", section III-A, where it is called deslanting.  Bilinear, so that only rounding can leave
-    the range of the pixels; an image without ink stays as it is.
-
-    (B, 1, H, W) float, ink high on 0 -> (B, 1, H, W) float
+    Each row is shifted sideways in proportion to its height, until the ink's columns and rows are
+    uncorrelated.  LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document
+    Recognition", section III-A, call it deslanting.  Interpolation is bilinear, so that pixels stay in their
+    range except for rounding.  An image without ink stays as it is.
 
     Args:
-        sources: from where in an upright image each pixel's value is then taken, see
-            ``Deformation.draw``; None: from its own place.  Written to.
+        images: (B, 1, H, W) float; the background is 0.
+        sources: a deformation of the upright images that is applied in the same resampling, see
+            ``Deformation.draw``; it is overwritten.  None: no deformation.
+
+    Returns:
+        (B, 1, H, W) float
     """
     height, width = images.shape[2:]
     x, y = from_center(width, images.device), from_center(height, images.device)
     rows, moments = (
         images[:, 0].sum(dim=2),
         (images[:, 0] * x).sum(dim=2),
-    )  # (B, H): a row's ink, that times x
+    )  # (B, H): the ink of each row, and its ink times x
     ink = rows.sum(dim=1).clamp(min=1e-6)
     right, down = moments.sum(dim=1) / ink, (rows * y).sum(dim=1) / ink  # the centre of mass
     covariance = (moments * y).sum(dim=1) / ink - right * down
     variance = (rows * y**2).sum(dim=1) / ink - down**2
     lean = covariance / variance.clamp(min=1e-6)
     right, down, lean = right[:, None, None], down[:, None, None], lean[:, None, None]
-    # no matrix product, which autocast would round to bfloat16
+    # avoid a matrix product, which autocast would round to bfloat16
     if sources is None:
         y = y[:, None]
         sources = torch.stack([lean * y + right + x, (y + down).expand(-1, -1, width)], dim=1)
@@ -248,17 +254,19 @@ def upright(images: Tensor, sources: Tensor | None = None) -> Tensor:
 
 
 def from_center(size: int, device: torch.device) -> Tensor:
-    """The places of an axis's pixels, in pixels from the middle.  -> (size,) float32"""
+    """Return the distances of an axis's pixels from its middle, in pixels.  -> (size,) float32"""
     return torch.arange(size, device=device) - (size - 1) / 2
 
 
 def resample(images: Tensor, sources: Tensor) -> Tensor:
-    """Takes each pixel's value from elsewhere.  (B, C, H, W), (B, 2, H, W) -> (B, C, H, W)
-
-    Bilinear: between four pixels, 0 outside.
+    """Take each pixel's value from another place, by bilinear interpolation; outside the image it is 0.
 
     Args:
-        sources: x and y in pixels from the centre.
+        images: (B, C, H, W) float.
+        sources: (B, 2, H, W), the place for each pixel, x and y in pixels from the centre.
+
+    Returns:
+        (B, C, H, W) float
     """
     height, width = images.shape[2:]
     if height == width:

@@ -1,7 +1,7 @@
-"""Pictures in folders, one for each class, as arrays.
+"""Read a data set from pictures in folders, one folder for each class.
 
-Decoding is slow, so it happens once: the arrays are kept in ``data.data_dir``, and are made anew when a file
-was added, removed or changed.
+Decoding pictures is slow, so the arrays are saved in ``data.data_dir``, and made again only after a file was
+added, removed or changed.
 """
 
 import functools
@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 
 class Picture(NamedTuple):
-    """A picture's file in the folder."""
+    """A picture's file, with its part and label."""
 
     part: str  # "train", "test" or "all"
     label: int
@@ -37,12 +37,12 @@ class Picture(NamedTuple):
 
 
 def list_pictures(folder: Path) -> tuple[list[Picture], list[str]]:
-    """The pictures of a folder by class, and the classes' names.
+    """List the pictures of a folder, and the names of the classes.
 
-    ``train/<class>/*.png`` and ``test/<class>/*.png``, or ``<class>/*.png``.
+    The folder holds ``train/<class>/*.png`` and ``test/<class>/*.png``, or ``<class>/*.png``.
 
     Raises:
-        DataError: the folder is laid out otherwise, or a class has no picture.
+        DataError: the folder has another layout, or a class has no picture.
     """
     if not folder.is_dir():
         raise DataError(
@@ -69,7 +69,7 @@ def list_pictures(folder: Path) -> tuple[list[Picture], list[str]]:
                 if file.name.lower().endswith(SUFFIXES) and file.name[0] != "." and file.is_file()
             ]
             if not files:
-                raise DataError(f"data.path: no picture lies in {place} ({', '.join(SUFFIXES)})")
+                raise DataError(f"data.path: {place} has no picture ({', '.join(SUFFIXES)})")
             for file in sorted(files, key=lambda file: file.name):
                 stat = file.stat()
                 pictures.append(Picture(part, label, file.path, stat.st_size, stat.st_mtime_ns))
@@ -84,15 +84,20 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def decode(pictures: Sequence[Picture], *, size: int | None, grey: bool) -> dict[str, NDArray[np.uint8]]:
-    """All pictures, ``<part>_images`` and ``<part>_labels`` as ``check_arrays`` takes them.
+    """Decode pictures to the arrays that ``check_arrays`` takes.
+
+    Args:
+        pictures: see ``list_pictures``.
+        size: height and width in pixels to resize to; None keeps their size.
+        grey: whether coloured pictures become grey.
 
     Raises:
-        DataError: one can't be read, or has another size than the first.
+        DataError: a picture can't be read, or has another size than the first one.
     """
     from tqdm import tqdm
 
     wanted = None if size is None else (size, size)
-    # grey pictures among coloured ones become coloured
+    # if any picture is coloured, all arrays have colours
     all_grey = grey or all(ask(is_grey, picture) for picture in pictures)
     arrays: dict[str, NDArray[np.uint8]] = {}
     for part in dict.fromkeys(picture.part for picture in pictures):
@@ -108,7 +113,7 @@ def decode(pictures: Sequence[Picture], *, size: int | None, grey: bool) -> dict
             if pixels.shape != images.shape[1:]:
                 raise DataError(
                     f"data.path: {its[0].path} has {show(images.shape[1:])} pixels and {picture.path}"
-                    f" {show(pixels.shape)}: data.size=28, say, resizes them all"
+                    f" {show(pixels.shape)}: resize all of them, for example with data.size=28"
                 )
             images[number] = pixels
         assert images is not None
@@ -119,9 +124,10 @@ def decode(pictures: Sequence[Picture], *, size: int | None, grey: bool) -> dict
 
 
 def ask(look: Callable[[Path], Answer], picture: Picture) -> Answer:
-    """
+    """Call a function on a picture's path, and name the picture in an error.
+
     Raises:
-        DataError: the picture can't be read, told with its name.
+        DataError: the picture can't be read.
     """
     try:
         return look(Path(picture.path))
@@ -134,16 +140,16 @@ def show(shape: tuple[int, ...]) -> str:
 
 
 def keep_folder(folder: Path, *, size: int | None, grey: bool, cache: Path) -> None:
-    """Decode the pictures of a folder into a file, where it does not hold them already.
+    """Decode the pictures of a folder into a file, unless the file is up to date.
 
     Args:
         folder: see ``list_pictures``.
-        size: pixels of both sides to resize to; None: as they are.
+        size: height and width in pixels to resize to; None keeps their size.
         grey: whether coloured pictures become grey.
         cache: the file.
 
     Raises:
-        OSError: the folder or a picture can't be read, or does not fit the others.
+        OSError: the folder or a picture can't be read, or a picture has another size than the others.
     """
     pictures, _ = list_pictures(folder)
     state = take_state(pictures)
@@ -160,7 +166,7 @@ def keep_folder(folder: Path, *, size: int | None, grey: bool, cache: Path) -> N
 
 
 def read_folder(folder: Path, *, size: int | None, grey: bool, cache: Path) -> ImageSet:
-    """The pictures of a folder, from the file in which ``keep_folder`` has put them or from their own.
+    """Read the pictures of a folder, from the file of ``keep_folder`` if it is up to date.
 
     Args, Raises: see ``keep_folder``.
     """
@@ -176,20 +182,20 @@ def take_state(pictures: Sequence[Picture]) -> str:
 
 
 def read_state(path: Path) -> str | None:
-    """The state of the pictures whose arrays ``keep_folder`` has kept; None where there are none."""
+    """Return the state of the pictures that ``keep_folder`` has decoded; None if there is no such file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return str(file["state"])
-    except Exception:  # missing, cut, or another's file
+    except Exception:  # missing, damaged, or another kind of file
         return None
 
 
 def read_cache(path: Path, state: str) -> dict[str, NDArray[np.uint8]] | None:
-    """Arrays that ``keep_folder`` has kept; None where there are none, or the pictures have changed."""
+    """Read the arrays of ``keep_folder``; None if there are none, or if the pictures have changed."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["state"]) != state:
                 return None
             return {name: file[name] for name in file.files if name != "state"}
-    except Exception:  # missing, cut, or another's file: they are made anew
+    except Exception:  # missing, damaged, or another kind of file: decode the pictures again
         return None

@@ -1,6 +1,6 @@
-"""From a picture of a handwritten digit to its ink; ``normalize`` makes of that an image like MNIST's own.
+"""Find the ink of a handwritten digit in a picture; ``normalize`` then makes an image like MNIST's of it.
 
-A net that learned MNIST's images misreads others, however clear they are.
+A net that was trained on MNIST misreads images that were made in another way, however clear they are.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from mnist_lightning.images.normalize import Floats, NoDigit, normalize
 from mnist_lightning.images.parts import choose_digit, find_solid
 from mnist_lightning.images.pictures import open_picture, read_picture
 
-WORK_SIDE = 256  # pixels of the longer side on which ink is looked for
-MIN_CONTRAST = 4.0  # grey levels between ink and paper, of 255
-MIN_PICTURE = 64  # pixels of the shorter side of a picture within a page; smaller ones are thick strokes
+WORK_SIDE = 256  # longer side, in pixels, to which a picture is reduced before finding its ink
+MIN_CONTRAST = 4.0  # least difference between ink and paper, in grey levels of 255
+MIN_PICTURE = 64  # least shorter side, in pixels, of a picture on a page; smaller ones are thick strokes
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture as upright RGB, its first frame if it has several.
+    """Read a picture's first frame as upright RGB.
 
-    Transparent pictures are laid on white, or on black where the ink itself is light.
+    A transparent picture gets a white background, or a black one if its ink is light.
 
     Raises:
         OSError: see ``pictures.open_picture``.
@@ -33,15 +33,16 @@ def read_image(path: Path) -> Image.Image:
 def read_pixels(
     file: Path, image_shape: Sequence[int], *, as_mnist: bool
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """A picture, for people to look at, and the image that is made of it for a net.
+    """Read a picture, and prepare it for a net.
 
     Args:
+        file: the picture's file.
         image_shape: (C, H, W) of the net's images.
-        as_mnist: whether these were made as MNIST's digits: ink, in a box, in the middle.  Else the picture
-            is resized, as ``data=folder`` does it.
+        as_mnist: whether to find the ink and centre it, as for MNIST's images; otherwise the picture is
+            resized, as ``data=folder`` does.
 
     Returns:
-        The picture, RGB, and (H, W) or (H, W, 3) uint8.
+        The picture, RGB, and the net's image, (H, W) or (H, W, 3) uint8.
 
     Raises:
         OSError: the file can't be read.
@@ -55,7 +56,7 @@ def read_pixels(
 
 
 def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
-    """The digit of a picture, made as MNIST's were.  RGB, any size -> (28, 28) uint8, ink is high
+    """Make an image like MNIST's of a picture's digit.  RGB, any size -> (28, 28) uint8, ink is high
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -64,14 +65,16 @@ def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def find_ink(picture: Image.Image) -> Floats:
-    """How much each pixel is ink of the digit: 0 is background, whatever its colour, shade and noise, and
-    what else is on the paper.
+    """Compute how much each pixel is ink of the picture's digit.
 
-    Looks again where that shows more: at a digit's surroundings alone where it is small in its picture, and
-    into a picture that lies on a page.
+    Background of any colour, shade and noise is 0, and so is everything else on the paper.  If the digit is
+    small, or if a picture of it lies on a page, the function crops the picture and looks again.
+
+    Args:
+        picture: RGB, any size.
 
     Returns:
-        (H, W) in [0, 1], with neither side above ``WORK_SIDE``.
+        (H, W) in [0, 1]; no side is longer than ``WORK_SIDE``.
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -80,13 +83,14 @@ def find_ink(picture: Image.Image) -> Floats:
 
 
 def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
-    """All ink of a picture, digits or not, and the scale at which it was read.
+    """Find all ink of a picture, whether it is a digit or not.
 
     Args:
-        side: pixels that the longer side has at most.
+        picture: RGB, any size.
+        side: longest side of the result, in pixels.
 
     Returns:
-        (H, W) in [0, 1], and by how much the picture was made smaller, at most 1.
+        (H, W) in [0, 1], and the factor by which the picture was scaled, at most 1.
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -96,7 +100,7 @@ def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
 
 
 def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
-    """The ink, and how far it stands out, in grey levels."""
+    """Find the ink of the digit, and its contrast in grey levels; ``looks`` limits the recursion."""
     small = _shrink(picture)
     ink, contrast = _separate(np.asarray(small, dtype=float))
     ink = ink * choose_digit(ink)
@@ -122,7 +126,7 @@ def _find(picture: Image.Image, *, looks: int) -> tuple[Floats, float]:
             try:
                 inside, inner_contrast = look(down, right, -max(1, 0.02 * (down.stop - down.start)))
             except NoDigit:
-                pass  # a bar
+                pass  # it was a solid bar, not a picture
             else:
                 if inner_contrast >= 0.4 * contrast:
                     return inside, inner_contrast
@@ -157,13 +161,23 @@ def _shrink(picture: Image.Image, side: int = WORK_SIDE) -> Image.Image:
 
 
 def _separate(pixels: Floats) -> tuple[Floats, float]:
-    """Ink of a picture, (H, W, 3) in [0, 255] -> (H, W) in [0, 1], and its contrast in grey levels."""
+    """Separate ink from background.
+
+    Args:
+        pixels: (H, W, 3) in [0, 255].
+
+    Returns:
+        (H, W) in [0, 1], and the contrast in grey levels.
+
+    Raises:
+        NoDigit: nothing stands out from the background.
+    """
     residual, is_paper = _subtract_background(pixels)
     distance = np.sqrt((residual**2).mean(axis=2))
     is_ink = distance > _otsu(distance)
     if not is_ink.any():
         raise NoDigit("blank: nothing stands out from the background")
-    # along the ink's own colour: signed, so that noise cancels where pixels are averaged
+    # project on the ink's colour, with a sign, so that noise cancels when pixels are averaged
     direction = residual[is_ink].mean(axis=0)
     length = float(np.linalg.norm(direction))
     strength = residual @ (direction / max(length, 1e-6))
@@ -171,7 +185,7 @@ def _separate(pixels: Floats) -> tuple[Floats, float]:
     noise = 1.4826 * float(np.median(np.abs(strength[is_paper]))) if is_paper.any() else 0.0
     if noise > 0.08 * level:
         strength = _blur(strength)
-        noise /= 2.5  # a little less than the 3 of independent noise
+        noise /= 2.5  # averaging 9 pixels divides independent noise by 3
     if level / np.sqrt(3) < max(MIN_CONTRAST, 4 * noise / np.sqrt(3)):
         raise NoDigit("blank: nothing stands out clearly from the background")
     floor = min(max(3 * noise, 0.02 * level), 0.4 * level)
@@ -182,11 +196,11 @@ def _separate(pixels: Floats) -> tuple[Floats, float]:
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """Subtract a smooth background from a picture.
 
-    The background is the border's median colour where most of the border has it, else a quadratic
-    surface for each channel, fitted to the border first and then to all that is not ink.
+    If most of the border has nearly one colour, the background is its median colour.  Otherwise it is a
+    quadratic surface for each channel, fitted first to the border and then to all pixels without ink.
 
     Returns:
-        (H, W, 3) signed residual, and (H, W) where there is paper.
+        The signed residual, (H, W, 3), and which pixels are paper, (H, W).
     """
     height, width, _ = pixels.shape
     ring = max(1, round(0.04 * min(height, width)))
@@ -214,8 +228,8 @@ def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _fit_robustly(basis: Floats, values: Floats) -> Floats:
-    """Least absolute deviations by reweighting.  (N, K), (N, C) -> (K, C)"""
-    every = -(-len(values) // 4_000)  # more points make the surface no better, only slower
+    """Fit least absolute deviations by iterative reweighting.  (N, K), (N, C) -> (K, C)"""
+    every = -(-len(values) // 4_000)  # more points would take longer and fit no better
     basis, values = basis[::every], values[::every]
     weights = np.ones(len(values))
     for _ in range(5):
@@ -226,8 +240,11 @@ def _fit_robustly(basis: Floats, values: Floats) -> Floats:
 
 
 def _otsu(values: Floats) -> float:
-    """The threshold that parts two classes best: Otsu 1979, "A Threshold Selection Method from
-    Gray-Level Histograms", IEEE Transactions on Systems, Man, and Cybernetics 9(1)."""
+    """Choose the threshold that separates two classes of values best.
+
+    Otsu 1979, "A Threshold Selection Method from Gray-Level Histograms", IEEE Transactions on Systems, Man,
+    and Cybernetics 9(1).
+    """
     counts, edges = np.histogram(values, bins=256)
     middles = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -239,7 +256,7 @@ def _otsu(values: Floats) -> float:
 
 
 def _blur(values: Floats) -> Floats:
-    """Mean of each pixel and its eight neighbours.  (H, W) -> (H, W)"""
+    """Average each pixel with its eight neighbours.  (H, W) -> (H, W)"""
     around = np.pad(values, 1, mode="edge")
     height, width = values.shape
     shifted = [around[i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -247,7 +264,7 @@ def _blur(values: Floats) -> Floats:
 
 
 def _box(ink: Floats) -> tuple[slice, slice]:
-    """Rows and columns that hold the ink."""
+    """Return the rows and columns that hold the ink."""
     is_ink = ink > 0.1
     if not is_ink.any():
         raise NoDigit("blank: nothing stands out from the background")

@@ -1,4 +1,4 @@
-"""The named data sets: sizes and classes, known before they are read."""
+"""List the published data sets, with sizes and classes that are known before reading them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ class Known:
     """A published data set.
 
     Attributes:
-        folder: torchvision's, within ``data_dir``.
-        class_names: by label.
+        folder: torchvision's folder for it, within ``data_dir``.
+        class_names: name of each label.
         image_shape: (C, H, W).
-        num_train: number of its training images; None: its releases differ.
-        handwriting: whether its images were made as MNIST's, so that strangers' pictures must be, too.
+        num_train: number of training images; None if it differs between releases.
+        handwriting: whether its images were made like MNIST's, so that a user's pictures must be, too.
     """
 
     folder: str
@@ -25,7 +25,7 @@ class Known:
     handwriting: bool = False
 
 
-MERGED = "cijklmopsuvwxyz"  # letters whose small form EMNIST's balanced classes do not tell from the large
+MERGED = "cijklmopsuvwxyz"  # letters whose small and large forms share a class in EMNIST's balanced split
 KNOWN = {
     "mnist": Known("MNIST", tuple(digits), num_train=60_000, handwriting=True),
     "fashion_mnist": Known(
@@ -56,16 +56,16 @@ KNOWN = {
 
 
 def draws_like_mnist(settings: Mapping[str, Any]) -> bool:
-    """Whether a net's images were made as MNIST's, so that pictures for it must be, too.
+    """Whether a net's images were made like MNIST's, so that pictures for it must be, too.
 
     Args:
-        settings: of its ``MNISTDataModule``.
+        settings: the arguments of the net's ``MNISTDataModule``.
     """
     known = KNOWN.get(str(settings.get("name"))) if settings.get("source") is None else None
     return known is not None and known.handwriting
 
 
-OF_A_PATH = ("folder", "npz")  # data sets that lie where ``data.path`` says
+OF_A_PATH = ("folder", "npz")  # data sets that are read from ``data.path``
 
 
 def check_sizes(
@@ -76,19 +76,20 @@ def check_sizes(
     num_folds: int | None = None,
     train_size: int | None = None,
 ) -> int:
-    """Whether a training split of this size is left for batches of this size.
+    """Check that the sizes of the splits fit the number of images and the size of a batch.
 
     Args:
-        num_images: of training, the validation images among them.
-        val_size: None: a tenth of them; with folds it is not looked at.
-        num_folds: of which one is for validation; None: no folds.
-        train_size: of what is left; None: all.
+        num_images: number of training images, including those for validation.
+        batch_size: number of images in a batch.
+        val_size: number of validation images; None: a tenth; ignored if there are folds.
+        num_folds: number of folds, one of which is for validation; None: no folds.
+        train_size: number of the remaining images to train on; None: all.
 
     Returns:
-        The number of validation images; of folds that differ by one the larger number.
+        The number of validation images; if folds differ by one image, the larger number.
 
     Raises:
-        ValueError: too many are asked for.
+        ValueError: a size is too large.
     """
     if num_folds is not None:
         if not 2 <= num_folds <= num_images:

@@ -1,12 +1,12 @@
-"""From the ink of a digit to an image like MNIST's own: its size, its stroke width and its place.
+"""Make an image like MNIST's from the ink of a digit, with MNIST's size, stroke width and position.
 
 MNIST's digits were "size normalized to fit in a 20x20 pixel box while preserving their aspect ratio",
 grey from anti-aliasing, and "centered in a 28x28 image by computing the center of mass of the pixels, and
 translating the image so as to position this point at the center" (LeCun, Cortes, Burges,
 http://yann.lecun.com/exdb/mnist/).  Most of their strokes are 2 to 3 pixels wide; pens write thinner.
 
-All of it is averages over areas, bilinear interpolation, sums and maxima in float64, so that another language
-can restate it: halves are rounded up, and nothing depends on a library.
+All steps are averages over areas, bilinear interpolation, sums and maxima in float64, with halves rounded up,
+so that the page's JavaScript can compute the same without a library.
 """
 
 import math
@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 
 SIDE = 28
 BOX = 20
-CENTER = 14.0  # pixel index where MNIST's centres of mass lie, to half a pixel
-WORK_BOX = 160  # pixels of the longer side at which strokes are measured and widened
-STROKE = 2.4  # pixels of the box: half of MNIST's digits have wider strokes
-THRESHOLD = 0.1  # what is less is no ink
+CENTER = 14.0  # pixel index of MNIST's centres of mass, within half a pixel
+WORK_BOX = 160  # longer side, in pixels, at which strokes are measured and widened
+STROKE = 2.4  # stroke width in pixels of the box; half of MNIST's digits have wider strokes
+THRESHOLD = 0.1  # smaller values are no ink
 
 Floats = NDArray[np.floating]
 
 
 class NoDigit(ValueError):
-    """A picture in which nothing stands out that could be a digit."""
+    """Nothing in a picture stands out that could be a digit."""
 
 
 def normalize(ink: Floats) -> NDArray[np.uint8]:
-    """An image like MNIST's of a digit.  (H, W) in [0, 1] -> (28, 28) uint8, ink is high
+    """Make an image like MNIST's of a digit.  (H, W) in [0, 1] -> (28, 28) uint8, ink is high
 
     Args:
-        ink: how much each pixel is ink, of one digit and nothing else; any size and place.
+        ink: how much each pixel is ink of the digit; any size and position.
 
     Raises:
         NoDigit: there is no ink.
@@ -40,7 +40,7 @@ def normalize(ink: Floats) -> NDArray[np.uint8]:
     cropped = crop(ink)
     large = fit(cropped, WORK_BOX)
     width = stroke_width(large)
-    # (width + 2 radius) of (WORK_BOX + 2 radius) is to be STROKE of BOX
+    # choose the radius such that (width + 2 radius) / (WORK_BOX + 2 radius) = STROKE / BOX
     share = STROKE / BOX
     radius = (share * WORK_BOX - width) / (2 * (1 - share))
     boxed = fit(crop(dilate(large, radius)) if radius >= 1 else cropped, BOX)
@@ -48,10 +48,10 @@ def normalize(ink: Floats) -> NDArray[np.uint8]:
 
 
 def crop(ink: Floats) -> Floats:
-    """The smallest rectangle that holds all ink.  (H, W) -> (h, w)
+    """Crop to the smallest rectangle that holds all ink.  (H, W) -> (h, w)
 
     Raises:
-        NoDigit: there is none.
+        NoDigit: there is no ink.
     """
     is_ink = ink > THRESHOLD
     if not is_ink.any():
@@ -61,17 +61,17 @@ def crop(ink: Floats) -> Floats:
 
 
 def fit(ink: Floats, box: int) -> Floats:
-    """Scale so that the longer side is ``box``, with the aspect kept.  (H, W) -> (h, w)"""
+    """Scale so that the longer side has ``box`` pixels, keeping the aspect ratio.  (H, W) -> (h, w)"""
     scale = box / max(ink.shape)
     height, width = (max(1, _round(size * scale)) for size in ink.shape)
     return np.asarray(_weights(ink.shape[0], height) @ ink @ _weights(ink.shape[1], width).T)
 
 
 def stroke_width(ink: Floats) -> float:
-    """The mean width of strokes in pixels: twice their area by the length of their edges.
+    """Measure the mean width of strokes in pixels: twice their area divided by the length of their edges.
 
-    That length is the sum of the gradient's lengths, one at each corner where four pixels meet, with paper
-    on all sides; each of its parts is the mean of two differences.  (H, W) in [0, 1]
+    The length of the edges is the sum of the gradient's absolute values at all corners where four pixels
+    meet; each component of the gradient is the mean of two differences.  (H, W) in [0, 1] -> float
     """
     padded = np.pad(ink, 1)
     down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)
@@ -80,7 +80,7 @@ def stroke_width(ink: Floats) -> float:
 
 
 def dilate(ink: Floats, radius: float) -> Floats:
-    """The maximum of each pixel's surroundings, a disc.  (H, W) -> (H + 2 r, W + 2 r), r = ceil(radius)"""
+    """Take the maximum over a disc around each pixel.  (H, W) -> (H + 2 r, W + 2 r), r = ceil(radius)"""
     reach = math.ceil(radius)
     height, width = ink.shape[0] + 2 * reach, ink.shape[1] + 2 * reach
     around = np.pad(ink, 2 * reach)
@@ -94,7 +94,7 @@ def dilate(ink: Floats, radius: float) -> Floats:
 
 
 def center(digit: Floats) -> NDArray[np.uint8]:
-    """Put the centre of mass into the middle.  (h, w) in [0, 1], at most 20x20 -> (28, 28) uint8"""
+    """Move the centre of mass to the middle.  (h, w) in [0, 1], at most 20x20 -> (28, 28) uint8"""
     image = np.zeros((SIDE, SIDE))
     corner = []
     for axis in (0, 1):
@@ -107,15 +107,15 @@ def center(digit: Floats) -> NDArray[np.uint8]:
 
 
 def _round(value: float) -> int:
-    """To the nearest whole number, halves up, and what misses a half by a sum's rounding is one."""
+    """Round to the nearest whole number, halves up, even if rounding errors made a half slightly smaller."""
     return math.floor(value + 0.5 + 1e-9)
 
 
 def _weights(size: int, new_size: int) -> Floats:
-    """The weights of the old pixels in the new ones, along an axis.  -> (new_size, size), rows sum to 1
+    """Compute the weights of old pixels in new pixels along an axis.  -> (new_size, size), rows sum to 1
 
-    Fewer pixels: each new one is the mean of what it covers.  More: linear between the two nearest centres,
-    and beyond the last centre its value.
+    With fewer pixels, each new one is the mean of the old ones that it covers.  With more, each new one is
+    interpolated between the two nearest centres; outside the outer centres it has their value.
     """
     step = size / new_size
     old, new = np.arange(size), np.arange(new_size)[:, None]

@@ -1,4 +1,4 @@
-"""Connected parts of ink: where they lie, how large they are, and which of them are no digit."""
+"""Find connected parts of ink, and decide which of them are no digit."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from mnist_lightning.images.normalize import Floats
 
-IS_INK = 0.3  # of [0, 1]: what counts as ink where parts are looked for
-NEAR = 0.06  # of the digit's longer side: what is so near belongs to it, however small
-FAR = 0.6  # of the same: what is farther away does not, however large
+IS_INK = 0.3  # threshold, in [0, 1], above which a pixel belongs to a part
+NEAR = 0.06  # parts within this share of the digit's longer side belong to it, however small they are
+FAR = 0.6  # parts beyond this share do not, however large they are
 
 Mask = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -18,12 +18,12 @@ Box = tuple[slice, slice]  # rows and columns
 
 @dataclass(frozen=True)
 class Parts:
-    """The connected parts of an image of ink, eight neighbours each, numbered from 0.
+    """The connected parts of ink in an image, numbered from 0; diagonal neighbours are connected, too.
 
     Attributes:
-        labels: (H, W) int64, the number of each pixel's part; -1: no ink.
-        amounts: (N,) float, sums of ink.
-        boxes: (N, 4) int64, rows and columns: top, left, bottom, right, the last two exclusive.
+        labels: (H, W) int64, the number of each pixel's part; -1 where there is no ink.
+        amounts: (N,) float, sum of the ink of each part.
+        boxes: (N, 4) int64, top, left, bottom and right of each part in pixels, the last two exclusive.
     """
 
     labels: Ints
@@ -35,17 +35,17 @@ class Parts:
 
     @property
     def sides(self) -> Ints:
-        """The longer side of each part's box.  -> (N,)"""
+        """The longer side of each part's box, in pixels.  -> (N,) int64"""
         sides: Ints = (self.boxes[:, 2:] - self.boxes[:, :2]).max(axis=1)
         return sides
 
 
 def find_parts(ink: Floats, *, gap: int = 0) -> Parts:
-    """The connected parts of ink.
+    """Find the connected parts of ink.
 
     Args:
         ink: (H, W) in [0, 1].
-        gap: pixels; what is not farther apart, along rows and columns, is one part.
+        gap: pieces that are at most so many pixels apart, along rows and columns, are one part.
     """
     is_ink = ink > IS_INK
     labels = label(widen(is_ink, gap))
@@ -65,12 +65,12 @@ def find_parts(ink: Floats, *, gap: int = 0) -> Parts:
 
 
 def label(mask: Mask) -> Ints:
-    """A number for each connected part, eight neighbours each.  (H, W) -> (H, W) int64, -1 outside
+    """Number the connected parts of a mask.  (H, W) -> (H, W) int64, -1 outside the mask
 
-    Runs of pixels in a row are joined with those that they touch in the next, until nothing changes.
+    Runs of pixels in a row are joined with the runs that they touch in the next row, until nothing changes.
     """
     rows, starts, ends = find_runs(mask)
-    span = mask.shape[1] + 2  # so that runs of other rows are out of reach
+    span = mask.shape[1] + 2  # wide enough that runs of other rows can't touch
     first = np.searchsorted(rows * span + ends, (rows + 1) * span + starts, side="left")
     last = np.searchsorted(rows * span + starts, (rows + 1) * span + ends, side="right")
     counts = np.maximum(last - first, 0)
@@ -92,14 +92,14 @@ def label(mask: Mask) -> Ints:
 
 
 def find_runs(mask: Mask) -> tuple[Ints, Ints, Ints]:
-    """Rows, starts and exclusive ends of the runs of a mask's rows, in reading order."""
+    """Find the runs of a mask's rows in reading order: their rows, starts and exclusive ends, (R,) each."""
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(steps == 1)
     return rows, starts, np.nonzero(steps == -1)[1]
 
 
 def widen(mask: Mask, reach: int) -> Mask:
-    """All pixels at most this far away, along rows and columns."""
+    """Widen a mask by so many pixels along rows and columns.  (H, W) -> (H, W)"""
     for _ in range(2):  # rows, then columns
         if reach:
             sums = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))).astype(np.int64), axis=1)
@@ -109,10 +109,10 @@ def widen(mask: Mask, reach: int) -> Mask:
 
 
 def find_lines(parts: Parts) -> Mask:
-    """Which parts are thin and straight along rows or columns: frames, axes, ruled lines.  -> (N,)
+    """Find the parts that are thin and straight along rows or columns: frames, axes, ruled lines.  -> (N,)
 
-    Three fifths of such a part are runs of two fifths of its longer side, and it is no thicker than a
-    twelfth.
+    At least 60 % of such a part lies in runs of at least 40 % of its longer side, and its thickness is at
+    most a twelfth of that side.
     """
     is_ink = parts.labels >= 0
     sizes = _count(parts, is_ink)
@@ -130,22 +130,23 @@ def find_lines(parts: Parts) -> Mask:
         inside = np.pad(labels >= 0, ((0, 0), (1, 1)))
         inside = inside[:, :-2] & inside[:, 2:]
         inner &= inside if axis == 0 else inside.T
-    edge = sizes - _count(parts, inner)  # pixels with paper beside them, on both sides of a stroke
+    edge = sizes - _count(parts, inner)  # number of pixels that touch paper, on both sides of a stroke
     thickness = 2 * sizes / np.maximum(edge, 1)
     return np.asarray((_count(parts, is_ink & straight) >= 0.6 * sizes) & (thickness <= parts.sides / 12))
 
 
 def _count(parts: Parts, mask: Mask) -> Ints:
-    """How many pixels of each part are in a mask of ink.  -> (N,)"""
+    """Count the pixels of each part in a mask of ink.  -> (N,) int64"""
     return np.bincount(parts.labels[mask], minlength=len(parts))
 
 
 def find_foreign(parts: Parts) -> Mask:
-    """Find the parts that are no digit but lie beside one on its paper.  -> (N,)
+    """Find the parts that are no digit, such as frames and edges of the paper.  -> (N,)
 
-    Frames and lines: straight, and around the digit or across most of the picture.  Edges of the paper, sides
-    of a box, a neighbour's stroke: along the picture's border.  Only where another part is large enough to be
-    a digit; a digit that fills its picture touches the border, too.
+    Frames and lines are straight, and lie around the digit or across most of the picture.  Edges of the
+    paper, sides of a box and strokes of a neighbour lie along the picture's border.  They count as foreign
+    only if another part is large enough to be a digit, because a digit that fills its picture also touches
+    the border.
     """
     height, width = parts.labels.shape
     top, left, bottom, right = parts.boxes.T
@@ -157,7 +158,7 @@ def find_foreign(parts: Parts) -> Mask:
     foreign = np.zeros(len(parts), dtype=bool)
     for suspects in (lines & ~edges, edges):
         free = ~suspects & ~edges & ~foreign
-        free |= lines & ~spans & ~edges  # a 1 is a line, too
+        free |= lines & ~spans & ~edges  # a line may be a 1
         for part in np.flatnonzero(suspects):
             within = (top > top[part]) & (bottom < bottom[part]) & (left > left[part]) & (right < right[part])
             held = free & within & (parts.sides >= 0.2 * parts.sides[part])
@@ -166,7 +167,7 @@ def find_foreign(parts: Parts) -> Mask:
 
 
 def find_edges(parts: Parts) -> Mask:
-    """Which parts lie along the picture's border.  -> (N,)"""
+    """Find the parts that lie along the picture's border.  -> (N,)"""
     height, width = parts.labels.shape
     reach_y, reach_x = max(1, round(0.1 * height)), max(1, round(0.1 * width))
     ring = np.ones((height, width), dtype=bool)
@@ -183,10 +184,10 @@ def find_edges(parts: Parts) -> Mask:
 
 
 def choose_digit(ink: Floats) -> Mask:
-    """Where the ink of the picture's one digit is.  (H, W) in [0, 1] -> (H, W)
+    """Find the ink of a picture's single digit.  (H, W) in [0, 1] -> (H, W) bool
 
-    The largest part that is not foreign, and what is near it: other strokes, dashes, even specks.  Farther
-    away a part needs a twentieth of its ink, and is left out where it is too far to be of the same digit.
+    The digit is the largest part that is not foreign, with all parts near it: other strokes, dashes, even
+    specks.  A part farther away belongs to it only if it has a twentieth of its ink, and not beyond ``FAR``.
     """
     parts = find_parts(ink, gap=max(1, round(max(ink.shape) / 128)))
     if not len(parts):
@@ -202,7 +203,7 @@ def choose_digit(ink: Floats) -> Mask:
     near = (away <= NEAR * side) | ((amounts >= amounts[main] / 20) & (away <= FAR * side))
     kept &= near
     kept[main] = True
-    # faint edges of a stroke lie in the pixels around it
+    # the pixels around a stroke hold its faint edges
     reach = max(1, round(max(ink.shape) / 64))
     own = widen(kept[parts.labels] & (parts.labels >= 0), reach)
     others = ~kept[parts.labels] & (parts.labels >= 0)
@@ -210,13 +211,19 @@ def choose_digit(ink: Floats) -> Mask:
 
 
 def find_solid(ink: Floats) -> Box | None:
-    """The rectangle that ink fills, edges and most of the inside, as a picture on a page does; None: none.
+    """Find a rectangle whose edges and most of whose inside are ink, such as a picture on a page.
 
-    What juts out of it, say an axis's ticks, is left aside.  (H, W) in [0, 1]
+    Ink that sticks out of it, such as the ticks of an axis, does not matter.
+
+    Args:
+        ink: (H, W) in [0, 1].
+
+    Returns:
+        Its rows and columns; None if there is no such rectangle.
     """
     is_ink = ink > IS_INK
     rows, columns = slice(0, ink.shape[0]), slice(0, ink.shape[1])
-    for _ in range(2):  # columns are judged within the rows, and rows within the columns
+    for _ in range(2):  # rows are measured within the columns, and columns within the rows
         full = np.flatnonzero(is_ink[:, columns].mean(axis=1) >= 0.5)
         if not len(full):
             return None

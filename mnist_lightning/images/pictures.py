@@ -1,4 +1,4 @@
-"""Files of pictures, as their pixels."""
+"""Find picture files, and read their pixels."""
 
 import glob
 import warnings
@@ -12,29 +12,29 @@ from mnist_lightning.rundir.outside import expand_home
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-MAX_PIXELS = 50_000_000  # a large camera's photo; decoded as RGB it takes 150 MB
+MAX_PIXELS = 50_000_000  # as many as a large camera's photo has; as RGB they take 150 MB
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 TOO_MANY = f"too many pixels (at most {MAX_PIXELS:,}): make it smaller"
 NO_PICTURE = f"no picture that can be read ({', '.join(FORMATS)})"
 
 
 def read_picture(path: Path, *, size: tuple[int, int] | None, grey: bool) -> NDArray[np.uint8]:
-    """A picture's pixels, upright, its first frame if it has several; transparent ones lie on white.
+    """Read the pixels of a picture's first frame, upright; transparent pixels become white.
 
     Args:
-        path: of a PNG, JPEG, BMP, TIFF, WebP or GIF.
-        size: (H, W) to resize to, whatever its own aspect; None: as it is.
-        grey: else in colour, whatever its file has.
+        path: a PNG, JPEG, BMP, TIFF, WebP or GIF file.
+        size: (H, W) to resize to, without keeping the aspect ratio; None keeps the size.
+        grey: whether to return grey values; otherwise RGB, also for a grey picture.
 
     Returns:
         (H, W) or (H, W, 3) uint8
 
     Raises:
-        OSError: the file can't be read, is no such picture, or is larger than ``MAX_PIXELS``.
+        OSError: the file can't be read, is no such picture, or has more than ``MAX_PIXELS``.
     """
     picture = open_picture(path)
     if picture.mode == "F":
-        raise OSError("its pixels are fractions of no known range: save it with 8 or 16 bits a pixel")
+        raise OSError("its pixels are floats of unknown range: save it with 8 or 16 bits a pixel")
     if picture.mode.startswith("I"):  # 16 bits a pixel, sometimes read as 32
         pixels = np.asarray(picture, dtype=float) / 257
         picture = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
@@ -43,12 +43,14 @@ def read_picture(path: Path, *, size: tuple[int, int] | None, grey: bool) -> NDA
         picture = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
     picture = picture.convert("L" if grey else "RGB")
     if size is not None:
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # a mean of all it covers
+        picture = picture.resize(
+            (size[1], size[0]), Image.Resampling.BILINEAR
+        )  # averages all pixels that a new one covers
     return np.asarray(picture)
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, turned as its camera was held, decoded.
+    """Decode a picture, and turn it upright by its Exif orientation.
 
     Raises:
         OSError: the file can't be read, is no picture of ``FORMATS``, or has more than ``MAX_PIXELS``.
@@ -56,7 +58,7 @@ def open_picture(path: Path) -> Image.Image:
     if path.stat().st_size == 0:
         raise OSError("the file is empty")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata; sizes are judged here
+        warnings.simplefilter("ignore")  # about odd metadata, and about sizes, which are checked here
         try:
             with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
@@ -76,7 +78,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def is_grey(path: Path) -> bool:
-    """Whether a picture has no colours; reads no more than the beginning of its file.
+    """Whether a picture has no colours; only the beginning of its file is read.
 
     Raises:
         OSError: the file can't be read, or is no picture of ``FORMATS``.
@@ -91,15 +93,18 @@ def is_grey(path: Path) -> bool:
 
 
 def find_files(name: str) -> list[Path]:
-    """The files that a name stands for: itself, a folder's pictures, or what a glob matches.
+    """Find the files that a name stands for: a file, the pictures of a folder, or the matches of a glob.
 
-    A name that matches nothing stands for itself, so that it is reported with the files that fail.
+    A name that matches nothing is returned itself, so that reading it fails and is reported.
+
+    Raises:
+        FileNotFoundError: the name is a folder without pictures.
     """
     path = expand_home(name)
     if path.is_dir():
         pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not pictures:
-            raise FileNotFoundError(f"images={name}: no picture lies in this folder ({', '.join(SUFFIXES)})")
+            raise FileNotFoundError(f"images={name}: this folder has no picture ({', '.join(SUFFIXES)})")
         return pictures
     if path.exists():
         return [path]

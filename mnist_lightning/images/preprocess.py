@@ -1,4 +1,4 @@
-"""From images as they are stored to what a net sees."""
+"""Turn stored images into a net's input."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from mnist_lightning.images.deform import Deformation, add_flags, resample, upri
 
 
 class Preprocess(nn.Module):
-    """Sets images upright where that is asked for, deforms them where a key is given, and normalises them.
+    """Set images upright (optional), deform them if a key is given, and normalise them.
 
-    It stands in front of the net and does the same to each image, in training, evaluation, averaging over
-    deformations, prediction and export.  Upright comes before deformed: of deformed digits that are then
-    set upright, a net sees less of the deformation, and it makes more mistakes (docs/records.md).
+    The module stands in front of the net in training, evaluation, averaging over deformations, prediction and
+    export, and works in the same way in each.  It sets images upright before it deforms them: in the other
+    order a net sees less of the deformations and makes more mistakes (docs/records.md).
 
     Args:
-        mean: of the training pixels, scaled to [0, 1]; one number, or one for each channel.
-        std: of the same; > 0.
-        deskew: whether each image is set upright (``deform.upright``); for images of one channel.
-        augment: how far images are deformed, the arguments of ``Deformation``; None: not.
+        mean: mean of the training pixels, scaled to [0, 1]; one number, or one for each channel.
+        std: their standard deviation, > 0, in the same form.
+        deskew: whether to set each image upright (``deform.upright``); for images of one channel.
+        augment: the arguments of ``Deformation``; None: no deformations.
     """
 
     mean: Tensor
@@ -49,11 +49,11 @@ class Preprocess(nn.Module):
     def to_pixels(
         self, images: Tensor, key: tuple[int, ...] | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Images before they are normalised; see ``forward``.  -> (B, C, H, W) float32, in [0, 255]"""
+        """Do all except normalising; see ``forward``.  -> (B, C, H, W) float32, in [0, 255]"""
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
             raise ValueError(
-                f"images must be (B, H, W), or (B, H, W, 3) in colour, got {tuple(images.shape)}: those of"
-                " MNISTDataModule are, those of load_mnist are normalised already"
+                f"images must be (B, H, W), or (B, H, W, 3) in colour, got {tuple(images.shape)}: use"
+                " MNISTDataModule, because load_mnist has normalised its images already"
             )
         pixels = images.float()
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -67,11 +67,14 @@ class Preprocess(nn.Module):
     def forward(
         self, images: Tensor, key: tuple[int, ...] | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """(B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, normalised
+        """Prepare images for the net.
+
+        (B, H, W) or (B, H, W, C) uint8 or float, in [0, 255] -> (B, C, H, W) float32, normalised
 
         Args:
-            key: of the deformations to draw, whole numbers that alone decide them; None: do not deform.
-            labels: (B,) int64, for deformations that depend on what an image shows; None: without these.
+            images: images as the data set stores them.
+            key: whole numbers that decide the random deformations; None: do not deform.
+            labels: (B,) int64, for deformations that depend on the class; None: leave these out.
 
         Raises:
             ValueError: the images have another shape.

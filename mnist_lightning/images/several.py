@@ -1,4 +1,4 @@
-"""The digits of a picture that holds several, in reading order."""
+"""Find the digits of a picture that holds several, in reading order."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from mnist_lightning.images.handwriting import read_image, separate_ink
 from mnist_lightning.images.normalize import Floats, NoDigit
 from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
 
-LARGE_SIDE = 1024  # pixels of the longer side on which several digits are looked for
-LEAST_HEIGHT = 0.35  # of the usual height of the picture's digits
-MIN_SIDE = 8  # pixels of a digit among several
-MOST_PARTS = 500  # of ink that are looked at, the largest
+LARGE_SIDE = 1024  # longer side, in pixels, to which a picture is reduced before finding several digits
+LEAST_HEIGHT = 0.35  # least height of a digit, as a share of the usual height in the picture
+MIN_SIDE = 8  # least longer side of a digit among several, in pixels
+MOST_PARTS = 500  # number of parts of ink to consider, the largest ones
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Found:
     """A digit in a picture of several.
 
     Attributes:
-        ink: (H, W) in [0, 1], of this digit alone.
-        box: in the picture's pixels: left, top, right, bottom, the last two exclusive.
-        row: the line it stands in, from 0.
+        ink: (H, W) in [0, 1], how much each pixel of its box is ink of this digit.
+        box: left, top, right and bottom in the picture's pixels, the last two exclusive.
+        row: number of its line, from 0.
     """
 
     ink: Floats
@@ -32,16 +32,17 @@ class Found:
 
 
 def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
-    """The digits of a picture, line by line and from left to right.  RGB, any size
+    """Find the digits of a picture, line by line and from left to right.
 
-    Parts of ink are digits where they are about as high as the others; strokes above each other and close are
-    one digit, and what is much wider than high is taken apart where its ink is thinnest.
+    A part of ink is a digit if it is about as high as the others.  Strokes that are close above each other
+    are one digit.  A part that is much wider than high is split where its ink is thinnest.
 
     Args:
-        side: pixels of the longer side on which they are looked for.
+        picture: RGB, any size.
+        side: longer side, in pixels, to which the picture is reduced first.
 
     Raises:
-        NoDigit: nothing stands out from the background, or nothing of it is as large as a digit.
+        NoDigit: nothing as large as a digit stands out from the background.
     """
     ink, scale = separate_ink(picture, side)
     parts = find_parts(ink, gap=max(1, side // 512))
@@ -74,10 +75,11 @@ def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
 
 
 def read_several(file: Path, layout: str) -> tuple[Image.Image, list[Found]] | None:
-    """A picture and its digits, where it is to be read as several; None: as one.
+    """Read a picture and its digits; None if the picture is to be read as a single digit.
 
     Args:
-        layout: "one", "many", or "auto": as the picture looks.
+        file: the picture's file.
+        layout: "one", "many", or "auto", which decides by the picture.
 
     Raises:
         OSError: the file can't be read.
@@ -92,7 +94,7 @@ def read_several(file: Path, layout: str) -> tuple[Image.Image, list[Found]] | N
 
 
 def holds_several(picture: Image.Image) -> bool:
-    """Whether a picture holds more than one digit: at least two of like height, beside or above each other.
+    """Whether a picture holds more than one digit: at least two parts of similar height and ink.
 
     Raises:
         NoDigit: nothing stands out from the background.
@@ -107,7 +109,7 @@ def holds_several(picture: Image.Image) -> bool:
 
 
 def _merge(boxes: Ints, usual: float) -> Ints:
-    """Which boxes belong to one digit.  (N, 4) -> (N,) numbers from 0"""
+    """Number the digits to which boxes belong, from 0.  (N, 4) -> (N,) int64"""
     names = np.arange(len(boxes))
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]), kind="stable")
     whole = {int(i): boxes[i].copy() for i in range(len(boxes))}
@@ -127,10 +129,12 @@ def _merge(boxes: Ints, usual: float) -> Ints:
 
 
 def _are_one(a: Ints, b: Ints, usual: float) -> bool:
-    """Whether two boxes are of one digit: one is small, they overlap or nearly touch, and both are no higher
-    than one digit."""
-    overlap = min(a[3], b[3]) - max(a[1], b[1])  # of their columns
-    above = max(a[0], b[0]) - min(a[2], b[2])  # rows between them, negative where they overlap
+    """Whether two boxes are of one digit.
+
+    They are if one is small, they overlap or nearly touch, and together they are no higher than a digit.
+    """
+    overlap = min(a[3], b[3]) - max(a[1], b[1])  # number of common columns
+    above = max(a[0], b[0]) - min(a[2], b[2])  # number of rows between them, negative if they overlap
     narrow = min(a[3] - a[1], b[3] - b[1])
     height = max(a[2], b[2]) - min(a[0], b[0])
     low = min(a[2] - a[0], b[2] - b[0])
@@ -146,7 +150,7 @@ def _are_one(a: Ints, b: Ints, usual: float) -> bool:
 
 
 def _split(box: Ints, mask: Mask, ink: Floats, usual: float) -> list[tuple[Ints, Mask]]:
-    """Touching digits, parted where a column has least ink."""
+    """Split touching digits at the columns with the least ink."""
     top, left, bottom, right = (int(edge) for edge in box)
     height, width = bottom - top, right - left
     if width < 1.35 * max(height, 0.8 * usual):
@@ -170,7 +174,7 @@ def _split(box: Ints, mask: Mask, ink: Floats, usual: float) -> list[tuple[Ints,
 
 
 def _find_lines(boxes: list[Ints]) -> list[int]:
-    """The line that each box stands in, from the top: that in whose height its middle lies."""
+    """Number the line of each box from the top: the line whose height includes the middle of the box."""
     lines: list[list[int]] = []
     for i in sorted(range(len(boxes)), key=lambda i: int(boxes[i][0] + boxes[i][2])):
         middle = (boxes[i][0] + boxes[i][2]) / 2

@@ -1,6 +1,6 @@
-"""Where images come from: what a data set's settings name, made whole, and read.
+"""Find, download or unpack, and read the data set that the settings name.
 
-What can be asked without reading the images needs no torch.
+Only reading the images imports torch.
 """
 
 import functools
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGED = Path(__file__).parent.parent / "datasets" / "mnist"
-IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of bytes, 3-d and 1-d
-# IDX file -> magic number, number of items, SHA-256 of MNIST's own file (CPUs are quicker at it than at MD5)
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # first four bytes of an IDX file of uint8, 3-d and 1-d
+# IDX file -> magic number, number of items, SHA-256 of MNIST's file (CPUs compute it faster than MD5)
 RAW_FILES = {
     "train-images-idx3-ubyte": (
         IMAGES_MAGIC,
@@ -55,9 +55,9 @@ RAW_FILES = {
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     ),
 }
-LARGEST = 2**30  # bytes of a file of these; EMNIST's largest has half as many
-DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte before a download is given up
-DOWNLOADS = {  # of some size, told before they are fetched
+LARGEST = 2**30  # most bytes of such a file; EMNIST's largest has half as many
+DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte after which a download fails
+DOWNLOADS = {  # sizes of large downloads, logged before they begin
     "emnist_letters": "some 560 MB, with all of EMNIST",
     "emnist_balanced": "some 560 MB, with all of EMNIST",
     "cifar10": "some 170 MB",
@@ -65,28 +65,28 @@ DOWNLOADS = {  # of some size, told before they are fetched
 
 
 class Source(Protocol):
-    """A data set's files."""
+    """A source of images: it makes a data set's files complete, and reads them."""
 
     def __hash__(self) -> int: ...
 
     def make_whole(self) -> None:
-        """Fetch or unpack missing files, where ``read`` looks for them.
+        """Download or unpack the files that ``read`` needs and that are missing.
 
         Raises:
-            OSError: it can't be fetched, or the place can't be written.
+            OSError: the download failed, or the folder can't be written.
         """
 
     def is_whole(self) -> bool:
-        """Whether ``read`` finds all it needs; writes nothing."""
+        """Whether all files that ``read`` needs exist; writes nothing."""
 
     def stamp(self) -> Hashable:
-        """Changes when what ``read`` gives may have changed."""
+        """Return a value that changes whenever the result of ``read`` may have changed."""
 
     def read(self) -> "ImageSet":
-        """The images, labels and classes.
+        """Read the images, labels and class names.
 
         Raises:
-            OSError: they can't be read, or can't be used.
+            OSError: they can't be read or used.
         """
 
 
@@ -102,21 +102,21 @@ def find_source(
     """Find the source that the settings of ``data=`` name.
 
     Args:
-        name: a key of ``KNOWN``, "folder" or "npz"; with ``source``, any.
-        data_dir: of what is downloaded, unpacked or decoded.
-        path: of "folder" and "npz".
-        size: pixels of both sides that pictures of "folder" are resized to; None: as they are.
+        name: a key of ``KNOWN``, "folder" or "npz"; with ``source``, any name.
+        data_dir: folder for downloaded, unpacked or decoded files.
+        path: the folder of "folder", or the file of "npz".
+        size: height and width in pixels to which pictures of "folder" are resized; None keeps their size.
         grey: whether coloured pictures of "folder" become grey.
         source: ``_target_`` and arguments of a user's function.
 
     Raises:
-        ValueError: there is no such data set, or it lies nowhere.
+        ValueError: there is no such data set, or it needs a path.
     """
     if source is not None:
         return Own(json.dumps(dict(source)))
     if name in OF_A_PATH:
         if path is None:
-            raise ValueError(f"name={name!r} wants a path")
+            raise ValueError(f"name={name!r} needs a path")
         return Npz(path) if name == "npz" else Folder(path.absolute(), size, grey, data_dir)
     if name not in KNOWN:
         raise ValueError(f"name must be one of {', '.join((*KNOWN, *OF_A_PATH))}, got {name!r}")
@@ -124,7 +124,7 @@ def find_source(
 
 
 def stamp(*paths: Path) -> tuple[tuple[int, int, int] | None, ...]:
-    """Changes when a file is written, replaced or removed: inode, time and size of each."""
+    """Return inode, time and size of each file, which change if one is written, replaced or removed."""
     stats: list[tuple[int, int, int] | None] = []
     for path in paths:
         try:
@@ -138,7 +138,7 @@ def stamp(*paths: Path) -> tuple[tuple[int, int, int] | None, ...]:
 
 @dataclass(frozen=True)
 class Idx:
-    """MNIST and what comes in its format: four IDX files in torchvision's layout."""
+    """MNIST, or a data set in its format: four IDX files in torchvision's layout."""
 
     name: str
     data_dir: Path
@@ -149,7 +149,7 @@ class Idx:
 
     @property
     def files(self) -> tuple[Path, Path, Path, Path]:
-        """Images and labels of training, and of the test."""
+        """The files of training images and labels, and of test images and labels."""
         family, _, split = self.name.partition("_")
         names = list(RAW_FILES)
         if family == "emnist":
@@ -169,7 +169,7 @@ class Idx:
             return False
 
     def has_right_files(self, folder: Path) -> bool:
-        """Whether a folder holds images of 28x28 and as many labels, for training and test."""
+        """Whether a folder holds 28x28 images and as many labels, for training and for test."""
         known, first = KNOWN[self.name], int(self.starts_at_one)
         allowed = range(first, first + len(known.class_names))
         train, train_labels, test, test_labels = (folder / path.name for path in self.files)
@@ -185,7 +185,7 @@ class Idx:
 
     @property
     def starts_at_one(self) -> bool:
-        """Whether the first class has the label 1 in the files: EMNIST's letters."""
+        """Whether the labels in the files begin at 1, as those of EMNIST's letters do."""
         return self.name == "emnist_letters"
 
     def stamp(self) -> Hashable:
@@ -205,7 +205,7 @@ class Idx:
         return ImageSet(parts, names, take_fingerprint(parts, names))
 
 
-@functools.lru_cache(maxsize=1)  # the next job of a sweep need not check the same files again
+@functools.lru_cache(maxsize=1)  # the jobs of a sweep check the same files once
 def _make_whole(source: Idx, state: Hashable) -> None:
     if source.name == "mnist":
         unpack(source.data_dir)
@@ -215,7 +215,7 @@ def _make_whole(source: Idx, state: Hashable) -> None:
 
 @dataclass(frozen=True)
 class Cifar10:
-    """CIFAR-10 in torchvision's layout: pickles, which are opened only where their checksums are right."""
+    """CIFAR-10 in torchvision's layout: pickle files, which are opened only if their checksums are right."""
 
     data_dir: Path
 
@@ -297,7 +297,7 @@ class Npz:
     path: Path
 
     def make_whole(self) -> None:
-        pass  # it is the user's: there or not
+        pass  # the file is the user's
 
     def is_whole(self) -> bool:
         return self.path.is_file()
@@ -313,22 +313,22 @@ class Npz:
 
 @dataclass(frozen=True)
 class Own:
-    """A user's function that gives arrays, as ``arrays.check_arrays`` takes them.
+    """A user's function that returns the arrays that ``arrays.check_arrays`` takes.
 
     Args:
-        recipe: ``_target_`` and arguments, as JSON.
+        recipe: ``_target_`` and arguments of the function, as JSON.
     """
 
     recipe: str
 
     def make_whole(self) -> None:
-        pass  # whatever is to be made, the function makes
+        pass  # the function reads or makes its data itself
 
     def is_whole(self) -> bool:
         return True
 
     def stamp(self) -> Hashable:
-        return time.monotonic_ns()  # what it reads is not known: it is asked each time
+        return time.monotonic_ns()  # nobody knows what the function reads, so it is called each time
 
     def read(self) -> "ImageSet":
         from mnist_lightning.images.arrays import DataError, check_arrays
@@ -338,13 +338,13 @@ class Own:
         content = make(recipe, "data.source")
         if not isinstance(content, Mapping):
             raise DataError(
-                f"data.source: {recipe[TARGET]} must give a dict of arrays, got {type(content).__name__}"
+                f"data.source: {recipe[TARGET]} must return a dict of arrays, got {type(content).__name__}"
             )
         return check_arrays(content, f"data.source: {recipe[TARGET]}")
 
 
 def find_class(name: str) -> "type[VisionDataset]":
-    """torchvision's class of a data set."""
+    """Import torchvision's class for a data set."""
     from torchvision import datasets
 
     classes = {"EMNIST": "EMNIST", "cifar-10-batches-py": "CIFAR10"}
@@ -354,13 +354,12 @@ def find_class(name: str) -> "type[VisionDataset]":
 
 
 def unpack(data_dir: Path) -> None:
-    """Put MNIST's four raw files into ``data_dir``, where torchvision reads them.
+    """Put MNIST's four raw files into ``data_dir``, in torchvision's layout.
 
-    What is there and right is left alone; what is missing is unpacked from the package; what is
-    there and wrong is named in a warning and replaced.
+    Missing files are unpacked from the package.  Wrong files are replaced, with a warning.  Right files stay.
 
     Raises:
-        OSError: the folder or a file can't be made, read or replaced.
+        OSError: the folder or a file can't be created, read or replaced.
     """
     raw = data_dir / KNOWN["mnist"].folder / "raw"
     make_raw_folder(raw)
@@ -379,19 +378,19 @@ def unpack(data_dir: Path) -> None:
 
 
 def download(source: Idx | Cifar10) -> None:
-    """Fetch a data set with torchvision's own download.
+    """Download a data set with torchvision.
 
-    It goes into a temporary folder first: a broken or interrupted download leaves nothing behind.
+    The files go to a temporary folder first, so that a failed or interrupted download leaves nothing behind.
 
     Raises:
-        OSError: no network, or the server did not give the files; or ``data_dir`` can't be written.
+        OSError: there is no network, the server did not send the files, or ``data_dir`` can't be written.
     """
     name = source.name if isinstance(source, Idx) else "cifar10"
     dataset: Any = find_class(name)
     files = source.files
     make_raw_folder(files[0].parent)
     if name in DOWNLOADS:
-        log.info("fetching %s, once: %s", name, DOWNLOADS[name])
+        log.info("downloading %s, only once: %s", name, DOWNLOADS[name])
     timeout = socket.getdefaulttimeout()
     more = {"split": name.partition("_")[2]} if name.startswith("emnist") else {}
     with tempfile.TemporaryDirectory(dir=source.data_dir, prefix=f".{name}-") as temporary:
@@ -408,24 +407,29 @@ def download(source: Idx | Cifar10) -> None:
             socket.setdefaulttimeout(timeout)
         fetched = Path(temporary) / files[0].parent.relative_to(source.data_dir)
         if not source.has_right_files(fetched):
-            raise OSError(f"data={name}: the server gave files that are not {name}'s")
+            raise OSError(f"data={name}: the server sent files that are not {name}'s")
         for file in files:
             replace(fetched / file.name, file)
 
 
 def make_raw_folder(raw: Path) -> None:
-    """torchvision's folder for a data set's files, made where it is missing."""
+    """Create torchvision's folder for a data set's files, unless it exists.
+
+    Raises:
+        OSError: the folder can't be created.
+    """
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise type(error)(f"data.data_dir: can't make the folder {raw}: {error.strerror}") from error
+        raise type(error)(f"data.data_dir: can't create the folder {raw}: {error.strerror}") from error
 
 
 def find_fault(path: Path, checksum: str) -> str | None:
-    """Find what is wrong with a file, as a predicate ("is …"), or None where its content is right.
+    """Say what is wrong with a file ("is a folder", …); None if its content is right.
 
     Args:
-        checksum: SHA-256 or, as torchvision has it, MD5 of the right content, in hexadecimal.
+        path: the file.
+        checksum: SHA-256 or, as in torchvision, MD5 of the right content, in hexadecimal.
     """
     if path.is_dir():
         return "is a folder"
@@ -442,9 +446,15 @@ def find_fault(path: Path, checksum: str) -> str | None:
 
 
 def is_idx(path: Path, magic: int, count: int, allowed: range = range(256)) -> bool:
-    """Whether a file is an IDX file of bytes with this many 28x28 images, or labels of these.
+    """Whether a file is an IDX file of so many 28x28 images, or of so many labels.
 
-    The format: http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
+    The format is described at http://yann.lecun.com/exdb/mnist/, "File formats for the MNIST database".
+
+    Args:
+        path: the file.
+        magic: ``IMAGES_MAGIC`` or ``LABELS_MAGIC``.
+        count: number of images or labels.
+        allowed: the labels that may occur.
     """
     try:
         content = read_file(path, most=LARGEST)
@@ -459,23 +469,23 @@ def is_idx(path: Path, magic: int, count: int, allowed: range = range(256)) -> b
 
 
 def read_idx(path: Path) -> "Tensor":
-    """What an IDX file of bytes holds.  -> (N, H, W) or (N,) uint8
+    """Read an IDX file of uint8.  -> (N, H, W) or (N,) uint8
 
-    torchvision's reader copies it twice more.
+    torchvision's reader copies the data twice more.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     import numpy as np
     import torch
 
     content = np.fromfile(path, dtype=np.uint8)
-    start = 4 + 4 * int(content[3])  # a magic number whose last byte tells how many sizes follow
+    start = 4 + 4 * int(content[3])  # the last byte of the magic number is the number of dimensions
     return torch.from_numpy(content[start:].reshape(content[4:start].view(">i4").tolist()))
 
 
 def read_count(path: Path) -> int:
-    """The number of items that an IDX file's header tells; 0 where there is none."""
+    """Read the number of items in an IDX file's header; 0 if the file can't be read."""
     try:
         with open_file(path) as file:
             return int.from_bytes(file.read(8)[4:], "big")

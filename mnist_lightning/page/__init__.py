@@ -1,1 +1,1 @@
-"""The page to draw on, which shows the inside of a net."""
+"""Make the page to draw on, which shows how a net works inside."""

@@ -1,4 +1,4 @@
-"""One HTML file out of a template, scripts, a style and data, that needs neither network nor other files."""
+"""Assemble one HTML file of a template, scripts, styles and data; it needs no network and no other files."""
 
 import base64
 import functools
@@ -15,14 +15,15 @@ FOLDER = Path(__file__).parent
 
 
 def assemble(name: str, scripts: Sequence[str], *, title: str, data: Mapping[str, Any]) -> bytes:
-    """The file.  Its own policy forbids it, and whatever a text in its data might try, any request.
+    """Return the content of the file.  Its security policy forbids all requests, also by texts in its data.
 
     Args:
-        name: of the template and of its style, which comes after ``common.css``.
-        scripts: files, in their order, after ``common.js``.
-        data: what JSON can say; ``common.js`` reads it.
+        name: name of the template and of its style, which follows ``common.css``.
+        scripts: script files in their order; they follow ``common.js``.
+        title: the page's title.
+        data: values that JSON can hold, for ``common.js``.
     """
-    # "<" would let a text </script> end the data
+    # escape "<", because a text </script> would end the data
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "title": html.escape(title),
@@ -30,7 +31,7 @@ def assemble(name: str, scripts: Sequence[str], *, title: str, data: Mapping[str
         "script": "\n".join(map(read_part, ("common.js", *scripts))),
         "data": text,
     }
-    pieces = read_part(f"{name}.html").split("<!-- ")  # each once: what was put in is not searched again
+    pieces = read_part(f"{name}.html").split("<!-- ")  # split once: inserted parts are not searched again
     filled = [pieces[0]]
     for piece in pieces[1:]:
         part, _, rest = piece.partition(" -->")
@@ -39,7 +40,7 @@ def assemble(name: str, scripts: Sequence[str], *, title: str, data: Mapping[str
 
 
 def encode(array: NDArray[Any]) -> str:
-    """An array's bytes in base64, little-endian as in every browser's typed arrays."""
+    """Encode an array's bytes in base64, little-endian as in every browser's typed arrays."""
     little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
     return base64.b64encode(little.tobytes()).decode()
 

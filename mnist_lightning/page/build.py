@@ -1,4 +1,4 @@
-"""A trained net as one HTML file that needs nothing else: its weights, images to try, script and style."""
+"""Write a trained net as one HTML file with its weights, images to try, scripts and styles."""
 
 import base64
 import copy
@@ -19,8 +19,8 @@ from mnist_lightning.network import ACTIVATIONS, FeedForward
 from mnist_lightning.page.assemble import assemble, encode
 
 SCRIPTS = ("core.js", "net.js", "page.js", "film.js")
-LEVELS = 127  # of a weight of 8 bits, on each side of 0
-SAMPLE_BYTES = 100_000  # for the images to try
+LEVELS = 127  # largest absolute value of a weight of 8 bits
+SAMPLE_BYTES = 100_000  # most bytes of the images to try
 MOST_SAMPLES = 100
 NAME_OF = {kind: name for name, kind in ACTIVATIONS.items()}
 
@@ -28,18 +28,18 @@ Floats = NDArray[np.float32]
 
 
 class NotDrawable(ValueError):
-    """A net that the page can't run."""
+    """The page can't compute this net; the message says why."""
 
 
 @dataclass
 class Layer:
-    """A linear layer, its norm and its activation, as the page has them.
+    """A linear layer with its norm and activation, as the page stores them.
 
     Attributes:
-        weights: (outputs, inputs) int8; times ``scales`` they are the weights.
+        weights: (outputs, inputs) int8; multiplied by ``scales``, they are the weights.
         scales: (outputs,) float32.
         biases: (outputs,) float32.
-        norm: of a layer norm its gains and shifts, (outputs,) float32 each, and its epsilon.
+        norm: gains and shifts of a layer norm, (outputs,) float32 each, and its epsilon; None: no layer norm.
         activation: a key of ``ACTIVATIONS``, or "none".
     """
 
@@ -51,21 +51,23 @@ class Layer:
 
 
 def read_layers(classifier: DigitClassifier) -> list[Layer]:
-    """The layers of a net for pixels in [0, 1]: normalisation and batch norm are folded into the weights.
+    """Read the layers of a net, with normalisation of the pixels and batch norms folded into the weights.
+
+    The first layer takes pixels in [0, 1].
 
     Raises:
-        NotDrawable: it is no ``FeedForward`` of grey images with a logit for each class.
+        NotDrawable: the net is no ``FeedForward`` for grey images with a logit for each class.
     """
     net, shape = classifier.net, classifier.image_shape
     if type(net) is not FeedForward:
         kind = type(net)
-        raise NotDrawable(f"the page runs FeedForward nets, and this is {kind.__module__}.{kind.__name__}")
+        raise NotDrawable(f"the page needs a FeedForward net, and this is {kind.__module__}.{kind.__name__}")
     if shape[0] != 1:
-        raise NotDrawable("the page is for nets of grey images, and this one's are in colour")
+        raise NotDrawable("the page needs a net for grey images, and this net is for coloured ones")
     if not classifier.names_classes:
-        raise NotDrawable("the page is for nets that name classes, and this one gives a number")
+        raise NotDrawable("the page needs a classifier, and this net gives a number (a regression)")
     found: list[Layer] = []
-    for linear, *others in _group(copy.deepcopy(net.layers).cpu()):  # Apple's GPUs know no float64
+    for linear, *others in _group(copy.deepcopy(net.layers).cpu()):  # Apple's GPUs have no float64
         weights, biases = linear.weight.detach().double(), linear.bias.detach().double()
         norm, activation = None, "none"
         for other in others:
@@ -87,19 +89,19 @@ def read_layers(classifier: DigitClassifier) -> list[Layer]:
 
 
 def quantise(rows: Tensor) -> tuple[NDArray[np.int8], Floats]:
-    """Rows with 8 bits for each number.  (N, F) float -> (N, F) int8, (N,) float32 to be multiplied by"""
+    """Round rows to 8 bits for each number.  (N, F) float -> (N, F) int8, and a factor for each row, (N,)"""
     scales = (rows.abs().amax(dim=1) / LEVELS).clamp(min=1e-30)
     return (rows / scales[:, None]).round().to(torch.int8).cpu().numpy(), _to_array(scales)
 
 
 def _group(layers: nn.Sequential) -> list[list[Any]]:
-    """Each linear layer and what counts of the modules behind it, up to the next one."""
+    """Group each linear layer with the norm and activation that follow it."""
     groups: list[list[Any]] = []
     for layer in layers:
         if isinstance(layer, nn.Linear):
             groups.append([layer])
         elif groups and isinstance(layer, (nn.BatchNorm1d, nn.LayerNorm, *ACTIVATIONS.values())):
-            groups[-1].append(layer)  # what is left out, dropout and noise, does nothing in a trained net
+            groups[-1].append(layer)  # others, dropout and noise, do nothing in a trained net
     return groups
 
 
@@ -113,7 +115,7 @@ def _to_array(tensor: Tensor) -> Floats:
 
 
 def run_layers(layers: Sequence[Layer], pixels: Floats) -> Floats:
-    """Compute what the page computes, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) logits"""
+    """Compute logits as the page does, in float32.  (N, H * W) in [0, 1] -> (N, num_classes) float32"""
     values = torch.from_numpy(np.asarray(pixels, dtype=np.float32))
     for layer in layers:
         weights = torch.from_numpy(layer.weights).float() * torch.from_numpy(layer.scales)[:, None]
@@ -130,11 +132,15 @@ def run_layers(layers: Sequence[Layer], pixels: Floats) -> Floats:
 
 
 def compare_layers(layers: Sequence[Layer], classifier: DigitClassifier, images: Tensor) -> tuple[int, float]:
-    """How many images get the same answer from the page's weights as from the net's, and the largest
-    difference of a probability.
+    """Compare the answers of the page's layers with those of the net.
 
     Args:
+        layers: the page's layers.
+        classifier: the net.
         images: (N, H, W) uint8.
+
+    Returns:
+        The number of images with the same answer, and the largest difference of a probability.
     """
     same, difference = 0, 0.0
     with torch.inference_mode():
@@ -149,8 +155,10 @@ def compare_layers(layers: Sequence[Layer], classifier: DigitClassifier, images:
 
 
 def choose_samples(probabilities: Tensor, labels: Tensor, image_shape: Sequence[int]) -> list[int]:
-    """Which images of a split are kept in the page: at most half of them misread, the most confident first,
-    then others, as many of each class as there is room for.
+    """Choose the images of a split that the page offers.
+
+    First come misread ones, the most confident first, as at most half of all; then others, with the same
+    number of each class if possible.
 
     Args:
         probabilities: (N, num_classes).
@@ -158,7 +166,7 @@ def choose_samples(probabilities: Tensor, labels: Tensor, image_shape: Sequence[
         image_shape: (C, H, W).
 
     Returns:
-        Indices, at most ``MOST_SAMPLES``.
+        Indices of at most ``MOST_SAMPLES`` images.
     """
     most = min(MOST_SAMPLES, SAMPLE_BYTES // math.prod(image_shape), len(labels))
     confidences, answers = probabilities.max(dim=1)
@@ -183,19 +191,20 @@ def make_page(
     film: Mapping[str, Any] | None = None,
     live: float | None = None,
 ) -> bytes:
-    """The page.
+    """Return the content of the page.
 
     Args:
-        title: of the page.
-        about: a line below it.
-        samples: images to try, (N, H, W) uint8, their labels and the net's answers, (N,) int64.
-        handwriting: whether drawings are made like MNIST's images; else the whole field is shrunk.
-        film: see ``callbacks.film.pack``; None: the page has none.
-        live: when a page was written that is written anew while its net learns, in seconds since 1970, and 0
-            in its last edition; None: it is not.
+        classifier: the net.
+        title: the page's title.
+        about: a line below the title.
+        samples: images to try, (N, H, W) uint8, their labels and the net's answers, (N,) int64 each.
+        handwriting: whether to prepare drawings like MNIST's images; otherwise the whole field is resized.
+        film: what ``rundir.film.pack_film`` returned; None: the page has no film.
+        live: for a page that is rewritten while its net learns, the time of writing in seconds since 1970, or
+            0 in its last version; None for other pages.
 
     Raises:
-        NotDrawable: the page can't run the net.
+        NotDrawable: the page can't compute the net.
     """
     images, labels, answers = samples
     data = {
@@ -235,7 +244,7 @@ def _pack_layer(layer: Layer) -> dict[str, Any]:
 
 
 def _pack_likeness(classifier: DigitClassifier) -> dict[str, Any] | None:
-    """Rows of each class: its mean, then its directions."""
+    """Pack a classifier's likeness: for each class its mean, then its directions; None without likeness."""
     likeness = classifier.likeness
     if not isinstance(likeness, Likeness):
         return None
@@ -245,13 +254,13 @@ def _pack_likeness(classifier: DigitClassifier) -> dict[str, Any] | None:
         **{"scales": likeness.scales, "doubt": likeness.doubt, "limit": likeness.limit},
         **{"nothing": likeness.nothing.capitalize(), "pool": POOL, "units": UNITS},
         **{"features": rows.shape[1], "rows": encode(rows), "steps": encode(scales)},
-        "mean": preprocess.mean.item() / 255,  # of the pixels, which are the last hidden layer of a net
-        "std": preprocess.std.item() / 255,  # that has none
+        "mean": preprocess.mean.item() / 255,  # a net without hidden layers uses normalised pixels in
+        "std": preprocess.std.item() / 255,  # place of the last hidden layer
     }
 
 
 def squeeze(array: NDArray[np.uint8]) -> bytes:
-    """An array's bytes; of zeros one, and then how many they are, at most 255."""
+    """Compress an array's bytes: each run of at most 255 zeros becomes a zero and the run's length."""
     squeezed = bytearray()
     for value, run in itertools.groupby(array.tobytes()):
         count = sum(1 for _ in run)

@@ -1,1 +1,1 @@
-"""A run's directory: what lies in it, and how it is written, found, read and gone on with."""
+"""Write, find, read and resume a run's folder."""

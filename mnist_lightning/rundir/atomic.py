@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Write files atomically."""
 
 import contextlib
 import errno
@@ -6,28 +6,28 @@ import os
 import time
 from pathlib import Path
 
-TEMPORARY = ".writing-"  # what the names of files begin with that are being written
+TEMPORARY = ".writing-"  # prefix of a file's name while the file is being written
 HELD = (5, 32)  # Windows' ERROR_ACCESS_DENIED and ERROR_SHARING_VIOLATION
-PATIENCE = 2.0  # seconds that another program may hold a file
-LONG_LEFT = 60.0  # seconds without a write, after which a file is left over from a killed process
+PATIENCE = 2.0  # seconds to wait for another program that holds a file open
+LONG_LEFT = 60.0  # a temporary file that is older than this many seconds was left by a killed process
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside the place, flush to disk, and rename.
+    """Write a temporary file, flush it to disk, and rename it to ``path``.
 
-    A reader, or whoever comes after a kill, finds the old file or the new one, never a part.  The
-    temporary file lies in the same folder and so on the same file system, whatever TMPDIR says.  A link in
-    the place is replaced, not followed.
+    Readers see the old file or the new one, never a part of it, even if this process is killed.  The
+    temporary file is in the same folder, and so on the same file system.  If ``path`` is a link, the link is
+    replaced, not followed.
 
     Raises:
-        OSError: the folder can't be written, the disk is full, or a folder lies in the place; what is there
-            is untouched.
+        OSError: the folder can't be written, the disk is full, or ``path`` is a folder; the old file is
+            unchanged.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        if path.is_dir() and not path.is_symlink():  # Windows would say that permission is denied
-            raise IsADirectoryError(errno.EISDIR, "a folder lies in its place")
-        temporary.unlink(missing_ok=True)  # left over from a killed process, or a link put there
+        if path.is_dir() and not path.is_symlink():  # Windows would report a denied permission
+            raise IsADirectoryError(errno.EISDIR, "a folder is in its place")
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a stranger's link
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
@@ -42,13 +42,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file, in place of another one if there is one.
+    """Rename a file, replacing ``target`` if it exists.
 
-    Windows refuses that as long as a program has one of them open, as those do that look for viruses, make
-    copies or show it: for a while it is tried again.
+    Windows refuses this while another program, such as a virus scanner, a backup or a viewer, has one of the
+    files open.  The function therefore tries again for ``PATIENCE`` seconds.
 
     Raises:
-        OSError: it can't be done.
+        OSError: the file can't be renamed.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -63,11 +63,12 @@ def replace(source: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, age: float = 0) -> None:
-    """Delete what killed processes left half written, there and in the folders below.
+    """Delete the temporary files that killed processes left in a folder and in the folders below it.
 
     Args:
-        folder: need not exist.
-        age: seconds since the last write; 0 only where no other process writes.
+        folder: the folder; it need not exist.
+        age: delete only files last written at least this many seconds ago; use 0 only if no other process
+            writes there.
     """
     for path in folder.rglob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: how they are written, kept and read.
+"""Write, check and read checkpoints.
 
-A checkpoint is torch's own zip file with a comment, the SHA-256 of all before it; ``torch.load``
-still reads it.  The checksum tells damage, not malice: against hostile files stand
-``weights_only=True`` and the refusal of anything compressed or remote.
+A checkpoint is torch's own zip file with a comment that holds the SHA-256 of everything before it;
+``torch.load`` still reads it.  The checksum detects damage, not malice: ``weights_only=True``, and refusing
+compressed and remote files, protects against hostile files.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ LABEL = b"sha256:"
 COMMENT_SIZE = len(LABEL) + 64  # the digest in hexadecimal
 # A zip file ends with the length of its comment, in two bytes, and the comment (PKWARE's APPNOTE, 4.3.16).
 LENGTH = COMMENT_SIZE.to_bytes(2, "little")
-MAGIC = b"PK\x03\x04"  # what it begins with; torch takes other files for a format of its own, an old one
-MOST_PLAIN = 2**22  # bytes of plain data: a net's take some thousands
-DEEPEST = 100  # levels of lists in lists
-STATE = (  # of a run, beside its net
+MAGIC = b"PK\x03\x04"  # the first bytes of a zip file; torch reads files without them in an older format
+MOST_PLAIN = 2**22  # bytes of plain data; a checkpoint of ours has some thousands
+DEEPEST = 100  # levels of nested lists
+STATE = (  # keys that a checkpoint needs for resuming, besides the net
     *("callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "environment", "MNISTDataModule"),
 )
-TAKEN_UP = (  # where a checkpoint's state becomes a run's: a module, a function
+TAKEN_UP = (  # the module and the function that load a checkpoint's state into a run
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
     "mnist_lightning.classifier.on_train_start",
 )
@@ -45,41 +45,41 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 
 
 def serialize(checkpoint: dict[str, Any]) -> bytes:
-    """A checkpoint as the content of a file, with its checksum at the end."""
+    """Return a checkpoint as the bytes of a file, with its checksum at the end."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    content = buffer.getbuffer()[:-2]  # without the length of the comment, which is 0
+    content = buffer.getbuffer()[:-2]  # without the comment's length, which is 0 so far
     return bytes(content) + LENGTH + LABEL + hashlib.sha256(content).hexdigest().encode()
 
 
 def check_readable(content: bytes, checkpoint: dict[str, Any]) -> None:
-    """Whether ``load`` will take what is about to be written.
+    """Check that ``load`` will accept a checkpoint that is about to be written.
 
     Args:
-        content: of the file.
-        checkpoint: what it holds.
+        content: the bytes of the file.
+        checkpoint: the same as an object.
 
     Raises:
-        OSError: ``load`` would refuse it, for example for the state of a user's callback.
+        OSError: ``load`` would refuse the file, for example because of the state of a user's callback.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         plain = count_plain(archive.infolist())
-    fault = f"{plain:,} bytes beside its tensors" if plain > MOST_PLAIN else find_fault(checkpoint, plain)
+    fault = f"{plain:,} bytes besides its tensors" if plain > MOST_PLAIN else find_fault(checkpoint, plain)
     if fault:
-        raise OSError(f"no checkpoint is written that could not be read again: it would hold {fault}")
+        raise OSError(f"the checkpoint is not written, because it could not be read again: it holds {fault}")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU: tensors and plain data only, nothing of it executed.
+    """Read a checkpoint: tensors on the CPU, and plain data.  No code in it is executed.
 
-    ``hyper_parameters`` tell how its net, loss and metrics are made (``DigitClassifier``),
-    ``datamodule_hyper_parameters`` are the arguments of ``MNISTDataModule``.  A checkpoint of the first
-    edition is given in today's form.
+    "hyper_parameters" holds the recipe of the net, the loss and the metrics (see ``DigitClassifier``),
+    "datamodule_hyper_parameters" the arguments of ``MNISTDataModule``.  A checkpoint written by the first
+    edition is converted to the current form.
 
     Raises:
-        OSError: there is no such file, or it is damaged, or no checkpoint of this project.
+        OSError: the file does not exist, is damaged, or is not a checkpoint of this project.
     """
-    if "://" in str(path) or ":/" in str(path):  # a Path has folded the second slash
+    if "://" in str(path) or ":/" in str(path):  # a Path turns "//" into "/"
         raise OSError(f"{path}: checkpoints are read from local files only")
     with open_file(path) as file:
         size = check_whole(file, path)
@@ -88,7 +88,7 @@ def load(path: Path) -> dict[str, Any]:
                 size_of_plain = check_members(archive.infolist(), size, path)
             file.seek(0)
             if file.read(len(MAGIC)) != MAGIC:
-                raise OSError(f"{path} is refused: it does not begin as torch's files do")
+                raise OSError(f"{path} is refused: it does not begin like a file of torch")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
@@ -101,34 +101,36 @@ def load(path: Path) -> dict[str, Any]:
     if fault := find_fault(checkpoint, size_of_plain):
         raise OSError(f"{path} is refused: it holds {fault}")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("hyper_parameters"), dict):
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: it has no hyper_parameters")
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: it has no hyper_parameters")
     weights, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
     if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: its state_dict holds no weights")
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: its state_dict holds no weights")
     if not isinstance(step, int) or step < 0:
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: its global_step is no number of steps")
+        raise OSError(
+            f"{path} is not a checkpoint of mnist_lightning: its global_step is not a number of steps"
+        )
     try:
         return convert(checkpoint) if "hidden" in checkpoint["hyper_parameters"] else checkpoint
     except (KeyError, TypeError, AttributeError) as error:
-        raise OSError(f"{path} is no checkpoint of mnist_lightning: it lacks {error}") from error
+        raise OSError(f"{path} is not a checkpoint of mnist_lightning: it lacks {error}") from error
 
 
 def check_whole(file: BinaryIO, path: Path) -> int:
-    """Whether a file is what was written: its checksum, after what costs no time.
+    """Check that a file is complete and unchanged; compute its checksum last, because that takes longest.
 
     Returns:
-        Its size in bytes.
+        The file's size in bytes.
 
     Raises:
-        OSError: it is not, or there is no memory for it.
+        OSError: the file is incomplete or damaged, or larger than the free memory.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - COMMENT_SIZE - 2))
     length, comment = file.read(2), file.read(COMMENT_SIZE)
     if length != LENGTH or not comment.startswith(LABEL):
-        raise OSError(f"{path} is cut off, or no checkpoint of mnist_lightning: its checksum is missing")
+        raise OSError(f"{path} is cut off, or not a checkpoint of mnist_lightning: its checksum is missing")
     if size > free_memory():
-        raise OSError(f"{path} is refused: its {size / 1e9:.1f} GB are more than the memory that is free")
+        raise OSError(f"{path} is refused: it has {size / 1e9:.1f} GB, more than the free memory")
     digest = hashlib.sha256()
     file.seek(0)
     left = size - COMMENT_SIZE - 2
@@ -136,59 +138,63 @@ def check_whole(file: BinaryIO, path: Path) -> int:
         digest.update(part)
         left -= len(part)
     if digest.hexdigest().encode() != comment[len(LABEL) :]:
-        raise OSError(f"{path} is damaged: its checksum does not fit its content")
+        raise OSError(f"{path} is damaged: its checksum does not match its content")
     return size
 
 
 def check_members(members: Sequence[zipfile.ZipInfo], size: int, path: Path) -> int:
-    """Whether the parts of a checkpoint's zip file are such as torch writes.
+    """Check that the members of a checkpoint's zip file look like those that torch writes.
 
     Returns:
-        The bytes of the part that holds all but the tensors' content.
+        The size in bytes of the plain data: everything except the numbers in tensors.
 
     Raises:
-        OSError: they are compressed, or too large.
+        OSError: members are compressed, overlap, or hold too much plain data.
     """
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise OSError(f"{path} is refused: it holds compressed data, which torch never writes")
-    if sum(member.file_size for member in members) > size:  # parts that overlap
-        raise OSError(f"{path} is refused: its parts claim to be more than the file holds")
+    if sum(member.file_size for member in members) > size:  # members that overlap
+        raise OSError(f"{path} is refused: its parts claim to be larger than the file")
     plain = count_plain(members)
     if plain > MOST_PLAIN:
         raise OSError(
-            f"{path} is refused: it holds {plain:,} bytes beside its tensors, and {MOST_PLAIN:,} are read"
+            f"{path} is refused: it holds {plain:,} bytes besides its tensors, at most {MOST_PLAIN:,}"
+            " are read"
         )
     return plain
 
 
 def count_plain(members: Iterable[zipfile.ZipInfo]) -> int:
-    """The bytes of a checkpoint that hold all but the content of its tensors."""
+    """Return the size in bytes of a checkpoint's plain data: everything except the numbers in tensors."""
     return sum(member.file_size for member in members if member.filename.endswith(".pkl"))
 
 
 def find_fault(checkpoint: Any, most: int) -> str | None:
-    """What in a checkpoint is neither a tensor of numbers nor plain data, or would keep whoever walks through
-    it busy for ever: lists within themselves, or lists of the same lists over and over.
+    """Find a value in a checkpoint that is neither a tensor of numbers nor plain data, or that is nested
+    without end, such as a list that contains itself.
 
     Args:
-        most: values that it can hold, each of which takes a byte of its file at least.
+        most: the largest possible number of values; each takes at least one byte of the file.
+
+    Returns:
+        a description of the first such value; None if there is none.
     """
     left, count = [(checkpoint, 0)], 0
     while left:
         value, depth = left.pop()
         count += 1
         if depth > DEEPEST:
-            return "lists in lists without end"
+            return "lists nested too deeply"
         if count > most:
-            return "the same lists over and over"
+            return "the same lists again and again"
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized:
-                return "a tensor of a kind that no net of this project has"
+                return "a sparse, quantized or meta tensor"
             if value.nbytes > value.untyped_storage().nbytes():
                 return "a tensor that claims to be larger than its content"
         elif isinstance(value, dict):
             if not all(isinstance(key, PLAIN) for key in value):
-                return "a dict whose keys are no names"
+                return "a dict with a key that is not plain data"
             left += [(one, depth + 1) for one in value.values()]
         elif isinstance(value, (list, tuple, set)):
             left += [(one, depth + 1) for one in value]
@@ -198,7 +204,7 @@ def find_fault(checkpoint: Any, most: int) -> str | None:
 
 
 def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the first edition, whose net normalised and set upright by itself, in today's form."""
+    """Convert a checkpoint of the first edition, whose net did its own preprocessing, to the current form."""
     old, data = checkpoint["hyper_parameters"], dict(checkpoint.get("datamodule_hyper_parameters") or {})
     data.pop("deskew", None)
     augment = data.pop("augment", None)
@@ -232,13 +238,14 @@ def convert(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any]]:
-    """The valid checkpoint in a folder that has seen the most steps, and its content.
+    """Find the valid checkpoint with the most steps in a folder; return its path and its content.
 
     Args:
-        told: name damaged ones in a warning.
+        folder: the folder of the checkpoints.
+        told: whether to log a warning for each damaged checkpoint.
 
     Raises:
-        OSError: there is none.
+        OSError: the folder has no valid checkpoint.
     """
     valid: list[tuple[int, Path, dict[str, Any]]] = []
     for path in sorted(folder.glob("*.ckpt")):
@@ -256,21 +263,25 @@ def find_newest(folder: Path, *, told: bool = True) -> tuple[Path, dict[str, Any
 
 
 def check_resumable(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """
+    """Check that a checkpoint holds everything that a run needs to resume.
+
     Raises:
-        OSError: the checkpoint holds a net, but not all that a run needs to go on.
+        OSError: something is missing.
     """
     missing = [name for name in STATE if name not in checkpoint]
     if missing:
-        raise OSError(f"{path} can't be gone on with: it has no {missing[0]}")
+        raise OSError(f"{path} can't be resumed: it has no {missing[0]}")
 
 
 @contextmanager
 def taking_up(path: Path | None) -> Iterator[None]:
-    """Let a run go on from a checkpoint, or from none, within the block.
+    """Report, in one line, that a checkpoint does not fit the run that is resumed within the block.
+
+    Args:
+        path: the checkpoint; None: the run starts from the beginning.
 
     Raises:
-        OSError: what a whole file holds, a stranger's, say, is not the state of this run.
+        OSError: the file is complete, but does not hold the state of this run.
     """
     try:
         yield
@@ -281,14 +292,14 @@ def taking_up(path: Path | None) -> Iterator[None]:
         if path is None or not (places & set(TAKEN_UP) or frames[-1].startswith("torch.optim.")):
             raise
         cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
-        raise OSError(f"{path} can't be gone on with: it does not hold this run's state ({cause})") from error
+        raise OSError(f"{path} can't be resumed: it does not hold this run's state ({cause})") from error
 
 
 class LocalCheckpointIO(CheckpointIO):
-    """Lightning's way to ``serialize`` and ``load``: local files, written whole, checked when read.
+    """Let Lightning write and read checkpoints by ``serialize`` and ``load``: local files with a checksum.
 
     Args:
-        folder: the run's; of what is not in it nothing is removed, but for what this object has written.
+        folder: the run's folder.  Outside it, only files that this object has written are removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -298,7 +309,11 @@ class LocalCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """``storage_options`` may name a copy to be written as well: ``{"copy": path}``."""
+        """Write a checkpoint, and a copy of it if ``storage_options`` is ``{"copy": path}``.
+
+        Raises:
+            OSError: the checkpoint could not be read again, or the file can't be written.
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         content = serialize(checkpoint)
         check_readable(content, checkpoint)
@@ -312,7 +327,10 @@ class LocalCheckpointIO(CheckpointIO):
         return load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove what a callback has written; by the word of a checkpoint, it may be any file."""
+        """Remove a checkpoint in the run's folder, or one that this object has written.
+
+        Other paths are ignored: a stranger's checkpoint may name any file as a callback's old checkpoint.
+        """
         inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
         if inside or Path(path) in self.written:
             Path(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What happens between composing a run's config and running it: check, then claim a folder."""
+"""Check a composed config and claim a folder, before the run starts."""
 
 import itertools
 import os
@@ -19,15 +19,15 @@ from mnist_lightning.rundir.outside import as_word, check_run, check_sweep
 from mnist_lightning.rundir.resume import check_place, check_resumption
 from mnist_lightning.rundir.status import hold, is_main_process
 
-ROOM = 20_000  # bytes: where Hydra's record of the settings finds no place, Hydra prints a traceback
+ROOM = 20_000  # free bytes that the folder needs: without room for its records, Hydra prints a traceback
 
 
 class Prepare(Callback):
-    """Hydra's hook for both.
+    """Call ``prepare`` before Hydra starts a run or a sweep.
 
-    Hydra would make the run's folder, and its log file, before the settings are looked at, and
-    would give one folder to two runs that start in the same second.  It turns an ``Exception``
-    raised here into a warning, but lets ``SystemExit`` pass.
+    Without it, Hydra would make the run's folder and its log file before the settings are checked, and would
+    give the same folder to two runs that start in the same second.  Hydra turns an ``Exception`` raised here
+    into a warning, but lets ``SystemExit`` pass.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -41,9 +41,10 @@ class Prepare(Callback):
 
 @contextmanager
 def told() -> Iterator[None]:
-    """
+    """Turn an error of ``prepare`` into one line.
+
     Raises:
-        SystemExit: with the line of what ``prepare`` raises.
+        SystemExit: with that line.
     """
     try:
         yield
@@ -54,17 +55,20 @@ def told() -> Iterator[None]:
 
 
 def prepare(config: DictConfig, kind: str) -> None:
-    """Check a composed config (of a single run: a sweep's jobs are checked by its sweeper), and
-    point ``hydra.run.dir`` or ``hydra.sweep.dir`` at a folder that is this process's own.
+    """Check a composed config, and claim a folder for its run or sweep.
 
-    A folder that the user (or the parent process of a DDP run) named is held from here on, so that of two
-    processes one is refused before it has written anything; a new run takes none that an earlier one has
-    used.
+    A single run's settings are checked here; a sweep's jobs are checked by the sweeper.  ``hydra.run.dir`` or
+    ``hydra.sweep.dir`` is changed to a new folder, unless the user (or the parent process of a DDP run) named
+    one.  A run locks its folder from here on, so that a second process is refused before it writes anything.
+    A new run refuses a folder that an earlier run has used.
+
+    Args:
+        kind: "run" or "sweep".
 
     Raises:
-        ConfigError: the settings are wrong, or the folder can't be made.
-        CommandError: the folder is taken.
-        SystemExit: with code 0; the run that is to go on has finished.
+        ConfigError: the settings are wrong, or the folder can't be made or written.
+        CommandError: another process or an earlier run uses the folder.
+        SystemExit: with code 0; the run to resume has already finished.
     """
     folder: Path | None = None
     typed: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)  # ${hydra.job.num} is a job's
@@ -89,7 +93,7 @@ def prepare(config: DictConfig, kind: str) -> None:
             folder = claim(folder)
             with read_write(config), open_dict(config):
                 OmegaConf.update(config, key, str(folder))
-                if kind == "sweep":  # its jobs' configs are composed anew from these
+                if kind == "sweep":  # Hydra composes the config of each job from these overrides
                     config.hydra.overrides.hydra.append(f"{key}={quote(str(folder))}")
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
@@ -98,32 +102,32 @@ def prepare(config: DictConfig, kind: str) -> None:
         if kind == "run" and is_main_process():
             hold(folder)
     except OSError as error:
-        if error.strerror is None:  # one of our own
+        if error.strerror is None:  # our own code raised it
             raise ConfigError(str(error)) from error
         place = error.filename or folder
         raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
 
 
 def check_unused(folder: Path) -> None:
-    """
+    """Check that no earlier run has left files in a folder that could be mistaken for the new run's.
+
     Raises:
-        CommandError: an earlier run has left there what a resumption, a logger or a reader would take for
-            the new run's.
+        CommandError: there are such files.
     """
     for pattern in ("checkpoints/*.ckpt", "metrics.json", "csv/metrics.csv", "tensorboard/events.*"):
         for path in folder.glob(pattern):
             raise CommandError(
                 f"{folder} holds an earlier run ({path.relative_to(folder)}):"
-                f" resume={as_word(str(folder))} goes on with it, and a new run needs another"
+                f" resume={as_word(str(folder))} continues it, and a new run needs another"
                 " hydra.run.dir"
             )
 
 
 def claim(folder: Path) -> Path:
-    """Make a folder that did not exist before: this one, or the first free of ``<name>-2``, ``<name>-3``, …
+    """Make a new folder and return its path: ``folder``, or the first free of ``<name>-2``, ``<name>-3``, …
 
     Raises:
-        OSError: it can't be made.
+        OSError: the folder can't be made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):

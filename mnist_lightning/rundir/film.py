@@ -1,4 +1,4 @@
-"""The film of a run: what a net was like at some sixty moments of its training."""
+"""Write and read the film of a run: snapshots of a net at up to 60 moments of its training."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.outside import expand_home
 
 NAME = "film.npz"
-MOST_BYTES = 50_000_000  # unpacked; ours have less than 2 MB
+MOST_BYTES = 50_000_000  # of the unpacked arrays that are read; films of ours have less than 2 MB
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -22,20 +22,25 @@ Floats = NDArray[np.float32]
 
 @dataclass
 class Film:
-    """M moments of a training, U units of the first layer, N images.
+    """Snapshots at M moments of training: U units of the first layer, N images of H x W pixels, C classes.
 
     Attributes:
-        steps: (M,) int64, optimizer steps that were done, ascending.
+        steps: (M,) int64, optimizer steps done so far, ascending.
         epochs: (M,) float32, the same in epochs.
-        weights: (M, U, H, W) uint8: 128 is 0, and 1 and 255 the moment's limit on either side.
-        limits: (M,) float32.
+        weights: (M, U, H, W) uint8, weights in units of the moment's limit: 1 is -1, 128 is 0, 255 is 1.
+        limits: (M,) float32, the largest absolute weight of each moment.
         images: (N, H, W) uint8.
         labels: (N,) int64.
-        probabilities: (M, N, C) uint8, 255 for 1.
-        activations: (M, N, U) uint8, of these units for these images; 255 is the moment's largest.
-        train_loss, val_loss: (M,) float32, of some fixed images; val's are NaN where there are none.
-        train_acc, val_acc: (M,) float32, of the same.
-        batch_loss: (M,) float32, of the last batch; NaN before the first.
+        probabilities: (M, N, C) uint8, from 0 to 255 for probability 1.
+        activations: (M, N, U) uint8, of the U units for the N images; 255 is the moment's largest value.
+        train_loss: (M,) float32, the mean loss of some fixed training images.
+        val_loss: (M,) float32, the mean loss of some fixed validation images; NaN without a validation split.
+        train_acc: (M,) float32, the accuracy of the same training images, in [0, 1].
+        val_acc: (M,) float32, the accuracy of the same validation images, in [0, 1] or NaN.
+        batch_loss: (M,) float32, the training loss of the last batch; NaN before the first batch.
+
+    Raises:
+        ValueError: the shapes or dtypes of the arrays do not fit each other.
     """
 
     steps: NDArray[np.int64]
@@ -53,10 +58,7 @@ class Film:
     batch_loss: Floats
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: the arrays do not fit each other.
-        """
+        """Check the arrays' shapes and dtypes."""
         moments, units = self.weights.shape[:2]
         count, height, width = self.images.shape
         classes = self.probabilities.shape[2]
@@ -71,17 +73,18 @@ class Film:
         if not (
             moments and count and len(self.labels) and 0 <= self.labels.min() <= self.labels.max() < classes
         ):
-            raise ValueError("it shows nothing")
+            raise ValueError("it has no moments, no images or wrong labels")
 
 
 def find_film(name: str, *, logs: Path = Path("logs")) -> Path:
-    """The folder of a run that keeps a film.
+    """Find the folder of a run that has a film.
 
     Args:
-        name: a run folder, or "latest": the newest with a film, wherever it lies under ``logs``.
+        name: a run folder, or "latest": the newest run under ``logs`` that has a film.
+        logs: the folder of all runs.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: "latest" was asked for, and no run has a film.
     """
     if name != "latest":
         return expand_home(name)
@@ -92,7 +95,8 @@ def find_film(name: str, *, logs: Path = Path("logs")) -> Path:
 
 
 def write_film(path: Path, film: Film) -> None:
-    """
+    """Write a film atomically.
+
     Raises:
         OSError: the file can't be written.
     """
@@ -102,15 +106,15 @@ def write_film(path: Path, film: Film) -> None:
 
 
 def read_film(folder: Path) -> Film:
-    """The film that lies in a run's folder.
+    """Read the film in a run's folder.
 
     Raises:
-        OSError: there is none, or it is damaged.
+        OSError: the folder has no film, or the film is damaged.
     """
     path = folder / NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {NAME}: a single run of train keeps one (callbacks.film.enabled=true) of a"
+            f"{folder} has no {NAME}: a single run of train writes one (callbacks.film.enabled=true) for a"
             " FeedForward net of grey images"
         )
     try:
@@ -120,11 +124,11 @@ def read_film(folder: Path) -> Film:
         with np.load(path, allow_pickle=False) as arrays:
             return Film(**{field.name: arrays[field.name] for field in fields(Film)})
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        raise OSError(f"{path} is no film that can be read: {' '.join(str(error).split())[:200]}") from error
+        raise OSError(f"{path} is not a readable film: {' '.join(str(error).split())[:200]}") from error
 
 
 def pack_film(film: Film) -> dict[str, Any]:
-    """The film as the page has it: arrays of bytes in base64, numbers as lists."""
+    """Return a film as JSON values for the page: arrays of bytes in base64, other arrays as lists."""
 
     def encode(array: Bytes) -> str:
         return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()

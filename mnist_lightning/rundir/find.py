@@ -1,4 +1,4 @@
-"""The folders that runs leave under ``logs/``."""
+"""Find the run folders and checkpoints under ``logs/``."""
 
 import contextlib
 import logging
@@ -13,36 +13,36 @@ from mnist_lightning.rundir.status import FILE
 
 log = logging.getLogger(__name__)
 
-MULTIRUN = "multirun.yaml"  # Hydra's own record of a sweep
+MULTIRUN = "multirun.yaml"  # Hydra's record of a sweep
 
 
 def is_job(folder: Path) -> bool:
-    """Whether a run belongs to a sweep, which compares its jobs before one of them is tested."""
+    """Tell whether a run is a job of a sweep."""
     return any((parent / MULTIRUN).is_file() for parent in folder.absolute().parents)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, and not one in which a run has something else write its checkpoints."""
+    """Tell whether a folder is a run's own folder, not another one with checkpoints below it."""
     return (folder / FILE).is_file() or (folder / ".hydra").is_dir()
 
 
 def as_typed(folder: Path) -> Path:
-    """A folder as a person would type it in the folder where the command was typed."""
+    """Return a folder's path as the user would type it: relative, if it is below the working folder."""
     moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
     here = Path(get_original_cwd()) if moved else Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path:
-    """The folder of a run that has a checkpoint.
+    """Find the folder of a run that has a checkpoint.
 
     Args:
-        name: a run folder, or "latest": the newest with a valid checkpoint, wherever it lies under
-            ``logs``, the jobs of multiruns among them.
-        jobs: False: "latest" passes over these.
+        name: a run folder, or "latest": the newest run anywhere under ``logs`` with a valid checkpoint.
+        logs: the folder of all runs.
+        jobs: whether "latest" may be a job of a sweep.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such run.
     """
     if name != "latest":
         folder = expand_home(name)
@@ -63,14 +63,14 @@ def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path
         try:
             load(path)
         except OSError as error:
-            log.warning("latest: passing over a checkpoint that can't be read: %s", error)
+            log.warning("latest: skipping a checkpoint that can't be read: %s", error)
         else:
             return path.parent.parent
     if passed is not None:
         sweep = next(parent for parent in passed.parents if (parent / MULTIRUN).is_file())
         raise FileNotFoundError(
             f"latest: there are only jobs of sweeps under {logs.absolute()}: python -m"
-            f" mnist_lightning.train -m resume={as_word(str(sweep))} goes on with the latest"
+            f" mnist_lightning.train -m resume={as_word(str(sweep))} continues the latest"
         )
     raise FileNotFoundError(
         f"latest: no run under {logs.absolute()} has a checkpoint yet; python -m mnist_lightning.train"
@@ -79,14 +79,14 @@ def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path
 
 
 def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
-    """The file to read: the best checkpoint of a run, the newest where none is best, or a file itself.
+    """Find the checkpoint to read: a run's ``best.ckpt``, or its newest checkpoint if it has no best one.
 
     Args:
         run: a run folder, "latest", or a checkpoint file.
-        checkpoint: a file, which goes before ``run``.
+        checkpoint: a checkpoint file; if given, ``run`` is ignored.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file or run.
     """
     path = expand_home(checkpoint or run)
     if path.is_file():
@@ -104,7 +104,7 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Files by the time of their last change; what has vanished, or is a link to nothing, is left out."""
+    """Sort files by the time of their last change, the newest first; skip files that no longer exist."""
     changed = {}
     for path in paths:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""All runs under a folder as plain records, with an index beside them that makes looking again quick."""
+"""List the runs under a folder as plain records, with the help of an index file that is quick to read."""
 
 import contextlib
 import datetime
@@ -32,29 +32,30 @@ from mnist_lightning.settings_help import WHERE, flatten
 log = logging.getLogger(__name__)
 
 INDEX = ".runs.json"
-VERSION = 1  # of the index; another one is built anew
+VERSION = 1  # of the index; an index of another version is built again
 MULTIRUN = "multirun.yaml"
-LARGEST = 4_000_000  # bytes of a status or settings file that is read
-MANY = 300  # runs to read, from which on a bar is drawn
+LARGEST = 4_000_000  # bytes; larger status and settings files are not read
+MANY = 300  # a bar is shown when at least this many runs are read
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
 
 Record = dict[str, Any]
-Stamp = list[int]  # when a file was written, its size and its number on the disk
+Stamp = list[int]  # a file's time of change in nanoseconds, size in bytes, and inode
 
 
 def list_runs(under: str | Path = "logs") -> list[Record]:
-    """Every run and every job of a sweep under a folder, the newest first.
+    """List every run and every job of a sweep under a folder, the newest first.
 
-    The records are plain dictionaries with the same keys, as ``pandas.DataFrame`` and ``polars.DataFrame``
-    take them: "run" (its folder), "when" (local time, ISO 8601), "changed" (what was typed and is not the
-    default), "state", "seconds", "error", "sweep" (its folder, or None), each metric of ``metrics.json`` that
-    is a number ("val/acc" in [0, 1]) and each setting ("model.hidden").  What a run lacks is None.
+    The records are plain dictionaries with the same keys, ready for ``pandas.DataFrame`` or
+    ``polars.DataFrame``: "run" (its folder), "when" (its start in local time, ISO 8601), "changed" (the
+    overrides that differ from the defaults), "state", "seconds", "error", "sweep" (its folder, or None), each
+    number in ``metrics.json`` ("val/acc" in [0, 1]) and each setting ("model.hidden").  A value that a run
+    does not have is None.
 
     Args:
-        under: the folder to look in; links in it are not followed.
+        under: the folder to search; links in it are not followed.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     under = expand_home(under)
     if not under.is_dir():
@@ -67,24 +68,24 @@ def list_runs(under: str | Path = "logs") -> list[Record]:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Record]:
-    """The records of these runs alone, see ``list_runs``.
+    """Return the records of the given runs, in the form of ``list_runs``.
 
     Raises:
-        FileNotFoundError: one is no run's folder, or its status can't be read.
+        FileNotFoundError: a folder is not a run's, or its status can't be read.
     """
     defaults, choices = find_defaults()
     records = []
     for folder in folders:
         entry = read_entry(folder)
         if entry is None:
-            raise FileNotFoundError(f"{folder} is no run's folder: it has no {FILE} that can be read")
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {FILE} that can be read")
         entry |= {"settings": pack(entry["settings"], {}), "in_sweep": (folder.parent / MULTIRUN).is_file()}
         records.append(make_record(folder.parent, folder.name, entry, {}, defaults, choices))
     return complete(records)
 
 
 def complete(records: list[Record]) -> list[Record]:
-    """The same keys in all records, and the newest first."""
+    """Give all records the same keys, and sort them, the newest first."""
     names: set[str] = set()
     for record in records:
         names |= record.keys()
@@ -109,7 +110,7 @@ def make_record(
     try:
         moment = datetime.datetime.fromtimestamp(entry["started"])
         when = moment.isoformat(" ", "seconds") if entry["started"] else None
-    except (ValueError, OverflowError, OSError):  # a damaged number is no time
+    except (ValueError, OverflowError, OSError):  # a damaged file can hold any number
         when = None
     return {
         "run": folder,
@@ -125,7 +126,7 @@ def make_record(
 
 
 def tell_changes(overrides: Sequence[str], defaults: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
-    """The part of a run's command line that differs from the defaults, as typed."""
+    """Return the overrides that differ from the defaults, as typed, joined by spaces."""
     told = []
     for override in overrides:
         key, sign, text = override.lstrip("+").partition("=")
@@ -140,7 +141,7 @@ def tell_changes(overrides: Sequence[str], defaults: Mapping[str, Any], choices:
 
 @functools.lru_cache(maxsize=65_536)
 def read_value(text: str) -> Any:
-    """A value as YAML reads it, numbers like 1e-3 among them; what is no YAML is the text itself."""
+    """Parse a value as YAML, numbers such as 1e-3 included; return the text itself if it is not YAML."""
     if re.fullmatch(r"[A-Za-z_/][\w/-]*", text) and text.lower() not in (
         *("null", "true", "false", "yes", "no", "on", "off", "y", "n"),
     ):
@@ -156,7 +157,7 @@ def read_value(text: str) -> Any:
 
 
 def equals(value: Any, other: Any) -> bool:
-    """Whether two settings are the same; 256 means [256], and true is no 1."""
+    """Tell whether two settings are the same; 256 equals [256], but true does not equal 1."""
     if isinstance(value, list) != isinstance(other, list):
         value, other = ([one] if not isinstance(one, list) else one for one in (value, other))
     if isinstance(value, list):
@@ -166,7 +167,7 @@ def equals(value: Any, other: Any) -> bool:
 
 @functools.cache
 def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The defaults of ``train``: each setting, and each group's choice."""
+    """Return the defaults of ``train``: each setting, and the chosen file of each config group."""
     register()
     started = contextlib.nullcontext() if GlobalHydra.instance().is_initialized() else None
     with started or initialize_config_dir(CONF_DIR, version_base="1.3"):
@@ -180,12 +181,13 @@ def find_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Update the index and return each run's entry, by its place under the folder.
+    """Bring the index up to date, and return its entries.
 
-    The index is written anew where it was not up to date, and done without where it can't be written.
+    The index is written again if anything has changed.  If it can't be written, it is not used.
 
     Returns:
-        Settings that most runs share, and the entries, whose settings are packed: see ``pack``.
+        the settings that most runs share, and the entry of each run by its path relative to ``under``.  The
+        settings in an entry are packed, see ``pack``.
     """
     base, known = load_index(under / INDEX)
     entries: dict[str, dict[str, Any]] = {}
@@ -200,7 +202,7 @@ def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
     for place, stamps, in_sweep in watch(missing):
         content = read_entry(under / place)
         if content is None:
-            log.warning("%s can't be read: that run is left out", under / place / FILE)
+            log.warning("%s can't be read: the run is left out", under / place / FILE)
             continue
         base = base or content["settings"]
         content["settings"] = pack(content["settings"], base)
@@ -211,7 +213,7 @@ def update_index(under: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 
 
 def watch(missing: Sequence[Any]) -> Iterator[Any]:
-    """Draw a bar on a terminal while many runs are read."""
+    """Yield the runs to read, and show a bar on a terminal if there are many."""
     if len(missing) < MANY or not sys.stderr.isatty():
         yield from missing
         return
@@ -221,9 +223,9 @@ def watch(missing: Sequence[Any]) -> Iterator[Any]:
 
 
 def find_folders(under: Path) -> Iterator[tuple[str, list[Stamp | None], bool]]:
-    """Each run's place under the folder, the stamps of its files, and whether it is a sweep's job.
+    """Yield the relative path of each run, the stamps of its files, and whether it is a job of a sweep.
 
-    Nothing is opened, no link is followed, and a run's own folder is not looked into.
+    The search opens no file, follows no link, and does not search within a run's folder.
     """
     open_folders = [("", False)]
     while open_folders:
@@ -242,7 +244,7 @@ def find_folders(under: Path) -> Iterator[tuple[str, list[Stamp | None], bool]]:
 
 
 def read_stamp(path: str) -> Stamp | None:
-    """A file's inode, time and size; None where it is no plain file."""
+    """Return a file's time of change, size and inode, or None if it is not a regular file."""
     try:
         found = os.lstat(path)
     except (OSError, ValueError):
@@ -253,7 +255,7 @@ def read_stamp(path: str) -> Stamp | None:
 
 
 def read_entry(folder: Path) -> dict[str, Any] | None:
-    """A run's entry, from its files; None where its status can't be read."""
+    """Read a run's files and return its entry, or None if its status can't be read."""
     status = read_object(folder / FILE)
     if status is None or status.get("state") not in STATES:
         return None
@@ -274,7 +276,7 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
         if isinstance(metrics, dict)
         else {},
     }
-    if settings is None:  # an earlier version has trained it: what was typed is known
+    if settings is None:  # an earlier version, which saved only the overrides, trained this run
         pairs = (one.lstrip("+").partition("=") for one in entry["overrides"])
         settings = {key: read_value(text) for key, sign, text in pairs if sign}
         choices = {}
@@ -283,7 +285,7 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
-    """Read a JSON object; None where the file is not plain, is too large or holds something else."""
+    """Read a JSON object, or return None if the file is a link, is too large or holds something else."""
     try:
         content = json.loads(read_file(path, most=most)) if not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
@@ -297,8 +299,8 @@ def read_number(value: Any) -> float:
 
 
 def load_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings that most runs share, and the entries; none where it is missing, damaged, or another
-    version's."""
+    """Read the settings that most runs share, and the entries; both are empty if the index is missing,
+    damaged, or of another version."""
     content = read_object(path, most=2**30)
     try:
         if content is not None and content["version"] == VERSION and isinstance(content["base"], dict):
@@ -330,22 +332,22 @@ def is_entry(entry: Mapping[str, Any]) -> bool:
 def save_index(path: Path, base: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
     content = {"version": VERSION, "base": base, "runs": entries}
     try:
-        for left in path.parent.glob(f"{TEMPORARY}{path.name}-*"):  # by a process that was killed
+        for left in path.parent.glob(f"{TEMPORARY}{path.name}-*"):  # a killed process may have left them
             if time.time() - left.lstat().st_mtime >= LONG_LEFT:
                 left.unlink()
         write_atomic(path, json.dumps(content, separators=(",", ":")).encode())
     except OSError as error:
-        log.info("no index is kept: %s", error)
+        log.info("the index can't be written: %s", error)
 
 
 def pack(settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[Any]:
-    """The differences from the settings that most runs share, and those that are missing."""
+    """Return the settings that differ from ``base``, and the keys of ``base`` that are missing."""
     others = {key: value for key, value in settings.items() if key not in base or base[key] != value}
     return [others, [key for key in base if key not in settings]]
 
 
 def unpack(packed: Sequence[Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that ``pack`` was given."""
+    """Return the settings that ``pack`` was given."""
     others, gone = packed
     settings = {**base, **others}
     for key in gone:

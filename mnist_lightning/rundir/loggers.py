@@ -1,4 +1,4 @@
-"""Loggers that go on where a killed process stopped, and that never stop the training."""
+"""Log metrics in files that a resumed run continues; a failed write never stops training."""
 
 import csv
 import io
@@ -21,14 +21,14 @@ from mnist_lightning.rundir.outside import read_file
 
 log = logging.getLogger(__name__)
 
-MOST_CURVES = 2**30  # bytes of a metrics.csv: a hundred bytes for each of ten million rows
-ENDING = ".ending"  # at the end of the name of a run's second event file
-SPLITS = ("train", "val", "test")  # each is a run of its own for TensorBoard
-BY_STEP = {"train/loss_step": "step/loss", "lr": "step/lr"}  # what is measured every few steps
+MOST_CURVES = 2**30  # bytes of a metrics.csv: about a hundred bytes for each of ten million rows
+ENDING = ".ending"  # suffix of the event file with the final metrics
+SPLITS = ("train", "val", "test")  # TensorBoard shows each as a run of its own
+BY_STEP = {"train/loss_step": "step/loss", "lr": "step/lr"}  # metrics logged every few steps
 
 
 def is_failed_write(error: BaseException | None) -> bool:
-    """Whether a write has failed, now or before; Lightning's loggers wrap some such errors in others."""
+    """Tell whether a failed write caused an error, directly or by way of other errors."""
     while error is not None:
         if isinstance(error, OSError) or "closed file" in str(error):
             return True
@@ -37,20 +37,20 @@ def is_failed_write(error: BaseException | None) -> bool:
 
 
 class Silent:
-    """Stands in for a writer that can't be made, and does nothing."""
+    """Replace a writer that can't be made: every method does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
 class Forgiving:
-    """Mixed into a logger: when its files can't be written (a full disk, say) it says so once and
-    is silent from then on, while the training goes on.  A curve is not worth a net."""
+    """Mixin for a logger: if its files can't be written, for example because the disk is full, it warns once
+    and logs nothing more, and training continues."""
 
     failed = False
 
     def resume_from(self, step: int) -> None:
-        """Drop what was logged at this step and later ones; before anything is logged."""
+        """Drop everything logged at this step and later; call it before anything is logged."""
         raise NotImplementedError
 
     @contextmanager
@@ -62,7 +62,7 @@ class Forgiving:
                 raise
             if not self.failed:
                 log.warning(
-                    "%s can't be written: %s; training goes on without it", type(self).__name__, error
+                    "%s can't be written: %s; training continues without it", type(self).__name__, error
                 )
             self.failed = True
 
@@ -88,10 +88,10 @@ class Forgiving:
 
 
 class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
-    """Lightning's TensorBoardLogger in ``<save_dir>/tensorboard/``.
+    """Lightning's TensorBoardLogger, writing to ``<save_dir>/tensorboard/``.
 
-    What training, validation and test measure lies in folders of its own below that one, under the same
-    tags: TensorBoard draws "epoch/loss" of all three in one chart, and each in the same colour everywhere.
+    The metrics of training, validation and test are written to three subfolders under the same tags, so that
+    TensorBoard draws "epoch/loss" of all three in one chart, and each split in the same colour everywhere.
 
     Args:
         save_dir: the run's folder.
@@ -101,7 +101,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         # The final metrics are written with the hyper-parameters at the end, not -1 at the start.
         super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
         self.purge_step: int | None = None
-        self.writers: dict[str, SummaryWriter] = {}  # of the splits
+        self.writers: dict[str, SummaryWriter] = {}  # one for each split
 
     def resume_from(self, step: int) -> None:
         self.purge_step = step
@@ -111,8 +111,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log a split's values where that split's are, others as they are; not the epoch, which the step
-        tells."""
+        """Log the metrics of a split in its subfolder, and all others except "epoch" in the main folder."""
         others: dict[str, float] = {}
         for name, value in metrics.items():
             split, _, tag = ("train/" + name if name in BY_STEP else name).partition("/")
@@ -133,15 +132,16 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
     def log_end(
         self, name: str, settings: Mapping[str, bool | float | str], metrics: Mapping[str, float], step: int
     ) -> None:
-        """Log settings and final metrics for the HParams tab, in files of their own: a resumption writes
-        them anew.
+        """Log settings and final metrics for the HParams tab, in files that a resumed run replaces.
 
-        No summary of the whole experiment is written, of which TensorBoard would believe the first run's:
-        without one it finds out itself what differs between the runs, and shows that first.
+        No summary of the whole experiment is written, because TensorBoard would use only that of the first
+        run; without one, TensorBoard itself finds the settings that differ between runs and shows them first.
 
         Args:
-            name: of the run in that tab.
-            metrics: "val/…" of the net that was kept, "test/…".
+            name: the run's name in that tab.
+            settings: the values to show, by dotted key.
+            metrics: final metrics, "val/…" of the best net and "test/…".
+            step: the number of optimizer steps done.
         """
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
@@ -170,7 +170,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "SummaryWriter | Silent":
-        """TensorBoard's writer; Lightning asks for it before anything is logged."""
+        """TensorBoard's writer, or ``Silent`` if it can't be made."""
         with self.forgiving():
             if not self.failed:
                 writer: SummaryWriter = super().experiment
@@ -178,7 +178,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
         return Silent()
 
     def save(self) -> None:
-        """Write everything logged to disk: a checkpoint must not be ahead of its curves."""
+        """Write everything logged so far to disk; a checkpoint needs this before it is saved."""
         super().save()
         with self.forgiving():
             if not self.failed:
@@ -194,7 +194,7 @@ class TensorBoardLogger(Forgiving, lightning_loggers.TensorBoardLogger):
 
 @contextmanager
 def writing(trainer: L.Trainer) -> Iterator[SummaryWriter | None]:
-    """TensorBoard's writer, where there is one that still can write; its failures never stop a run."""
+    """Yield TensorBoard's writer, or None without one; a failed write within the block is only logged."""
     loggers = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger) and not one.failed]
     if not loggers or not trainer.is_global_zero:
         yield None
@@ -204,8 +204,8 @@ def writing(trainer: L.Trainer) -> Iterator[SummaryWriter | None]:
 
 
 class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
-    """Lightning's CSVLogger in ``<save_dir>/csv/metrics.csv``, but it goes on with a file that is there
-    instead of deleting it.
+    """Lightning's CSVLogger, writing to ``<save_dir>/csv/metrics.csv``; it continues an existing file instead
+    of deleting it.
 
     Args:
         save_dir: the run's folder.
@@ -228,7 +228,12 @@ class CSVLogger(Forgiving, lightning_loggers.CSVLogger):  # type: ignore[misc]
 
 
 class AppendingWriter(ExperimentWriter):
-    """Writes ``metrics.csv`` so that a kill at any moment leaves whole rows."""
+    """Write ``metrics.csv`` so that a kill at any moment leaves complete rows.
+
+    Args:
+        log_dir: the folder of the file.
+        purge_step: drop the rows of an existing file from this step on; None: keep all.
+    """
 
     def __init__(self, log_dir: str, purge_step: int | None) -> None:
         self.purge_step = purge_step
@@ -236,8 +241,13 @@ class AppendingWriter(ExperimentWriter):
         self.metrics_keys = self._kept_keys
 
     def _check_log_dir_exists(self) -> None:
-        """In place of the parent's, which deletes the file: keep the rows before ``purge_step``, but not
-        those of a run's end, which a resumption measures anew."""
+        """Keep the rows before ``purge_step``, but not the test metrics, which a resumed run measures again.
+
+        The parent's method deletes the file.
+
+        Raises:
+            OSError: the file can't be read, or has no column "step".
+        """
         self._kept_keys: list[str] = []
         path = Path(self.metrics_file_path)
         if not path.is_file():
@@ -252,14 +262,14 @@ class AppendingWriter(ExperimentWriter):
             try:
                 kept = [row for row in whole if int(row["step"]) <= last]
             except (KeyError, ValueError) as error:
-                raise OSError(f"{path} holds no curves of ours") from error
+                raise OSError(f"{path} holds no metrics by step") from error
             self._write_all(kept, self._kept_keys)
 
     def _read_all(self) -> list[dict[str, Any]]:
-        """The file's rows.
+        """Read the file's rows.
 
         Raises:
-            OSError: it can't be read.
+            OSError: the file can't be read.
         """
         path = Path(self.metrics_file_path)
         try:

@@ -5,18 +5,18 @@ import sys
 import time
 from typing import Any
 
-PAUSE = 0.2  # seconds between two drawings: each is a message to the browser
+PAUSE = 0.2  # seconds between two drawings, each of which sends a message to the browser
 
 
 def in_notebook() -> bool:
-    """Whether a notebook's kernel runs this process: then there is no terminal to draw on."""
+    """Tell whether this process is the kernel of a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
 
 
 class NotebookBar:
-    """One line below a cell, drawn anew in its place, with the part of ``tqdm`` that ``Progress`` uses."""
+    """Show one line below a cell, updated in place, with the methods of ``tqdm`` that ``Progress`` uses."""
 
     def __init__(self) -> None:
         from IPython.display import DisplayHandle
@@ -31,12 +31,12 @@ class NotebookBar:
         self._title, self._total, self._done = title, total, done
 
     def tell(self, text: str) -> None:
-        """Show an epoch's numbers, until the next epoch's."""
+        """Show the line of a finished epoch until the next epoch ends."""
         self._told = text
         self._draw()
 
     def update(self) -> bool:
-        """One step more.  Returns whether the line was drawn."""
+        """Count one step, and return whether the line was drawn."""
         self._done += 1
         due = time.monotonic() - self._drawn >= PAUSE
         if due:
@@ -66,7 +66,7 @@ class NotebookBar:
 
 
 def to_table(rows: list[list[Any]], *, header: list[str] | None = None) -> str:
-    """Cells of any kind as an HTML table, their texts escaped."""
+    """Return rows of cells as an HTML table; each cell is shown as its escaped ``str``."""
     lines = [("th", header)] if header else []
     lines += [("td", row) for row in rows]
     body = "".join(

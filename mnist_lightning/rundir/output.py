@@ -1,4 +1,4 @@
-"""Write what commands found into folders without overwriting a user's files."""
+"""Write the results of commands without overwriting a user's files."""
 
 import hashlib
 import itertools
@@ -22,20 +22,24 @@ LOGS = "logs"  # what lies there is this project's
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
-    """Make the folder that ``output=`` names, and check that writing there replaces no other file.
+    """Make the folder that ``output=`` names, and check that the command replaces only files of its own.
 
     Args:
-        command: "evaluate", say.
-        names: of the files that it will write; what it has written before is replaced.
+        output: the folder as typed.
+        command: the command's name, for example "evaluate".
+        names: the names of the files that the command will write.
+
+    Returns:
+        the folder's path.
 
     Raises:
-        CommandError: a file of such a name is there, and the command has not written it.
+        CommandError: a file with such a name exists, and the command has not written it.
         OSError: the folder can't be made or read.
     """
     folder = expand_home(output)
     folder.mkdir(parents=True, exist_ok=True)
     if Path(os.path.realpath(LOGS)) in Path(os.path.realpath(folder)).parents:
-        return folder  # all there is ours
+        return folder
     mark = folder / WRITTEN
     lines = read_lines(mark)
     wanted = [f"{command} {name}" for name in names]
@@ -46,7 +50,7 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
     ]
     if strange:
         raise CommandError(
-            f"output={output} holds {strange[0]} already, which {command} has not written: nothing is"
+            f"output={output} already holds {strange[0]}, which {command} has not written: nothing is"
             " overwritten, name another folder"
         )
     write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*lines, *wanted])).encode())
@@ -90,27 +94,29 @@ def replace_unchanged(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def check_file(target: Path, name: str) -> None:
-    """Whether a file may be written there, as far as nothing is overwritten that no command has written.
+    """Check that writing a file overwrites nothing but an earlier result of the same kind.
 
     Args:
         target: the file to write.
-        name: of such files, say "report.html".
+        name: the usual name of such a file, for example "report.html".
 
     Raises:
-        CommandError: it is a folder, or a file of another kind.
+        CommandError: ``target`` is a folder, or an existing file of another kind.
     """
     if target.is_dir():
-        raise CommandError(f"output={target} is a folder: name a file, say {target / name}")
+        raise CommandError(f"output={target} is a folder: name a file, for example {target / name}")
     kind = Path(name).suffix
     if os.path.lexists(target) and target.suffix != kind:
-        raise CommandError(f"output={target} is there already and no *{kind}: name another file")
+        raise CommandError(f"output={target} already exists and is not a *{kind} file: name another file")
     if kind == ".html" and target.is_file():
         with target.open("rb") as file:
             if MADE_HERE not in file.read(1_000):
-                raise CommandError(f"output={target} is there already, and of something else: name another")
+                raise CommandError(
+                    f"output={target} already exists, and mnist_lightning has not written it: name another"
+                )
 
 
 def shorten_stem(stem: str) -> str:
-    """A file's name for that of its figure: letters that every file system takes, and not too many."""
+    """Turn a figure's name into a file's name that every file system accepts, of at most 200 bytes."""
     text = "".join("_" if one in '<>:"/\\|?*' else one for one in as_text(stem))
     return text.encode()[:LONGEST_NAME].decode(errors="ignore")

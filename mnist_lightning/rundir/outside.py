@@ -1,6 +1,7 @@
-"""Read files that may be damaged or a stranger's, and the texts in them.
+"""Handle files and texts that may be damaged or may come from a stranger.
 
-Reading is bounded before it begins, writing follows no link out of a folder, and a text is shown as text.
+Files are read only up to a size, links out of a folder are refused before anything is written there, and
+texts are escaped before they are shown.
 """
 
 import json
@@ -15,11 +16,11 @@ from typing import Any, BinaryIO
 import yaml
 
 SMALL = 2**24  # bytes: far more than any file of settings, numbers or curves that a run writes
-MOST_YAML = 2**20  # bytes of settings, which take longer to parse
-DEEPEST = 100  # levels of lists in lists
-SOFTWARE = "mnist_lightning"  # what draws a figure, in the PNG file's own words (PNG specification, 11.3.4)
-FORMULA = ("=", "+", "-", "@")  # what a spreadsheet calculates, at the beginning of a cell
-# What a run opens in its folder and does not replace whole
+MOST_YAML = 2**20  # bytes; YAML takes longer to parse
+DEEPEST = 100  # levels of nested lists
+SOFTWARE = "mnist_lightning"  # the "Software" entry in PNG files of ours (PNG specification, 11.3.4)
+FORMULA = ("=", "+", "-", "@")  # a spreadsheet calculates a cell that begins with one of these
+# Files and folders that a run opens in its folder and does not replace atomically
 OF_A_RUN = (
     *("train.log", "output.log", "fit-profile.txt", ".lock", ".hydra", "checkpoints", "tensorboard"),
     *("tensorboard/train", "tensorboard/val", "tensorboard/test"),
@@ -29,44 +30,45 @@ OF_A_SWEEP = (".lock", ".report.lock", "figures", "optuna.journal")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; neither a pipe nor a device, which might never end.
+    """Open a regular file for reading; refuse pipes and devices, which may never end.
 
     Raises:
-        OSError: there is no such file, or it can't be read.
+        OSError: the file does not exist, can't be read, or is not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except PermissionError as error:
-        if path.is_dir():  # Windows opens none
-            raise OSError(f"{path} is no file") from error
+        if path.is_dir():  # Windows denies permission to open a folder
+            raise OSError(f"{path} is not a file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is no file")
+        raise OSError(f"{path} is not a file")
     return os.fdopen(descriptor, "rb")
 
 
 def read_file(path: Path, *, most: int = SMALL) -> bytes:
-    """A file's content.
+    """Read a file's content.
 
     Args:
-        most: bytes that are read.
+        path: the file.
+        most: the largest size in bytes that is accepted.
 
     Raises:
-        OSError: there is no such file, it can't be read, or is larger.
+        OSError: the file does not exist, can't be read, or is too large.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise OSError(f"{path} is refused: {size:,} bytes, where {most:,} would be many")
+            raise OSError(f"{path} is refused: it has {size:,} bytes, at most {most:,} are read")
         return file.read(most)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
+    """Read a JSON object from a file.
 
     Raises:
-        OSError: see ``read_file``; or it holds none.
+        OSError: the file can't be read (see ``read_file``), or does not hold a JSON object.
     """
     content = read_file(path)
     try:
@@ -74,45 +76,45 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is damaged: {as_text(str(error))[:200]}") from error
     if not isinstance(value, dict):
-        raise OSError(f"{path} is damaged: it holds no object")
+        raise OSError(f"{path} is damaged: it does not hold a JSON object")
     return value
 
 
 def read_yaml(path: Path) -> str:
-    """The text of a YAML file that can be parsed in the time that its length takes.
+    """Read the text of a YAML file, after checking that parsing it can't take unexpectedly long.
 
     Raises:
-        OSError: see ``read_file``; or it is no YAML, or unfolds to more than it holds.
+        OSError: the file can't be read (see ``read_file``), is not YAML, has aliases, or is too deep.
     """
     content = read_file(path, most=MOST_YAML)
     depth = 0
     try:
         text = content.decode()
         for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            if isinstance(event, yaml.AliasEvent):  # ten lines of them make a billion values
+            if isinstance(event, yaml.AliasEvent):  # ten lines with aliases can stand for a billion values
                 raise ValueError("it has an alias, which no run saves")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
-                raise ValueError("it has lists in lists without end")
+                raise ValueError("its lists are nested too deeply")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise OSError(f"{path} is damaged: {as_text(' '.join(str(error).split()))[:200]}") from error
     return text
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number, NaN included."""
+    """Tell whether a value is a float, NaN included, or an int of at most 64 bits."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def expand_home(name: str | Path) -> Path:
-    """A path, "~" in it replaced by the home folder that it stands for.
+    """Return a path in which "~" is replaced by the home folder.
 
     Raises:
-        OSError: there is no such user, or it can be no path.
+        OSError: the user does not exist, or ``name`` contains a NUL.
     """
     if "\0" in str(name):
-        raise OSError(f"{as_text(str(name))} is no path: it holds a NUL")
+        raise OSError(f"{as_text(str(name))} is not a path: it contains a NUL")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -120,19 +122,20 @@ def expand_home(name: str | Path) -> Path:
 
 
 def check_inside(folder: Path, names: Iterable[str]) -> None:
-    """Whether what is written by these names in a folder is written there and nowhere else.
+    """Check that writing to these names in a folder writes nowhere else.
 
     Args:
-        names: paths in the folder; they need not exist.
+        folder: the folder.
+        names: paths relative to the folder; they need not exist.
 
     Raises:
-        OSError: one is a link that leads out of it, or neither a file nor a folder.
+        OSError: one is a link out of the folder, or neither a file nor a folder.
     """
     home = Path(os.path.realpath(folder))
     for name in names:
         path = folder / name
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
-            raise OSError(f"{path} is a link out of its folder, through which nothing is written: remove it")
+            raise OSError(f"{path} is a link out of its folder, nothing is written through it: remove it")
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OSError(f"{path} is neither a file nor a folder: remove it")
 
@@ -150,7 +153,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Whether a run writes into this folder alone.
+    """Check that a run in this folder writes nowhere else.
 
     Raises:
         OSError: see ``check_inside``.
@@ -160,7 +163,7 @@ def check_run(folder: Path) -> None:
 
 
 def check_sweep(folder: Path) -> None:
-    """Whether a sweep and its jobs write into this folder alone.
+    """Check that a sweep in this folder, and its jobs, write nowhere else.
 
     Raises:
         OSError: see ``check_inside``.
@@ -173,7 +176,7 @@ def check_sweep(folder: Path) -> None:
 
 
 def is_our_figure(path: Path) -> bool:
-    """Whether a file is a figure that this project has drawn, as it says itself near its beginning."""
+    """Tell whether this project has drawn a figure, by the "Software" entry near the start of the file."""
     try:
         with open_file(path) as file:
             return f"Software\0{SOFTWARE}".encode() in file.read(200)
@@ -182,10 +185,11 @@ def is_our_figure(path: Path) -> bool:
 
 
 def as_text(text: str, *, lines: bool = False) -> str:
-    """A text with what a terminal would obey, and what is no letter at all, written out: "\\x1b[2J".
+    """Escape the control characters and other unprintable characters of a text: ESC becomes "\\x1b".
 
     Args:
-        lines: whether it may have several.
+        text: any text.
+        lines: whether to keep line breaks.
     """
     if text.isprintable():
         return text
@@ -197,7 +201,7 @@ def as_text(text: str, *, lines: bool = False) -> str:
 
 
 def as_cell(value: object) -> object:
-    """A value for a CSV file: a text that a spreadsheet would take for a formula has a "'" before it."""
+    """Return a value for a CSV file, with a "'" before a text that a spreadsheet would read as a formula."""
     if not isinstance(value, str):
         return value
     text = as_text(value)
@@ -206,7 +210,7 @@ def as_cell(value: object) -> object:
 
 
 def as_code(text: str) -> str:
-    """A text for Markdown, as code, in which nothing is markup."""
+    """Return a text as inline code for Markdown, so that nothing in it is read as markup."""
     text = as_text(text)
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
@@ -215,23 +219,24 @@ def as_code(text: str) -> str:
 
 
 def as_word(text: str, *, windows: bool = os.name == "nt") -> str:
-    """A text as one word of a command that is typed in the user's shell.
+    """Quote a text as one word of a command for the user's shell.
 
-    On Windows as cmd.exe and PowerShell both read it.  Where they have no form in common (a "$", a backtick,
-    a double quote) it is PowerShell's.
+    On Windows, the result works in cmd.exe and in PowerShell, except that a text with "$", a backtick or a
+    double quote is quoted for PowerShell only.
 
     Args:
-        windows: whether the shell is one of these two, else one of POSIX.
+        text: any text.
+        windows: whether the shell is cmd.exe or PowerShell; otherwise it is a POSIX shell.
     """
     if not windows:
         return shlex.quote(text)
     if re.fullmatch(r"[\w+./\\:=][\w+./\\:=-]*|-[\w-]*", text):
         return text
-    if re.search('[$`"“”„]', text):  # which PowerShell reads within double quotes
+    if re.search('[$`"“”„]', text):  # PowerShell interprets these within double quotes
         return "'" + re.sub("(['‘’‚‛])", r"\1\1", text) + "'"
-    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'  # a program takes \" for a quote of the text
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'  # programs read \" as a quote
 
 
 def as_command(words: Iterable[str], *, windows: bool = os.name == "nt") -> str:
-    """A command as it is typed in the user's shell, see ``as_word``."""
+    """Join words to a command for the user's shell, each quoted by ``as_word``."""
     return " ".join(as_word(word, windows=windows) for word in words)

@@ -1,4 +1,4 @@
-"""Keep what a later comparison with a run needs: its settings in JSON, and code that no commit holds."""
+"""Record a run's settings and uncommitted code, so that the run can be compared and repeated later."""
 
 import contextlib
 import importlib.util
@@ -19,16 +19,19 @@ from mnist_lightning.settings_help import flatten
 log = logging.getLogger(__name__)
 
 SETTINGS, PATCH = "settings.json", "code.patch"
-MOST = 1_000_000  # bytes of a patch
+MOST = 1_000_000  # bytes in a patch, at most
 
 
 def write_settings(run_dir: Path, settings: Train, choices: Mapping[str, Any]) -> None:
-    """Write each setting by its dotted key, and the chosen file of each group, to ``settings.json``.
+    """Write ``settings.json``: each setting by its dotted key, and the chosen file of each config group.
 
     ``.hydra/config.yaml`` holds the same as YAML, which takes a hundred times as long to read.
 
     Args:
-        choices: what Hydra has chosen in each group; the earlier record's stand where it tells none.
+        run_dir: the run's folder.
+        settings: the run's settings.
+        choices: Hydra's choice in each config group.  For groups without one, the choices of an existing
+            ``settings.json`` are kept.
     """
     chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
     known = read_settings(run_dir)
@@ -41,7 +44,7 @@ def write_settings(run_dir: Path, settings: Train, choices: Mapping[str, Any]) -
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
-    """Read what ``write_settings`` wrote: "choices" and "settings"; empty where nothing can be read."""
+    """Read the "choices" and "settings" that ``write_settings`` wrote; return {} if they can't be read."""
     try:
         saved = read_json(run_dir / SETTINGS)
     except OSError:
@@ -50,20 +53,20 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> None:
-    """Write ``code.patch``: changes of this package and of the user's modules that no commit holds.
+    """Write ``code.patch`` with the uncommitted changes of this package and of the user's modules.
 
-    ``git apply`` brings a checkout of the run's commit to the code that the run had.
+    ``git apply code.patch`` turns a checkout of the run's commit into the code of the run.
 
     Args:
-        folder: of a run, or of a sweep, whose jobs share one patch.
-        modules: of the user, that the settings name.
-        package: whether this package differs from its commit.
+        folder: the folder of a run, or of a sweep, whose jobs share one patch.
+        modules: the names of the user's modules that the settings use.
+        package: whether this package has uncommitted changes.
     """
     if not is_main_process() or (folder / PATCH).exists():
         return
     places = [Path(__file__).parents[1]] if package else []
     for name in modules:
-        with contextlib.suppress(ImportError, ValueError):  # the build reports what can't be found
+        with contextlib.suppress(ImportError, ValueError):  # building the net reports a missing module
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
                 places.append(Path(spec.origin))
@@ -86,10 +89,10 @@ def write_patch(folder: Path, modules: Collection[str], *, package: bool) -> Non
 
 
 def find_changes(place: Path) -> Iterator[tuple[str, str]]:
-    """The name and the difference to the last commit of each changed file in a place.
+    """Yield the name of each changed file and its diff to the last commit.
 
     Args:
-        place: a folder or a file; a file that git does not know is all new.
+        place: a folder or a file; a file that git does not track counts as new.
     """
     folder = place if place.is_dir() else place.parent
 
@@ -107,5 +110,5 @@ def find_changes(place: Path) -> Iterator[tuple[str, str]]:
             yield name, git("diff", "HEAD", *plain, "--", name)
         for name in filter(None, others):
             yield name, git("diff", "--no-index", *plain, "--", "/dev/null", name)
-    except (OSError, subprocess.TimeoutExpired):  # no git here
+    except (OSError, subprocess.TimeoutExpired):  # git is missing, or takes too long
         return

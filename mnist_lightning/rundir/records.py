@@ -1,4 +1,4 @@
-"""Query the records of runs: filters, which settings decide the weights, means over seeds."""
+"""Filter the records of runs, and average them over seeds."""
 
 import difflib
 import math
@@ -25,7 +25,7 @@ CONDITION = re.compile(
         (?P<value>'(?:[^'])*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[^\s]+)(?=\s|$)""",
     re.VERBOSE,
 )
-# Settings that decide nothing of the weights: runs that differ in them alone are averaged
+# Settings that have no influence on the weights: runs that differ only in these are averaged
 IDLE = re.compile(
     rf"({'|'.join(map(re.escape, WHERE))})$"
     r"|(logger|checkpoint|experiment|search|debug)(\.|$)"
@@ -37,7 +37,7 @@ FOLD = "data.fold"
 
 
 def find_keys(records: Sequence[Record]) -> set[str]:
-    """All that can be asked of a run: what a record has, and every setting."""
+    """Return all keys that a filter may use: those of the records, and every setting."""
     defaults, choices = find_defaults()
     own = {"run", "when", "changed", "state", "seconds", "error", "sweep", "epochs", "train_seconds"}
     scores = {f"{place}{split}/{name}" for place in ("", "last/") for split in ("train", "val", "test")
@@ -46,7 +46,13 @@ def find_keys(records: Sequence[Record]) -> set[str]:
 
 
 def check_key(argument: str, key: str, keys: Collection[str]) -> None:
-    """
+    """Check that a key exists.
+
+    Args:
+        argument: the command's argument that names the key, for the message.
+        key: the key.
+        keys: all keys, see ``find_keys``.
+
     Raises:
         CommandError: no run has such a key.
     """
@@ -58,20 +64,24 @@ def check_key(argument: str, key: str, keys: Collection[str]) -> None:
 
 
 def choose(records: Sequence[Record], text: str, keys: Collection[str]) -> list[Record]:
-    """The records that a filter lets through; see ``read_filter``."""
+    """Return the records that pass a filter, see ``read_filter``."""
     conditions = read_filter(text, keys)
     return [record for record in records if all(holds(record) for holds in conditions)]
 
 
 def read_filter(text: str, keys: Collection[str]) -> list[Callable[[Record], bool]]:
-    """The conditions of a filter, all of which are to hold.
+    """Parse a filter into conditions; a record passes if all of them are true.
 
-    ``key op value``, joined by spaces or ``and``; the value is read as YAML, and one with a space in it
-    stands in quotes or brackets.  Numbers are compared with numbers, words with words; all else does not
-    hold.
+    A condition is ``key op value``, with the operators = != < <= > >=; conditions are joined by spaces or
+    ``and``.  The value is parsed as YAML; one that contains a space needs quotes or brackets.  Numbers are
+    compared with numbers and texts with texts; < <= > >= are false for all other pairs.
+
+    Args:
+        text: the filter, for example "val/acc > 0.98 and model.hidden = [256]".
+        keys: all keys, see ``find_keys``.
 
     Raises:
-        CommandError: it is none, or names an unknown key.
+        CommandError: the text is not a filter, or names an unknown key.
     """
     conditions: list[Callable[[Record], bool]] = []
     position = 0
@@ -81,7 +91,7 @@ def read_filter(text: str, keys: Collection[str]) -> list[Callable[[Record], boo
         match = CONDITION.match(text, position)
         if match is None:
             raise CommandError(
-                f"filter can't be read at {text[position:].strip()!r}: it is key op value, as in"
+                f"filter can't be read at {text[position:].strip()!r}: write key op value, as in"
                 " filter='val/acc > 0.98 and model.hidden = [256]', with = != < <= > >="
             )
         check_key("filter", match["key"], keys)
@@ -91,7 +101,7 @@ def read_filter(text: str, keys: Collection[str]) -> list[Callable[[Record], boo
 
 
 def read_quoted(text: str) -> Any:
-    """A value, and what is in quotes as a word, whatever it looks like."""
+    """Parse a value; in single quotes, it is a text even if it looks like a number."""
     if text[0] == "'":
         return text[1:-1]
     return read_value(text)
@@ -113,13 +123,16 @@ def make_condition(key: str, sign: str, wanted: Any) -> Callable[[Record], bool]
 
 
 def average(records: Sequence[Record]) -> list[Record]:
-    """Runs that differ in nothing but the seed, or the fold, as one: the mean of each number, and "n".
+    """Average the completed runs that differ only in the seed or the fold.
 
-    Of several runs with one seed and one fold the newest counts.  "<key> sd" is the standard deviation
-    (n - 1).
+    Of several runs with the same seed and fold, only the newest counts.
 
     Args:
-        records: the newest first.
+        records: the records of runs, the newest first.
+
+    Returns:
+        a record for each group of runs: its measured numbers are means over the group, "n" is the number of
+        runs, and "<key> sd" is the standard deviation with n - 1 in the denominator (None for one run).
     """
     groups: dict[str, dict[Any, Record]] = {}
     for record in records:
@@ -143,12 +156,12 @@ def average(records: Sequence[Record]) -> list[Record]:
 
 
 def is_measured(key: str) -> bool:
-    """Whether a key of a record is a number that was measured, and no setting."""
+    """Tell whether a key of a record names a measured number, not a setting."""
     return "/" in key or key in ("seconds", "epochs", "train_seconds", "best_epoch")
 
 
 def is_decisive(key: str, value: Any) -> bool:
-    """Whether a key of a record is a setting that decides the weights."""
+    """Tell whether a key of a record names a setting that influences the weights."""
     told = ("run", "when", "changed", "state", "error", "sweep", "num_parameters", FOLD)
     return not (
         value is None or is_measured(key) or key in told or IDLE.match(key) or key.startswith("data/")

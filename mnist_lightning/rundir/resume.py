@@ -1,11 +1,11 @@
-"""``resume=<run folder>``: go on with a run where its newest checkpoint stands.
+"""``resume=<run folder>``: continue a run from its newest checkpoint.
 
-It is resolved before Hydra composes: the settings that the run left are the base, keys on the
-command line win.  The run's own ``.hydra/config.yaml`` is not touched; each resumption leaves its
-config beside it, in ``.hydra/resume-<number>/``.
+The argument is replaced before Hydra composes the config: the run's saved settings are the base, and keys on
+the command line override them.  The run's own ``.hydra/config.yaml`` does not change; each resumption saves
+its config beside it, in ``.hydra/resume-<number>/``.
 
-The folder may be a stranger's.  Hydra never looks into it: what its settings ask for is checked
-(``trust``), and then given to Hydra as a config of this process.
+The folder may come from a stranger.  Hydra never reads it: ``trust`` checks the saved settings, and Hydra
+gets them as a config made in this process.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import TARGET, find_targets
 
 KEY = "resume="
-BASE = "resumed"  # the name under which Hydra finds the settings
-# What decides the weights: a run can't go on with another value of these.
+BASE = "resumed"  # the config name under which Hydra finds the settings
+# Settings that influence the weights: a resumed run must keep their values.
 FIXED = (
     "seed",
     "decay_biases",
@@ -49,14 +49,14 @@ FIXED = (
     "optimizer",
     "scheduler",
 )
-# What an attempt that is begun anew would take for its own
+# Files of an earlier attempt that a new attempt in the same folder would mistake for its own
 LEFT = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.json"),
     *("csv/metrics.csv", "tensorboard/**/events.out.tfevents.*", "val_correct.npy", "test_correct.npy"),
 )
 FREE = ("data.data_dir", "data.path", "data.num_workers")
-# Of Trainer's arguments, those that end a run, and those that decide no weight but in its last bits; all
-# others are fixed too.
+# Trainer's arguments that end a run, and those that change weights by rounding at most; a resumed run must
+# keep all others.
 STOPPING = ("max_time", "min_epochs", "min_steps")
 LIMITS = ("max_epochs", "max_steps", *STOPPING)
 TRAINER_FREE = (
@@ -66,17 +66,21 @@ TRAINER_FREE = (
     *("logger", "profiler", "default_root_dir", "model_registry", "barebones"),
     *("deterministic", "benchmark", "inference_mode", "detect_anomaly"),
 )
-# Lightning's callbacks that decide the weights; those that only end a run do not.
+# Lightning's callbacks that influence the weights other than by ending the run.
 DECIDING = ("GradientAccumulationScheduler", "BaseFinetuning", "BackboneFinetuning", "ModelPruning")
 
 
 def resume_run(name: str, arguments: list[str]) -> list[str]:
-    """The arguments that make Hydra compose from the settings that a run left.
+    """Return the arguments that make Hydra compose a config from the saved settings of a run.
+
+    Args:
+        name: a run folder, or "latest".
+        arguments: all arguments of the command line.
 
     Raises:
-        OSError: there is no such run, or it has no checkpoint.
-        ConfigError: an earlier version has trained it, or its settings can't be read.
-        TrustError: its settings ask for more than they are trusted with.
+        OSError: the run does not exist, or has no checkpoint.
+        ConfigError: an incompatible earlier version trained the run, or its settings can't be read.
+        TrustError: the run's settings name code that is not trusted.
     """
     folder = find_run(name, jobs=False).absolute()
     check_run(folder)
@@ -86,7 +90,7 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     trusted = trust.typed_trust(arguments)
     load_settings(folder, typed, trusted)
     if is_job(folder) and not any(argument.startswith("test=") for argument in typed):
-        typed.append("test=false")  # as its sweep would
+        typed.append("test=false")  # a sweep's jobs do not test
     if trusted:
         os.environ[trust.VARIABLE] = ",".join(trusted)  # for the processes that trainer=ddp adds
     return [
@@ -107,16 +111,19 @@ def load_settings(
     *,
     others: Mapping[str, Any] | None = None,
 ) -> None:
-    """Give Hydra the settings that a run left, once they are checked.
+    """Check the saved settings of a run, and give them to Hydra.
 
     Args:
-        others: of this project, in place of the saved ones.
+        folder: the run's folder.
+        typed: arguments of the command line that override saved settings.
+        trusted: the modules that the user trusts.
+        others: settings that replace the saved ones.
 
     Raises:
         OSError, ConfigError, TrustError: see ``resume_run``.
     """
     first = folder / ".hydra" / "config.yaml"
-    # Hydra writes overrides.yaml last: without it, a process was killed over its settings
+    # Hydra writes overrides.yaml last: without it, the process was killed before the config was complete
     whole = [path for path in find_resumptions(folder) if (path / "overrides.yaml").is_file()]
     last = whole[-1] / "config.yaml" if whole else first
     keys = [argument.partition("=")[0].lstrip("+~") for argument in typed]
@@ -140,15 +147,15 @@ def load_settings(
 
 
 def find_resumptions(folder: Path) -> list[Path]:
-    """The settings files of a run's resumptions, in their order."""
+    """Return the folders with the settings of a run's resumptions, in their order."""
     found = [path for path in folder.glob(".hydra/resume-*") if re.fullmatch(r"resume-\d{1,9}", path.name)]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 @contextmanager
 def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
-    """Remove a resumption's settings if it fails before it has saved anything: they would be the base of
-    the next one."""
+    """Remove the settings of a resumption that fails within the block before it saves a checkpoint, because
+    the next resumption would start from them."""
     before = stamp(folder)
     try:
         yield
@@ -160,17 +167,17 @@ def on_trial(folder: Path, *, resumed: bool) -> Iterator[None]:
 
 
 def stamp(folder: Path) -> dict[str, int]:
-    """The times at which a run's checkpoints were written."""
+    """Return the times in nanoseconds at which a run's checkpoints were written, by file name."""
     with contextlib.suppress(OSError):
         return {path.name: path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("*.ckpt")}
     return {}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A run's saved settings, not resolved.
+    """Read a run's saved settings without resolving interpolations.
 
     Raises:
-        ConfigError: they can't be read, or hold what no run of this project saves.
+        ConfigError: the file can't be read, or holds something that no run of this project saves.
     """
     try:
         saved = OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=False)
@@ -186,7 +193,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def find_gone(settings: dict[str, Any]) -> str | None:
-    """Names in saved settings that an earlier version knew and this one does not."""
+    """Return the first name in saved settings that this version no longer knows; None if there is none."""
     model = settings.get("model")
     if isinstance(model, dict) and TARGET not in model:
         return "model without a _target_"
@@ -195,7 +202,7 @@ def find_gone(settings: dict[str, Any]) -> str | None:
 
 
 def is_default(data_dir: str) -> bool:
-    """Whether a path is the data folder of ``conf/``."""
+    """Tell whether a path is the default data folder in ``conf/``."""
     default = OmegaConf.load(Path(CONF_DIR) / "data" / "mnist.yaml")
     return bool(OmegaConf.select(default, "data_dir") == data_dir)
 
@@ -203,13 +210,13 @@ def is_default(data_dir: str) -> bool:
 def is_module(name: str) -> bool:
     try:
         spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # nor is the package that it would lie in
+    except ModuleNotFoundError:  # the parent package is missing, too
         return False
     return spec is not None and spec.submodule_search_locations is None  # our packages hold no classes
 
 
 def find_stops(settings: Train) -> list[str]:
-    """The settings by which a run may be stopped early, each as key=value."""
+    """Return the settings that can stop a run early, each as "key=value"."""
     limits = {f"trainer.{name}": settings.trainer.get(name) for name in STOPPING}
     for name, config in settings.callbacks.items():
         if config and str(config.get(TARGET)).endswith(("EarlyStopping", "Timer")):
@@ -218,8 +225,9 @@ def find_stops(settings: Train) -> list[str]:
 
 
 def resume_job(job_dir: Path) -> str | None:
-    """Find what a job of a sweep resumes from: its own folder where it was interrupted or requeued and has
-    a checkpoint, else nothing, and what an earlier attempt has written is removed, but its log."""
+    """Return the folder from which a job of a sweep resumes: its own, if the job was interrupted or requeued
+    and has a checkpoint.  Otherwise remove the files of an earlier attempt, except its log, and return None.
+    """
     status = read(job_dir)
     checkpoints = job_dir / "checkpoints"
     if status is not None and status.state == "interrupted" and any(checkpoints.glob("*.ckpt")):
@@ -232,14 +240,15 @@ def resume_job(job_dir: Path) -> str | None:
 
 
 def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
-    """Whether the run can go on with these settings, told before torch is imported.
+    """Check, before torch is imported, that a run can continue with these settings.
 
     Args:
-        overrides: of the command line.
+        settings: the settings with which to resume.
+        overrides: the overrides of the command line.
 
     Raises:
-        ConfigError: they differ from the run's own in what decides its weights.
-        SystemExit: with code 0; the run has finished, there is nothing to do.
+        ConfigError: a setting that influences the weights has changed.
+        SystemExit: with code 0; the run has already finished.
     """
     folder = Path(str(settings.resume))
     saved = check(OmegaConf.load(folder / ".hydra" / "config.yaml"), Train)  # type: ignore[arg-type]
@@ -258,7 +267,7 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
         if old != new and "total_steps" in settings.scheduler.values():
             raise ConfigError(
                 f"trainer.{key}={new} can't be resumed: the run's schedule"
-                f" ({settings.scheduler['_target_']}) is laid out for {old} {name}; start a new run"
+                f" ({settings.scheduler['_target_']}) is planned for {old} {name}; start a new run"
             )
     report, status = folder / "metrics.json", read(folder)
     if report.is_file() and (status is None or status.state == "completed"):
@@ -267,17 +276,19 @@ def check_resumption(settings: Train, overrides: Sequence[str]) -> None:
             not all(isinstance(done.get(name, 0), int) for name in ("epochs", "steps"))
             or "epochs" not in done
         ):
-            raise ConfigError(f"{report} is damaged: it tells no epochs")
+            raise ConfigError(f"{report} is damaged: it has no number of epochs")
         if not may_go_on(saved, settings, done):
             print(f"{folder} has finished: {done['epochs']} epochs; nothing to do")
             sys.exit(0)
 
 
 def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None:
-    """Whether the data lies where a run's folder says, or where the command line says.
+    """Check that data is never downloaded to a place that only a run's folder names.
+
+    The folder may come from a stranger.  Data is written only where the command line or ``conf/`` says.
 
     Raises:
-        ConfigError: it does not, and would be put where a file says that may be a stranger's.
+        ConfigError: the data is not complete in the place that the run's settings name.
     """
     data = settings.data
     key, place = ("data_dir", data.data_dir) if data.path is None else ("path", data.path)
@@ -291,15 +302,14 @@ def check_place(settings: Train, folder: Path, overrides: Sequence[str]) -> None
         source=data.source,
     )
     if not (told or (key == "data_dir" and is_default(place)) or source.is_whole()):
-        # a folder's word that may be a stranger's: what it names is read, never written
         raise ConfigError(
-            f"{folder} says that its data lies in {place}, where it is not, or not whole: data.{key}=… says"
-            " where it lies, or is to be put"
+            f"{folder} says that its data lies in {place}, where it is missing or incomplete: data.{key}=…"
+            " sets the place to read it from, or to download it to"
         )
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a run can go on with no other value of this key."""
+    """Tell whether a resumed run must keep the value of this setting."""
     group, _, name = key.partition(".")
     if group == "trainer":
         return name.split(".")[0] not in (*LIMITS, *TRAINER_FREE)
@@ -307,17 +317,19 @@ def is_fixed(key: str) -> bool:
 
 
 def decides(key: str, *runs: Train) -> bool:
-    """Whether a key belongs to a callback that decides the weights, before or now."""
+    """Tell whether a key belongs to a callback that influences the weights in any of these runs."""
     group, _, name = key.partition(".")
     configs = [(run.callbacks.get(name.split(".")[0]) or {}) for run in runs]
     return group == "callbacks" and any(str(one.get(TARGET)).endswith(DECIDING) for one in configs)
 
 
 def may_go_on(saved: Train, settings: Train, done: dict[str, Any]) -> bool:
-    """Whether a finished run is given a limit that allows more than it has done.
+    """Tell whether the new settings let a finished run train further.
 
     Args:
-        done: what its ``metrics.json`` holds.
+        saved: the settings of the finished run.
+        settings: the settings with which to resume.
+        done: the content of the run's ``metrics.json``.
     """
     limits = [[run.trainer.get(f"max_{name}") for name in ("epochs", "steps")] for run in (saved, settings)]
     if limits[0] == limits[1] and find_stops(saved) == find_stops(settings):

@@ -1,15 +1,15 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and end with the exit code that a shell expects.
+"""Handle SIGTERM and Ctrl-C: finish the step, save, and exit with the code that a shell expects.
 
-While training (``deferred``), a signal only sets a flag, which ``Checkpoints`` reads at the end of
-a step.  At any other time it ends the process at once, as does a second one.
+During training (``deferred``), a signal only sets a flag, which ``Checkpoints`` reads at the end of each
+step.  At any other time the first signal ends the process at once; a second signal always does.
 
-Of a run of several processes, each may wait in C++ for the others, where Python's handlers don't run: a
-thread then ends it (``listen``).  The processes that such a run adds end with the one that has added them
+A process of a distributed run may wait for the others in C++ code, where Python's signal handlers do not
+run; a thread ends it then (``listen``).  Added processes end when the process that started them is gone
 (``follow_parent``).
 
-In a job of submitit, which runs on a cluster, the signal that tells of the end of its time or of a
-pre-emption is deferred in the same way: the newest step is saved before submitit's own handler queues
-the job again.  SIGTERM, which such a job must survive (SLURM sends it before), only saves there.
+A job that submitit runs on a cluster gets a signal before its time ends or it is pre-empted.  That signal is
+deferred in the same way: the newest step is saved before submitit's own handler queues the job again.  SLURM
+sends SIGTERM before that signal; the job must survive it, so there SIGTERM only saves.
 """
 
 import os
@@ -21,17 +21,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 _received: int | None = None  # signal number
-_deferring: bool | None = False  # None: in a stretch that defers from ``defer`` on
-_ends_process = True  # a second signal: in a process that is not ours it only raises KeyboardInterrupt
+_deferring: bool | None = False  # None: in a block that starts to defer when ``defer`` is called
+_ends_process = True  # whether a second signal ends the process; otherwise it raises KeyboardInterrupt
 _listening = False
-PARENT = "MNIST_LIGHTNING_PARENT"  # the variable that tells added processes who has added them
-PAUSE = 0.5  # seconds between two looks at the parent
-PATIENCE = 1.0  # seconds that a process has to end by itself where it need not finish a step
+PARENT = "MNIST_LIGHTNING_PARENT"  # environment variable with the process id of an added process's parent
+PAUSE = 0.5  # seconds between two checks that the parent is alive
+PATIENCE = 1.0  # seconds that a process outside training has to end by itself
 _requeue: Callable[[int, FrameType | None], object] | None = None  # submitit's handler
 
 
 def install() -> None:
-    """Take over SIGTERM, SIGINT and, in a job of submitit, its signal; only in the main thread."""
+    """Install the handler for SIGTERM, SIGINT and, in a job of submitit, submitit's signal.
+
+    In a thread other than the main thread, nothing happens.
+    """
     global _requeue
     if threading.current_thread() is not threading.main_thread():
         return
@@ -64,7 +67,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def borrowed() -> Iterator[None]:
     """Handle Ctrl-C within the block, in a process that is not ours, such as a notebook's.
 
-    Outside the main thread, which alone hears of signals, nothing is changed.
+    In a thread other than the main thread, which gets no signals, nothing changes.
     """
     global _received, _ends_process
     if threading.current_thread() is not threading.main_thread():
@@ -86,10 +89,10 @@ def received() -> bool:
 
 
 def listen() -> None:
-    """In a run of several processes: end this one where a signal finds it waiting for the others.
+    """Let a thread end this process of a distributed run when a signal arrives while it waits for others.
 
-    A second signal always does; a first one does where no step is to be finished and saved.  The processes
-    that this one adds are told of it.
+    A second signal always ends the process; a first signal does so outside training.  The main process also
+    passes its process id on to the processes that it adds.
     """
     global _listening
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -100,7 +103,7 @@ def listen() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # Python's C handler writes a signal's number
-    if hasattr(os, "register_at_fork"):  # a loader's worker would write there too
+    if hasattr(os, "register_at_fork"):  # otherwise a data loader's worker would write there, too
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
     def end() -> None:
@@ -118,7 +121,7 @@ def listen() -> None:
 
 
 def follow_parent() -> None:
-    """In a process that a run of several has added: end as soon as the one that has added it is gone."""
+    """End an added process of a distributed run as soon as the process that started it is gone."""
     if PARENT not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return
     parent = int(os.environ[PARENT])
@@ -132,14 +135,16 @@ def follow_parent() -> None:
 
 
 def wait_for_parent() -> None:
-    """In an added process: let the one that has added it end first, which Lightning would kill otherwise as
-    soon as it sees that another has ended."""
+    """Let the main process end before this added process does.
+
+    Otherwise Lightning kills the main process as soon as it sees that an added process has ended.
+    """
     if PARENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(30 * PATIENCE)  # follow_parent ends it before
+        time.sleep(30 * PATIENCE)  # follow_parent ends this process earlier
 
 
 def name_received() -> str:
-    """The signal that has come, as people call it: "Ctrl-C", "SIGTERM"; empty where none has."""
+    """Return the name of the received signal, such as "Ctrl-C" or "SIGTERM"; "" if there was none."""
     if _received is None:
         return ""
     return "Ctrl-C" if _received == signal.SIGINT else signal.Signals(_received).name
@@ -153,10 +158,11 @@ def ask() -> None:
 
 
 def stop_if_asked() -> None:
-    """
+    """End the process if a signal was received.
+
     Raises:
-        SystemExit: if a signal has come: with 128 + its number (143 for SIGTERM, 130 for SIGINT), or
-            with what submitit says when it has queued the job again.
+        SystemExit: a signal was received; the code is 128 + its number (143 for SIGTERM, 130 for SIGINT),
+            or submitit's own code when submitit has queued the job again.
     """
     global _received
     number = _received
@@ -171,17 +177,17 @@ def stop_if_asked() -> None:
 
 
 def defer() -> None:
-    """Let a first signal wait from here on, to the end of the stretch that is ``deferred``, if it is one."""
+    """Start to defer a first signal, if this is called in a block of ``deferred``."""
     global _deferring
     _deferring = _deferring is not False
 
 
 @contextmanager
 def deferred(*, at_once: bool = True) -> Iterator[None]:
-    """Let a first signal wait until ``stop_if_asked`` is called, or until the block ends.
+    """Defer a first signal until ``stop_if_asked`` is called or the block ends.
 
     Args:
-        at_once: False: it does so from ``defer`` on.
+        at_once: whether to defer from the start of the block; otherwise from a call of ``defer`` on.
     """
     global _deferring
     _deferring = True if at_once else None
@@ -194,10 +200,10 @@ def deferred(*, at_once: bool = True) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A stretch that is broken off when it takes longer, where the system has an alarm (not Windows).
+    """Stop the block after this many seconds; on Windows, and outside the main thread, there is no limit.
 
     Raises:
-        TimeoutError: it did.  A subclass of OSError.
+        TimeoutError: the block took too long.  It is a subclass of OSError.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield

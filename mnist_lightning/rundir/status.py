@@ -1,4 +1,4 @@
-"""Read and write ``status.json``, a run's state, in its folder."""
+"""Read and write ``status.json``, which holds a run's state, and lock a run's folder."""
 
 import contextlib
 import json
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 FILE, LOCK = "status.json", ".lock"
 STATES = ("running", "completed", "failed", "interrupted", "pruned")
-GONE = "its process is gone"  # of a run that was killed, or could not write its end
+GONE = "its process is gone"  # the run was killed, or could not write its last status
 LATEST = 2**34  # seconds since 1970, in the year 2514
-GLANCE = 0.02  # seconds that a look at a lock may hold it
-_held: dict[Path, "FileLock"] = {}  # see hold
+GLANCE = 0.02  # seconds for which checking a lock may hold it
+_held: dict[Path, "FileLock"] = {}  # locks from ``hold`` that no ``lock`` has taken over
 Metrics = dict[str, float]
 
 
 class Pruned(Exception):
-    """A search has given this run up: others were better at the same epoch."""
+    """A search has stopped this run, because others were better at the same epoch."""
 
 
 @dataclass
 class Status:
-    """What ``status.json`` holds.
+    """The content of ``status.json``.
 
     Attributes:
         state: "running", "completed", "failed", "interrupted" (Ctrl-C, SIGTERM) or "pruned".
-        error: in one line; None where there is none.
-        overrides: of the run's command line, in Hydra's syntax.
-        started: seconds since 1970-01-01 UTC.
-        seconds: from start to end, without those that a sweep's job has waited for free cores.
+        error: why the run did not complete, in one line; None without an error.
+        overrides: the overrides of the run's command line, in Hydra's syntax.
+        started: the start in seconds since 1970-01-01 UTC.
+        seconds: from start to end, without the time that a sweep's job has waited for free cores.
         metrics: the numbers of ``metrics.json``.
-        monitor, mode: the metric that chose the best epoch, and whether it was to become "max" or "min"; None
-            until the run has completed.
+        monitor: the metric that chose the best epoch; like ``mode``, None until the run has completed.
+        mode: "max" or "min": whether a large or a small ``monitor`` is good.
     """
 
     state: str = "running"
@@ -69,21 +69,22 @@ class Status:
 
 
 def show_value(metric: str, mean: float, std: float = math.nan) -> str:
-    """A metric's value; accuracies in percent."""
+    """Format a metric's value, and its standard deviation if given; accuracies become percentages."""
     scale, digits = (100, 2) if metric.endswith("acc") else (1, 4)
     spread = "" if math.isnan(std) else f" ± {scale * std:.{digits}f}"
     return f"{scale * mean:.{digits}f}{spread}"
 
 
 def show_with_unit(metric: str, value: float) -> str:
-    """A metric's value where no heading tells that accuracies are percentages."""
+    """Format a metric's value, with " %" after an accuracy."""
     return show_value(metric, value) + (" %" if metric.endswith("acc") else "")
 
 
 def read(run_dir: Path) -> Status | None:
-    """A run's status, or None where it has left none; of one that is damaged, that it is.
+    """Read a run's status, or return None if the run has written none.
 
-    A run that says "running" while no process holds its folder was killed: it is "interrupted".
+    A status that says "running" while no process holds the folder becomes "interrupted", because the run was
+    killed.  A damaged status becomes "interrupted" with an error that says so.
     """
     if not os.path.lexists(run_dir / FILE):
         return None
@@ -100,7 +101,7 @@ def parse(saved: dict[str, Any]) -> Status:
     """Parse a ``status.json``; control characters in its texts are escaped.
 
     Raises:
-        TypeError: it says what no run does.
+        TypeError: a key or a value is not one that a run writes.
     """
     status = Status(**saved)
     overrides, metrics = status.overrides, status.metrics
@@ -122,18 +123,21 @@ def parse(saved: dict[str, Any]) -> Status:
 def track(
     run_dir: Path, overrides: Sequence[str], *, in_sweep: bool, resumed: bool = False
 ) -> Iterator[Status]:
-    """Keep ``status.json`` while a run goes on, and hold the run's folder against a second process.
+    """Keep ``status.json`` up to date while a run goes on, and lock the run's folder.
 
     Args:
-        run_dir: exists.
-        overrides: of the run's command line.
-        resumed: whether the run goes on with what lies in its folder: then its first command line stays.
-        in_sweep: whatever ends the run early is raised as a ``CommandError`` of one line, so that
-            the other jobs go on; but an interruption ends the sweep too.  Hydra keeps the exception:
-            the frames of its causes, with the run's tensors, are let go.
+        run_dir: the run's folder, which must exist.
+        overrides: the overrides of the run's command line.
+        in_sweep: whether the run is a job of a sweep.  Then an error is raised as a ``CommandError`` of one
+            line, so that the other jobs continue; an interruption still ends the sweep.  Hydra keeps the
+            exception, so the frames of its causes are dropped, and the run's tensors with them.
+        resumed: whether the run is resumed; its status then keeps the overrides of the first command line.
 
     Yields:
-        The status, for its metrics to be filled in.
+        the status, whose metrics the caller fills in.
+
+    Raises:
+        CommandError: another process holds the folder, or a sweep's job has failed or was pruned.
     """
     if not is_main_process():
         yield Status()
@@ -144,7 +148,7 @@ def track(
     start = time.monotonic() - threads.waited
     with lock(run_dir):
         remove_leftovers(run_dir)
-        # A disk that is full or read-only stops the training itself, with an error that says more.
+        # Ignore a disk that is full or read-only: training itself stops with an error that says more.
         with contextlib.suppress(OSError):
             status.write(run_dir)
         try:
@@ -170,15 +174,15 @@ def track(
 
 
 def forget(error: BaseException | None) -> None:
-    """Drop the frames of an exception and of those before it, and with them their tensors."""
+    """Drop the frames of an exception and of its causes, which keep the run's tensors in memory."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """State and error line of a run that ended with this exception."""
-    # submitit has queued its job again: on SLURM, and where it plays the cluster itself
+    """Return the state and the error line of a run that ended with this exception."""
+    # the codes with which submitit exits after queueing the job again, on SLURM and on its local cluster
     requeued = "submitit" in sys.modules and isinstance(error, SystemExit) and error.code in (-1, 144)
     if signals.received() or requeued:
         return "interrupted", f"interrupted by {signals.name_received() or 'its cluster'}"
@@ -193,23 +197,23 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 def is_main_process() -> bool:
-    """False in the processes that ``trainer=ddp`` adds to a run."""
+    """Return False in the processes that ``trainer=ddp`` adds to a run, otherwise True."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder, at most until this process ends: the system then releases it.
+    """Lock a folder within the block; the system releases the lock if the process ends earlier.
 
-    A forked child (a sweep's worker, a loader's) does not inherit it: filelock closes the child's copies, so
-    that a folder is free as soon as the process that held it is gone.
+    A forked child (a worker of a sweep or of a data loader) does not inherit the lock, because filelock
+    closes the child's copies.  The folder is therefore free as soon as the process that locked it is gone.
 
     Raises:
-        CommandError: another process holds it.
-        OSError: what is to hold it is a link that leads elsewhere.
+        CommandError: another process holds the folder.
+        OSError: the lock file is a link out of the folder.
     """
     hold(folder)
-    mutex = _held.pop(folder.absolute(), None)  # so that no other thread of this process has it too
+    mutex = _held.pop(folder.absolute(), None)  # so that no other thread of this process has the lock
     try:
         yield
     finally:
@@ -218,10 +222,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def hold(folder: Path) -> None:
-    """Hold a folder until a ``lock`` of it ends, or this process does.
+    """Lock a folder until the next block of ``lock`` for it ends, or the process does.
 
     Raises:
-        CommandError: another process holds it.
+        CommandError: another process holds the folder.
+        OSError: the lock file is a link out of the folder.
     """
     from filelock import FileLock, Timeout
 
@@ -232,26 +237,26 @@ def hold(folder: Path) -> None:
     try:
         mutex.acquire()
     except Timeout as error:
-        raise CommandError(f"another process is at work in {folder}") from error
-    except OSError:  # a full disk: see track
+        raise CommandError(f"another process is using {folder}") from error
+    except OSError:  # the disk is full, see ``track``
         return
     _held[folder.absolute()] = mutex
 
 
 def let_go(folder: Path) -> None:
-    """End what ``hold`` has begun, where no ``lock`` has taken it over."""
+    """Release a lock from ``hold`` that no ``lock`` has taken over."""
     mutex = _held.pop(folder.absolute(), None)
     if mutex is not None:
         mutex.release()
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds a folder; False also where that can't be found out."""
+    """Tell whether a process holds a folder; return False if that is unknown."""
     if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         return False
     from filelock import FileLock, Timeout
 
-    try:  # another process may look in the same moment
+    try:  # with patience: another process may check the lock at the same moment
         with FileLock(folder / LOCK, timeout=GLANCE, poll_interval=GLANCE / 4, thread_local=False):
             return False
     except Timeout:

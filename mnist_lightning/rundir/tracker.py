@@ -1,4 +1,4 @@
-"""Weights & Biases, a tracker that keeps runs on a server."""
+"""Log to Weights & Biases, a service that keeps runs on a server."""
 
 import re
 from collections.abc import Iterator
@@ -14,23 +14,23 @@ from mnist_lightning.rundir.loggers import Forgiving, Silent
 
 
 class WandbLogger(Forgiving, lightning_loggers.WandbLogger):
-    """Lightning's WandbLogger, but each run of a process is one of its own there, and a run that goes on
-    goes on there too.
+    """Lightning's WandbLogger, with a W&B run for each run of a process; a resumed run continues its W&B run.
 
-    What was logged after the checkpoint from which it does stays there beside what is logged again.
+    Metrics logged after the checkpoint at which the run resumes stay in W&B beside those logged again.
 
-    A module of its own: saved settings that name it need ``trust``, as it sends what it is given to a server.
+    The class has a module of its own because saved settings that name it need ``trust=``: it sends data to a
+    server.
 
     Args:
-        save_dir: the run's folder, whose name is the run's there; its files lie in ``wandb/`` in it.
-        project: in which the run is shown.
-        entity: the user or team; None: the one that is logged in.
+        save_dir: the run's folder; its name is the name of the W&B run, whose files are in ``wandb/`` in it.
+        project: the W&B project.
+        entity: the W&B user or team; None: the default of the user who is logged in.
     """
 
     def __init__(self, *, save_dir: str, project: str, entity: str | None = None) -> None:
         name = Path(save_dir).name
         super().__init__(name=name, save_dir=save_dir, project=project, entity=entity)
-        self._wandb_init.pop("anonymous", None)  # of which W&B warns
+        self._wandb_init.pop("anonymous", None)  # W&B warns that it is deprecated
 
     def resume_from(self, step: int) -> None:
         found = sorted((Path(self.save_dir or "") / "wandb").glob("*run-*"), key=lambda path: path.name)
@@ -41,15 +41,15 @@ class WandbLogger(Forgiving, lightning_loggers.WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """W&B's run, begun when it is first asked for.
+        """The W&B run, started at the first access.
 
         Raises:
-            MisconfigurationException: it can't be begun: nobody is logged in, say.
+            MisconfigurationException: W&B can't start a run, for example because no user is logged in.
         """
         if self._experiment is None and not self.failed:
             import wandb
 
-            if wandb.run is not None:  # of a run of this process that failed
+            if wandb.run is not None:  # left by an earlier run of this process that failed
                 wandb.finish(exit_code=1)
             with self.forgiving(), told():
                 Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class WandbLogger(Forgiving, lightning_loggers.WandbLogger):
         if self._experiment is not None and not isinstance(self._experiment, Silent):
             with self.forgiving():
                 self._experiment.finish()
-            self.failed = True  # nothing is logged after that
+            self.failed = True  # log nothing more
 
 
 @contextmanager
@@ -73,5 +73,5 @@ def told() -> Iterator[None]:
     except wandb.errors.Error as error:
         line = " ".join(str(error).split()).rstrip(".")
         raise MisconfigurationException(
-            f"logger=wandb can't begin a run: {line}; WANDB_MODE=offline keeps it in the run's folder"
+            f"logger=wandb can't start a run: {line}; WANDB_MODE=offline keeps it in the run's folder"
         ) from error

@@ -1,1 +1,1 @@
-"""Sweeps: what their jobs leave, and the reports made of it."""
+"""Run, resume and report sweeps."""

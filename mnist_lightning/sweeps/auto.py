@@ -1,4 +1,4 @@
-"""The default launcher: jobs side by side where that is faster, one after the other where it is not."""
+"""The default launcher: run jobs side by side where that is faster, otherwise one after the other."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,16 @@ from mnist_lightning.sweeps.processes import ProcessesLauncher
 
 
 class AutoLauncher(Launcher):
-    """Hands a sweep's jobs to ``ProcessesLauncher`` or to Hydra's ``BasicLauncher``.
+    """Pass a sweep's jobs to ``ProcessesLauncher`` or to Hydra's ``BasicLauncher``.
 
-    Hydra settles on a launcher before it knows the jobs, so this one chooses when the first ones come.  It
-    keeps to its choice: a process that has trained must not be forked.  Jobs run one after the other where
-    there is only one at a time (in a search), on a single core or GPU, and where memory would not do for two.
+    Hydra needs a launcher before it knows the jobs, so this class chooses when the first jobs arrive.  It
+    keeps its choice, because a process that has trained must not be forked.  Jobs run one after the other if
+    only one is ready at a time (in a search), on a single core or GPU, and if memory is too small for two.
 
     Args:
-        n_jobs: jobs at a time; None: decided as above, and by ``ProcessesLauncher``.
-        jobs_per_gpu: at a time on each GPU.
-        timeout_s: seconds after which a job is given up, for which it gets a process; None: never.
+        n_jobs: the number of jobs at a time; None: chosen as above and by ``ProcessesLauncher``.
+        jobs_per_gpu: the number of jobs at a time on each GPU.
+        timeout_s: stop a job after this many seconds, for which it needs a process of its own; None: never.
     """
 
     def __init__(self, n_jobs: int | None, jobs_per_gpu: int, timeout_s: float | None) -> None:
@@ -48,7 +48,7 @@ class AutoLauncher(Launcher):
             return True
         if self.processes.n_jobs is not None:
             return self.processes.n_jobs > 1
-        trials = OmegaConf.select(self.config, "hydra.sweeper.n_jobs") or 1  # at a time
+        trials = OmegaConf.select(self.config, "hydra.sweeper.n_jobs") or 1  # trials at a time, in a search
         return max(count, trials) > 1 and self.processes.count_slots([self.config]) > 1
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -1,5 +1,8 @@
-"""Hydra's own sweeper, made careful: mistakes are reported before the first job starts, one job's failure
-is its own, and the sweep ends with a report."""
+"""Sweep over all combinations of values.
+
+In addition to what Hydra's own sweeper does, wrong settings are reported before the first job starts, one
+failed job does not stop the others, and the sweep ends with a report.
+"""
 
 import contextlib
 import json
@@ -42,12 +45,14 @@ NAMED = "a name with ${hydra.job.num} in it gives each its own"
 
 
 class RememberingLoader(ConfigLoaderImpl):
-    """Composes a job's config once.  A sweep needs it twice, to check all jobs before the first starts
-    and to run each, and composing is what costs most between two jobs.
+    """Compose the config of each job only once.
+
+    A sweep needs it twice: to check all jobs before the first one starts, and to run the job.  Composing
+    takes most of the time between two jobs.
 
     Attributes:
-        composed: pickled configs of jobs that are checked and not yet run: 60 kB each, a tenth of
-            what the config itself takes.
+        composed: pickled configs of the jobs that are checked and have not run yet, by their overrides; 60 kB
+            each, a tenth of the config's own size.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -55,7 +60,7 @@ class RememberingLoader(ConfigLoaderImpl):
         self.composed: dict[tuple[str, ...], bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"composed": {}}  # a cluster's jobs are sent the loader, each with its own file
+        return vars(self) | {"composed": {}}  # a cluster's job needs the loader, but no configs of other jobs
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         known = self.composed.pop(tuple(sweep_overrides), None)
@@ -70,12 +75,12 @@ class RememberingLoader(ConfigLoaderImpl):
 
 
 class GridSweeper(BasicSweeper):
-    """Every combination of the swept values, each checked before the first job starts."""
+    """Run every combination of the swept values, after checking all of them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.sweep_dir = Path(config.hydra.sweep.dir)
-        self.modes: set[str] = set()  # of the monitored metrics, "max" or "min"
-        self.lost: list[str] = []  # jobs whose folder can't hold a status
+        self.modes: set[str] = set()  # "max" or "min" of each monitored metric
+        self.lost: list[str] = []  # jobs whose status can't be written
         self.resumed = (self.sweep_dir / MULTIRUN).is_file()
         self.loader = RememberingLoader(hydra_context.config_loader.get_search_path())
         hydra_context = HydraContext(config_loader=self.loader, callbacks=hydra_context.callbacks)
@@ -83,10 +88,12 @@ class GridSweeper(BasicSweeper):
             super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """
+        """Check all jobs, run them, and write the report.
+
         Raises:
             ConfigError: a job's settings are wrong; no job has started.
-            SystemExit: jobs failed, all others have finished; or Ctrl-C (130) or SIGTERM (143).
+            SystemExit: some jobs failed and all others have finished, or Ctrl-C (code 130) or SIGTERM (143)
+                ended the sweep.
         """
         assert self.config is not None
         assert self.hydra_context is not None
@@ -102,7 +109,8 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def write_multirun(self) -> None:
-        """
+        """Write the composed config of the sweep to ``multirun.yaml``.
+
         Raises:
             CommandError: the sweep's folder can't be written; no job has started.
         """
@@ -112,10 +120,10 @@ class GridSweeper(BasicSweeper):
             raise CommandError(str(error)) from error
 
     def prepare(self, arguments: list[str]) -> None:
-        """Know the jobs, and check them all.
+        """Split the arguments into jobs, and check all jobs.
 
         Raises:
-            ConfigError: a job's settings are wrong, or are not those of the sweep to go on with.
+            ConfigError: a job's settings are wrong, or differ from those of the sweep that is resumed.
         """
         assert self.hydra_context is not None
         assert self.config is not None
@@ -154,7 +162,7 @@ class GridSweeper(BasicSweeper):
             (number, job) for number, job in enumerate(self.jobs) if not self.is_finished(number, job)
         ]
         if len(numbered) < len(self.jobs):
-            log.info("%d of %d jobs are done already", len(self.jobs) - len(numbered), len(self.jobs))
+            log.info("%d of %d jobs have already finished", len(self.jobs) - len(numbered), len(self.jobs))
         size = self.max_batch_size or len(self.jobs)
         returns: list[JobReturn] = []
         for start in range(0, len(numbered), size):
@@ -182,7 +190,8 @@ class GridSweeper(BasicSweeper):
         return folder
 
     def check_folders(self, jobs: Sequence[tuple[int, Job]]) -> None:
-        """
+        """Check that each job gets a folder of its own.
+
         Raises:
             ConfigError: two jobs would write to the same folder.
         """
@@ -197,9 +206,10 @@ class GridSweeper(BasicSweeper):
                 )
 
     def is_finished(self, number: int, job: Job) -> bool:
-        """
+        """Tell whether a job has completed or was pruned.
+
         Raises:
-            SystemExit: the job is running, in a process that outlives its sweep.
+            SystemExit: the job is still running, in a process that has outlived its sweep.
         """
         status = read(self.job_dir(number, job))
         if status is None:
@@ -209,7 +219,7 @@ class GridSweeper(BasicSweeper):
         return status.state in ("completed", "pruned")
 
     def launch(self, jobs: Sequence[tuple[int, Job]]) -> Sequence[JobReturn]:
-        """Run jobs, each in the folder of its number."""
+        """Run jobs, each in the folder of its number, and return their results in the same order."""
         assert self.launcher is not None
         launcher = self.launcher
         if isinstance(launcher, AutoLauncher):
@@ -219,7 +229,7 @@ class GridSweeper(BasicSweeper):
             return [job_return for job in jobs for job_return in self.launch([job])]
         first = jobs[0][0]
         overrides = [
-            # a launcher counts upwards by itself
+            # a launcher numbers jobs upwards from the first; other numbers need their folder's name
             job
             if number == first + position
             else [
@@ -241,17 +251,17 @@ class GridSweeper(BasicSweeper):
             raised = type(error).__name__ == "FailedJobError"  # its message ends with the job's traceback
             told = str(error).rstrip("- \n").splitlines()[-1] if raised else "its process is gone"
             sys.exit(
-                f"a job has ended without a word ({told}); the others go on by"
-                " themselves, and when they have ended,\n  python -m mnist_lightning.train -m"
-                f" resume={as_word(str(self.sweep_dir))}\ntakes up what is left"
+                f"a job has ended without a result ({told}); the others continue by"
+                " themselves. When they have ended, run the rest with\n  python -m mnist_lightning.train -m"
+                f" resume={as_word(str(self.sweep_dir))}"
             )
         for (number, job), job_return in zip(jobs, returns, strict=True):
             self.note_lost(number, job, job_return)
         return returns
 
     def note_lost(self, number: int, job: Job, job_return: JobReturn) -> None:
-        """A job that ended before it could leave a status, killed or without a folder, has failed; one that
-        could not leave its end, on a full disk, has it told here."""
+        """Mark a job without a status as failed, because it was killed or had no folder, and log the error of
+        a job that could not write its last status to a full disk."""
         job_dir = self.job_dir(number, job)
         error, left = getattr(job_return, "_return_value", None), read(job_dir)
         if left is not None and left.error == GONE and isinstance(error, Exception):
@@ -265,10 +275,10 @@ class GridSweeper(BasicSweeper):
                 self.lost.append(str(number))
 
     def finish(self) -> None:
-        """Write the report, show the top of its table.
+        """Write the report, and print the top of its table.
 
         Raises:
-            SystemExit: jobs failed, or the report can't be written.
+            SystemExit: some jobs failed, or the report can't be written.
         """
         from mnist_lightning.sweeps.report import summarize, tell_next, write_report
 
@@ -279,7 +289,7 @@ class GridSweeper(BasicSweeper):
             unwritten, sweep = error, read_sweep(self.sweep_dir)
         print(f"{summarize(sweep)}\n{tell_next(sweep)}", flush=True)
         if unwritten:
-            print(f"the report is not of this moment: {unwritten}", file=sys.stderr)
+            print(f"the report is not up to date: {unwritten}", file=sys.stderr)
         names = [*(job.name for job in sweep.in_state("failed", "interrupted")), *self.lost]
         if names:
             count = len(sweep.jobs) + len(self.lost)
@@ -289,10 +299,12 @@ class GridSweeper(BasicSweeper):
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:
-    """A job's settings.
+    """Check a job's config, and return its settings.
 
     Args:
-        compared: the sweep has other settings too, and not only other seeds.
+        cfg: the composed config.
+        overrides: the job's overrides.
+        compared: whether the sweep's jobs differ in more than the seed.
 
     Raises:
         ConfigError: the job's settings are wrong, or can't be part of a sweep.
@@ -314,16 +326,17 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> T
             else ("data.val_size=0 leaves no validation split", "set data.val_size=5000")
         )
         raise ConfigError(
-            f"a multirun compares its settings by {settings.monitor.metric}, and {why}: {instead}, or let"
-            " nothing but the seed vary"
+            f"a multirun compares its settings by {settings.monitor.metric}, and {why}: {instead}, or vary"
+            " nothing but the seed"
         )
     return settings
 
 
 def check_same(sweep_dir: Path, config: DictConfig) -> None:
-    """
+    """Check that a resumed sweep has the same settings as before.
+
     Raises:
-        ConfigError: the folder holds a sweep with other settings.
+        ConfigError: the settings differ.
     """
     saved = read_multirun(sweep_dir)
     others = ("hydra", "trust")
@@ -349,7 +362,7 @@ def check_same(sweep_dir: Path, config: DictConfig) -> None:
 
 @contextmanager
 def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """A sweep that never begins leaves no folder."""
+    """Remove a sweep's folder if an error within the block leaves it empty."""
     try:
         yield
     except BaseException:
@@ -360,7 +373,7 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the sweep and not just the job; what it has is reported."""
+    """Write the tables and print how to resume if Ctrl-C or SIGTERM ends the sweep within the block."""
     try:
         yield
     except SystemExit:
@@ -371,7 +384,7 @@ def _stopped_by_signals(sweep_dir: Path) -> Iterator[None]:
                 write_tables(sweep_dir)
             folder = as_word(str(sweep_dir))
             print(
-                f"interrupted; go on with\n  python -m mnist_lightning.train -m resume={folder}",
+                f"interrupted; continue with\n  python -m mnist_lightning.train -m resume={folder}",
                 file=sys.stderr,
             )
         raise

@@ -1,4 +1,4 @@
-"""Which parameters of a sweep mattered, and which mattered less than luck."""
+"""Find out how much each parameter of a sweep influences the monitored metric."""
 
 import logging
 import math
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FEWEST = 10  # trials of a search, below which its importance is noise
+FEWEST = 10  # trials that a search needs; from fewer, importance is noise
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Shares by parameter, the largest first.
+    """The share of each parameter in the variance of the monitored metric.
 
     Attributes:
-        shares: of each parameter, in [0, 1]; together with ``luck`` and ``rest`` 1 where they are whole.
-        luck: what differs between runs of one setting, with other seeds or folds; None: not known.
-        rest: what parameters do together and not alone; of a search 0.
+        shares: each parameter's share, in [0, 1], the largest first.  If ``is_whole``, all shares, ``luck``
+            and ``rest`` sum to 1.
+        luck: the share of differences between runs of the same setting with other seeds or folds; None if
+            unknown.
+        rest: the share of interactions between parameters; 0 in a search.
         method: "variance" or "PED-ANOVA".
-        is_whole: whether all values were combined with each other as often; else shares overlap.
+        is_whole: whether all combinations of values were run equally often; otherwise shares overlap.
     """
 
     shares: dict[str, float]
@@ -38,7 +40,7 @@ class Importance:
 
 
 def find_importance(results: Results) -> Importance | None:
-    """Shares of variance for a grid, Optuna's PED-ANOVA for a search; None where too few jobs are done."""
+    """Compute shares of variance for a grid, or Optuna's PED-ANOVA for a search; None with too few jobs."""
     keys = find_keys(results)
     if not keys:
         return None
@@ -50,7 +52,7 @@ def find_importance(results: Results) -> Importance | None:
 
 
 def find_keys(results: Results) -> list[str]:
-    """The parameters that differ between settings that have finished."""
+    """Return the parameters that differ between completed settings."""
     if len(results.settings) < 2:
         return []
     return [
@@ -62,18 +64,19 @@ def find_keys(results: Results) -> list[str]:
 
 
 def share_variance(levels: dict[str, list[str]], groups: Sequence[Sequence[float]]) -> Importance | None:
-    """The share of each factor in the variance of a metric, freed of what chance alone would give it.
+    """Compute the share of each parameter in the variance of a metric, corrected for chance.
 
-    Each factor's sum of squares between its levels, less its degrees of freedom times the mean square
-    within settings: epsilon squared, Kelley 1935, "An Unbiased Correlation Ratio Measure", PNAS 21, 554–559.
-    What is taken away belongs to luck, so that the shares of a full grid sum to 1.
+    The share is epsilon squared (Kelley 1935, "An Unbiased Correlation Ratio Measure", PNAS 21, 554–559): the
+    sum of squares between the parameter's levels, minus its degrees of freedom times the mean square within
+    settings, divided by the total sum of squares.  The part subtracted is counted as luck, so that the shares
+    of a full grid sum to 1.
 
     Args:
-        levels: of each parameter, its value in each setting.
-        groups: the metric of each setting's runs.
+        levels: for each parameter, its value in each setting.
+        groups: for each setting, the metric of each of its runs.
 
     Returns:
-        None where all runs are equal.
+        the shares; None if the metric is the same in all runs.
     """
     values = [value for group in groups for value in group]
     grand = statistics.fmean(values)
@@ -103,8 +106,14 @@ def share_variance(levels: dict[str, list[str]], groups: Sequence[Sequence[float
 
 
 def search_importance(sweep: Sweep) -> Importance | None:
-    """Watanabe, Bansal and Hutter 2023, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in
-    Arbitrary Subspaces" (arXiv 2304.10255), as Optuna has it, over a search's finished trials."""
+    """Compute the importance of each parameter over a search's finished trials by Optuna's PED-ANOVA.
+
+    Watanabe, Bansal and Hutter 2023, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in
+    Arbitrary Subspaces" (arXiv 2304.10255).
+
+    Returns:
+        the importance; None without Optuna, with too few trials, or if it can't be computed.
+    """
     try:
         import optuna
         from optuna.importance import PedAnovaImportanceEvaluator
@@ -135,7 +144,7 @@ def search_importance(sweep: Sweep) -> Importance | None:
 
 
 def read_param(setting: Setting, key: str, distribution: "BaseDistribution") -> Any:
-    """A trial's value as its distribution has it; None where it is none of its."""
+    """Parse a trial's value for its distribution; return None if the value does not belong to it."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     text = setting.params.get(key) or setting.jobs[0].params.get(key, "")
@@ -146,4 +155,4 @@ def read_param(setting: Setting, key: str, distribution: "BaseDistribution") -> 
     except ValueError:
         return None
     low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
-    return min(max(number, low), high)  # four digits may round it past an end
+    return min(max(number, low), high)  # rounding to four digits may move it past an end

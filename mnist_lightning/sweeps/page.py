@@ -1,4 +1,4 @@
-"""The page of a report: what runs have brought, as one HTML file that can be sent."""
+"""Write the results of runs as one HTML file that can be sent."""
 
 import base64
 import io
@@ -35,27 +35,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Cell = str | tuple[float, str] | None  # a text, or a number and how it is shown
-Row = tuple[Sequence[Cell], Sequence[int]]  # and the runs that it stands for
+Cell = str | tuple[float, str] | None  # a text, or a number and its text
+Row = tuple[Sequence[Cell], Sequence[int]]  # the cells, and the places of the runs in the row
 
-BEST = 3  # settings whose best nets are asked
-MISTAKES = 18  # images of each
-LARGEST_SIDE = 96  # pixels of such an image; a larger one is shrunk
-MOST_CLASSES = 20  # of a confusion matrix that can be read
-MOST_CURVES = 100  # runs, the best first
-MOST_POINTS = 200  # of a curve
-MOST_METRICS = 6  # of the curves, and columns of the tables
+BEST = 3  # settings whose best net is evaluated
+MISTAKES = 18  # misread images shown for each net
+LARGEST_SIDE = 96  # pixels; larger images are shrunk
+MOST_CLASSES = 20  # in a confusion matrix that is still readable
+MOST_CURVES = 100  # runs with curves, the best first
+MOST_POINTS = 200  # points of a curve
+MOST_METRICS = 6  # metrics that have curves, or columns in the tables
 MOST_COMMANDS = 20
 
 
 def make_page(
     results: Results, *, title: str, command: Sequence[str], data_dir: str | None, trust: Any
 ) -> bytes:
-    """The page's content.  Texts of runs are data in it, never markup.
+    """Return the page as bytes of HTML.  The page treats texts of runs as data, never as markup.
 
     Args:
-        command: what was typed for the whole sweep; empty where there is none.
-        data_dir: where the validation images lie; None: where the runs read them.
+        results: the runs to report.
+        title: the page's title.
+        command: the arguments of the whole sweep; empty without one.
+        data_dir: the folder of the validation images; None: where the runs read them.
         trust: see ``evaluation.trained.load_classifier``.
     """
     from mnist_lightning.page.assemble import assemble
@@ -88,7 +90,7 @@ def make_page(
 
 
 def order_parameters(results: Results, importance: Importance | None) -> list[str]:
-    """The parameters that vary between settings, those first that decide most."""
+    """Return the parameters that vary between settings, the most important first."""
     keys = find_drawn(results) if results.settings else []
     shares = importance.shares if importance else {}
     return sorted(keys, key=lambda key: -shares.get(key, 0.0))[:MAX_FIGURES]
@@ -99,15 +101,18 @@ def count(number: int, name: str) -> str:
 
 
 def name_run(job: Job, results: Results) -> str:
-    """What sets a run apart from the others, and where it lies."""
+    """Name a run by the settings that set it apart from the others, and by its folder."""
     keys = [key for key in results.varied if isinstance(results, Sweep) or key in (SEED, FOLD)]
     told = [job.changed, *(f"{key}={job.params[key]}" for key in keys if job.params.get(key))]
     return f"{' '.join(filter(None, told)) or 'default'} ({job.name})"
 
 
 def describe_run(job: Job, results: Results, *, ranks: bool) -> dict[str, Any]:
-    """
+    """Return a run's name, value and parameters for the page.
+
     Args:
+        job: the run.
+        results: all runs.
         ranks: whether the run counts in its setting.
     """
     return {
@@ -128,7 +133,7 @@ def show_number(metric: str, value: float | None) -> Cell:
 
 
 def find_metrics(results: Results) -> list[str]:
-    """The metrics of the tables: that which ranks, then others of the best epoch and of the training."""
+    """Return the tables' metrics: the monitored one first, then others of validation, training and test."""
     names = dict.fromkeys(name for job in results.jobs for name in job.status.metrics)
     others = [name for name in names if name.startswith(("val/", "last/train/", "test/"))]
     return list(dict.fromkeys([results.metric, *others]))[:MOST_METRICS]
@@ -194,7 +199,7 @@ def show_importance(importance: Importance, results: Results) -> dict[str, Any]:
 
 
 def collect_curves(jobs: Sequence[Job], places: dict[Path, int]) -> dict[str, list[dict[str, Any]]]:
-    """By metric, without its "train/" or "val/", the curves of the first of these runs."""
+    """Read the curves of the first ``MOST_CURVES`` runs, by the metric's name without "train/" or "val/"."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for job in jobs[:MOST_CURVES]:
         for name, (epochs, values) in read_curves(job).items():
@@ -217,7 +222,7 @@ def collect_curves(jobs: Sequence[Job], places: dict[Path, int]) -> dict[str, li
 def ask_net(
     setting: Setting, rank: int, results: Results, data_dir: str | None, trust: Any
 ) -> dict[str, Any]:
-    """What the best net of a setting does with its validation images; or why that is not known."""
+    """Evaluate the best net of a setting on its validation images, or say why that is not possible."""
     from hydra.errors import CompactHydraException
 
     job = results.best_job(setting)
@@ -228,14 +233,14 @@ def ask_net(
     except (OSError, CompactHydraException) as error:
         told = as_text(" ".join(str(error).split()))
         log.warning("the page is without the mistakes of %s: %s", job.name, told)
-        return net | {"told": f"Not asked: {told}"}
+        return net | {"told": f"Not evaluated: {told}"}
 
 
 def judge_net(checkpoint: Path, data_dir: str | None, trust: Any) -> dict[str, Any]:
-    """Accuracy, confusion matrix and the most confident mistakes on the validation images.
+    """Compute a net's accuracy, confusion matrix and most confident mistakes on the validation images.
 
     Raises:
-        OSError: the checkpoint or the data can't be read, or the net names no classes.
+        OSError: the checkpoint or the data can't be read, or the net does not classify.
     """
     from mnist_lightning import threads
     from mnist_lightning.evaluation.scores import score
@@ -248,7 +253,7 @@ def judge_net(checkpoint: Path, data_dir: str | None, trust: Any) -> dict[str, A
 
     classifier, saved = load_classifier(checkpoint, trust=trust)
     if not classifier.names_classes:
-        raise OSError("it gives a number, not a class")
+        raise OSError("the net predicts a number, not a class")
     split = load_split(checkpoint, saved, "val", data_dir=data_dir, trust=trust)
     with threads.use(choose_threads([classifier], len(split), None)):
         log_probs = log_probabilities(classifier, split.images).numpy()
@@ -278,7 +283,7 @@ def judge_net(checkpoint: Path, data_dir: str | None, trust: Any) -> dict[str, A
 
 
 def to_png(image: "NDArray[np.uint8]") -> str:
-    """An image as base64 of a PNG, as on paper where it is grey.  (H, W) or (H, W, 3) uint8"""
+    """Return an image, (H, W) or (H, W, 3) uint8, as a PNG in base64; grey images become dark on white."""
     from PIL import Image
 
     picture = Image.fromarray(255 - image if image.ndim == 2 else image)
@@ -289,7 +294,7 @@ def to_png(image: "NDArray[np.uint8]") -> str:
 
 
 def list_commands(results: Results, command: Sequence[str]) -> list[tuple[str, str]]:
-    """What each command does, and the command."""
+    """Return pairs of what a command does, and the command."""
     train = ["python", "-m", "mnist_lightning.train"]
     commands = [("the whole sweep", as_command([*train, *command]))] if command else []
     if isinstance(results, Sweep) and results.in_state("failed", "interrupted"):
@@ -303,7 +308,7 @@ def list_commands(results: Results, command: Sequence[str]) -> list[tuple[str, s
         best = results.best_job(results.settings[0])
         commands.append(
             (
-                "the best net on the test images, which is to be done once, with one net",
+                "the best net on the test images: do this once, with one net",
                 as_command(["python", "-m", "mnist_lightning.evaluate", f"run={best.folder}"]),
             )
         )

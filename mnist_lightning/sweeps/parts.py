@@ -1,7 +1,8 @@
-"""Are a sweep's nets, losses and metrics what their settings say?  Asked of a process of its own.
+"""Check a sweep's nets, losses and other parts in a separate process.
 
-The sweep's process starts workers by forking and so must not import torch.  What ``conf/`` names is known to
-be right; all else is imported and held against its signature once, whatever the number of jobs.
+The sweep's own process forks its workers, and must therefore not import torch.  Targets and arguments that
+``conf/`` uses are known to be right.  All others are imported once, and their arguments are compared with the
+signature, whatever the number of jobs.
 """
 
 import functools
@@ -20,12 +21,12 @@ from mnist_lightning.sweeps.processes import FORKS
 
 log = logging.getLogger(__name__)
 
-# "settings": key -> settings with a _target_; "monitor": of the job, where the metric is to be asked
+# "settings": the settings with a _target_ by key; "monitor": the job's, or None if its mode is known
 Parts = dict[str, Any]
 
 
 def find_parts(settings: Train) -> Parts:
-    """The parts of a job's settings that have to be imported to be checked."""
+    """Return the parts of a job's settings that must be imported to be checked."""
     everything = asdict(settings)
     named = {group: everything[group] for group in ("model", "loss", "optimizer", "scheduler")}
     named["data.source"] = everything["data"]["source"]
@@ -42,14 +43,14 @@ def find_parts(settings: Train) -> Parts:
             if key == monitored
             else {name: one if name[0] == "_" else None for name, one in value.items()}
             for key, value in strange.items()
-        },  # names alone: jobs that differ in a number need not be checked one by one
+        },  # arguments without values: jobs that differ only in numbers need one check
         "monitor": asdict(settings.monitor) if asked else None,
     }
 
 
 @functools.cache
 def known() -> dict[str, set[str]]:
-    """The targets that ``conf/`` names, with the arguments given there."""
+    """Return the targets that ``conf/`` uses, with the names of the arguments given there."""
     found: dict[str, set[str]] = {}
 
     def walk(value: Any) -> None:
@@ -72,14 +73,14 @@ def check_parts(parts: Parts) -> str | None:
     """Check that the named targets can be imported and take the given arguments.
 
     Returns:
-        "max" or "min", what the monitored metric says of itself, if it was asked.
+        "max" or "min", the mode of the monitored metric; None if ``parts`` does not ask for it.
 
     Raises:
-        ConfigError: it can't, or does not.
+        ConfigError: a target can't be imported, or does not take its arguments.
     """
     if not parts["settings"]:
         return None
-    log.info("looking at %s …", ", ".join(str(one["_target_"]) for one in parts["settings"].values()))
+    log.info("checking %s …", ", ".join(str(one["_target_"]) for one in parts["settings"].values()))
     context = multiprocessing.get_context("fork") if FORKS else multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(parts, theirs), daemon=True)
@@ -90,7 +91,7 @@ def check_parts(parts: Parts) -> str | None:
     except EOFError:
         process.join()
         keys = ", ".join(parts["settings"])
-        mode, error = None, f"{keys}: the process that looks at them has left with code {process.exitcode}"
+        mode, error = None, f"{keys}: the process that checks them has exited with code {process.exitcode}"
     process.join()
     if error:
         raise ConfigError(error)
@@ -98,7 +99,7 @@ def check_parts(parts: Parts) -> str | None:
 
 
 def answer(parts: Parts, connection: Connection) -> None:
-    """In the child process: send the mode of the monitored metric and what is wrong, or None."""
+    """Check parts in the child process, and send the monitored metric's mode and an error, or None."""
     from mnist_lightning.targets import check_arguments, choose_mode, make
 
     mode: str | None = None
@@ -108,9 +109,9 @@ def answer(parts: Parts, connection: Connection) -> None:
         if parts["monitor"]:
             monitor = parts["monitor"]
             key = f"metrics.{monitor['metric'].removeprefix('val/')}"
-            metric = make(parts["settings"][key], key, num_classes=2)  # of any number: it is only asked
+            metric = make(parts["settings"][key], key, num_classes=2)  # any number: nothing is computed
             mode = choose_mode(monitor["metric"], monitor["mode"], metric.higher_is_better)
-    except BaseException as error:  # whatever a user's module does when it is imported
+    except BaseException as error:  # a user's module may raise anything when it is imported
         told = " ".join(str(error).split())
         ours = isinstance(error, CompactHydraException)
         connection.send((None, told if ours else f"{type(error).__name__}: {told}"))

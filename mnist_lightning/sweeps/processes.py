@@ -1,4 +1,4 @@
-"""``hydra/launcher=processes``: several jobs at a time on one machine."""
+"""``hydra/launcher=processes``: run several jobs at a time on one machine."""
 
 import atexit
 import contextlib
@@ -41,17 +41,24 @@ from mnist_lightning.rundir.status import Status, read
 
 log = logging.getLogger(__name__)
 
-# macOS has fork, but its own libraries don't survive it
+# macOS has fork, but its own libraries do not work in a forked process
 FORKS = hasattr(os, "fork") and sys.platform != "darwin"
-KILLED = 9  # SIGKILL, which not every system has
-GRACE = 8.0  # seconds that a worker gets to save its job and leave
+KILLED = 9  # SIGKILL, which the signal module does not define on every system
+GRACE = 8.0  # seconds for a worker to save its job and exit
 BAR = "jobs: {n_fmt}/{total_fmt} |{bar:30}| {elapsed}, {remaining} left"
-MEMORY_OF_A_JOB = 0.8e9  # bytes: torch, Lightning and a small net, what is shared with other workers apart
+MEMORY_OF_A_JOB = 0.8e9  # bytes for torch, Lightning and a small net, without memory shared by workers
 
 
 @dataclass
 class Task:
-    """A job on its way: its place in the launcher's answer, its number, its settings and folder."""
+    """A job to run.
+
+    Attributes:
+        position: its position in the list of results.
+        number: its number in the sweep.
+        config: its composed config.
+        overrides: its overrides, without those of Hydra.
+    """
 
     position: int
     number: int
@@ -66,14 +73,19 @@ class Task:
 
 @dataclass
 class Worker:
-    """A process, and what its parent knows of it.
+    """A worker process and its state.
 
     Attributes:
-        slot: its place among the workers; on GPUs it says which one is the worker's own.
-        wanted: threads that its job has asked for and not yet got; 0: none.
-        threads: that its job has got; 0: it has not computed yet.
-        deadline: of its job, by ``time.monotonic``; once it is given up, of its life.
-        outcome: what it has sent of its job.
+        process: the process.
+        connection: the parent's end of the pipe.
+        slot: the worker's number, from 0, which selects its GPU.
+        task: the job that it runs; None: it is idle.
+        wanted: the threads that its job has requested and not received yet; 0: none.
+        threads: the threads that its job has received; 0: the job does not compute yet.
+        deadline: the time (``time.monotonic``) at which its job is stopped, or at which a worker that was
+            asked to exit is killed; None: never.
+        given_up: whether the worker was asked to exit because its job took too long.
+        outcome: the result of its job; None until the worker has sent it.
     """
 
     process: BaseProcess
@@ -88,21 +100,21 @@ class Worker:
 
 
 class ProcessesLauncher(Launcher):
-    """Runs jobs in worker processes that import torch once and then take one job after the other.
+    """Run jobs in worker processes, which import torch once and then run one job after the other.
 
-    They are started before anything heavy is imported.  A worker that dies costs its own job only: another
-    takes its place.  Workers notice when their parent is gone, save, and leave within ``GRACE`` seconds and
-    a second.
+    The workers are started before anything heavy is imported.  If a worker dies, only its own job fails, and
+    another worker takes its place.  If the parent process is gone, workers save their jobs and exit within
+    ``GRACE`` + 1 seconds.
 
-    A job knows its number of threads once its net is built, and asks for them.  Unless ``n_jobs`` says how
-    many run at a time, it begins when that many cores are free: a large one alone, small ones side by side.
+    When a job has built its net, it requests the threads that it needs.  Unless ``n_jobs`` is given, it waits
+    until that many cores are free: a large job runs alone, small ones run side by side.
 
     Args:
-        n_jobs: number of workers; None: one for each usable core or, where jobs run on GPUs, ``jobs_per_gpu``
-            for each of these; fewer where memory would not do.
-        jobs_per_gpu: at a time on each GPU, the only one that they see.
-        timeout_s: seconds from a job's start, and again from when it has got its cores, after which it is
-            given up; None: never.
+        n_jobs: the number of workers; None: one for each usable core, or ``jobs_per_gpu`` for each GPU if
+            jobs run on GPUs; fewer if the memory is too small.
+        jobs_per_gpu: the number of workers for each GPU; a worker sees only its own GPU.
+        timeout_s: stop a job this many seconds after its start, counted again from when it receives its
+            threads; None: never.
     """
 
     def __init__(self, n_jobs: int | None, jobs_per_gpu: int, timeout_s: float | None) -> None:
@@ -128,7 +140,7 @@ class ProcessesLauncher(Launcher):
         self.hydra_context = hydra_context
         self.task_function = task_function
         self.config = config
-        atexit.register(self.close)  # after, and so before, that of multiprocessing, which waits for ever
+        atexit.register(self.close)  # runs before multiprocessing's own handler, which would wait for workers
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self.config is not None
@@ -156,7 +168,7 @@ class ProcessesLauncher(Launcher):
                     bar.update()
                 bar.refresh()
         except BaseException:
-            bar.leave = True  # what comes next has a line of its own, also after the terminal's "^C"
+            bar.leave = True  # so that the next message, or the terminal's "^C", gets a line of its own
             self.terminate()
             raise
         finally:
@@ -164,7 +176,7 @@ class ProcessesLauncher(Launcher):
         return [returns[position] for position in range(len(job_overrides))]
 
     def count_slots(self, configs: Sequence[DictConfig]) -> int:
-        """How many workers these jobs get; and which GPUs."""
+        """Return the number of workers for these jobs, and find the GPUs to use."""
         self.gpus = find_gpus() if any(map(may_use_gpu, configs)) else []
         if self.n_jobs is not None:
             return self.n_jobs
@@ -189,7 +201,7 @@ class ProcessesLauncher(Launcher):
                 idle = self._start_worker()
             try:
                 idle.connection.send(tasks[0].config)
-            except OSError:  # it died idle
+            except OSError:  # the idle worker has died
                 self.workers.remove(idle)
                 continue
             idle.task = tasks.popleft()
@@ -199,7 +211,7 @@ class ProcessesLauncher(Launcher):
         worker.deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def _wait(self) -> list[Worker]:
-        """The workers whose job has ended, or who have died with it, after a second at most."""
+        """Wait for at most a second, and return the workers whose job has ended or who have died."""
         busy = [worker for worker in self.workers if worker.task]
         ready = wait([end for worker in busy for end in (worker.connection, worker.process.sentinel)], 1.0)
         ended = []
@@ -216,7 +228,7 @@ class ProcessesLauncher(Launcher):
         return ended
 
     def _takes_a_request(self, worker: Worker) -> bool:
-        """Whether what has come from a worker is its job's number of threads."""
+        """Receive a worker's message, and tell whether it is a request for threads."""
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
@@ -227,21 +239,21 @@ class ProcessesLauncher(Launcher):
         return worker.outcome is None
 
     def _give_threads(self) -> None:
-        """Let jobs begin, in the order in which they were handed out, as far as the cores go round."""
+        """Let waiting jobs begin, in the order of their numbers, while enough cores are free."""
         used = sum(worker.threads for worker in self.workers)
         for worker in sorted(self.workers, key=lambda worker: worker.task.number if worker.task else 0):
             if worker.wanted == 0:
                 continue
             if self.n_jobs is None and used and used + worker.wanted > threads.usable_cores():
-                return  # nor any after it, or a large job would wait for ever
-            with contextlib.suppress(OSError):  # it has died: its sentinel tells
+                return  # later jobs wait, too; otherwise a large job could wait for ever
+            with contextlib.suppress(OSError):  # the worker has died, which _wait will notice
                 worker.connection.send(True)
             worker.threads, worker.wanted = worker.wanted, 0
             used += worker.threads
             self._set_deadline(worker)
 
     def _give_up(self, worker: Worker) -> None:
-        """Ask a worker to leave, and the next time make it."""
+        """Ask a worker to exit; at the second call, kill it."""
         if worker.given_up:
             worker.process.kill()
             worker.deadline = None
@@ -267,7 +279,7 @@ class ProcessesLauncher(Launcher):
         return self.workers[-1]
 
     def _collect(self, worker: Worker, task: Task) -> JobReturn:
-        """What a worker says of its job; where it says nothing any more, that the job has failed."""
+        """Return the result of a worker's job; if the worker died or took too long, the job has failed."""
         job_return, worker.outcome = worker.outcome, None
         if worker.given_up or job_return is None:
             worker.process.join()
@@ -276,12 +288,12 @@ class ProcessesLauncher(Launcher):
             return job_return
         code = worker.process.exitcode or 0
         if worker.given_up:
-            error = f"given up: it took more than hydra.launcher.timeout_s={self.timeout_s:g}"
+            error = f"stopped: it took more than hydra.launcher.timeout_s={self.timeout_s:g}"
         elif code < 0:
             error = f"its process was killed by {signal.Signals(-code).name}"
             error += " (out of memory?)" if code == -KILLED else ""
         else:
-            error = f"its process left with code {code}"
+            error = f"its process exited with code {code}"
         status = read(task.job_dir) or Status(overrides=list(task.overrides), started=time.time())
         if worker.given_up or not (status.state == "interrupted" and code in (130, 143)):
             status.state, status.error = "failed", error
@@ -298,8 +310,8 @@ class ProcessesLauncher(Launcher):
             tell_job(task.job_dir)
 
     def terminate(self) -> None:
-        """Stop all workers: they save where they stand."""
-        for worker in self.workers if hasattr(os, "setpgid") else ():  # else Ctrl-C has reached them too
+        """Stop all workers; they save their jobs first."""
+        for worker in self.workers if hasattr(os, "setpgid") else ():  # otherwise they got the Ctrl-C, too
             worker.process.terminate()
         self._bury()
 
@@ -332,21 +344,22 @@ def work(
     task: tuple[str, str],
     hydra_context: HydraContext,
 ) -> None:
-    """A worker's life, in a process of its own: forked, or begun anew with what can be pickled.
+    """Run a worker, in a process that was forked or spawned.
 
     Args:
-        connection: to the parent: jobs come in, their numbers of threads and outcomes go out.
-        parent: its process.
-        inherited: ends of pipes that a fork has copied.
-        gpu: the only one that its jobs see; None: they see all.
-        task: module and name of what Hydra runs.
+        connection: the pipe to the parent: configs of jobs come in; requests for threads and results go out.
+        parent: the process id of the parent.
+        inherited: ends of pipes of other workers, which a fork has copied, to be closed.
+        gpu: the only GPU that its jobs see; None: they see all.
+        task: the module and the name of the function that Hydra runs.
+        hydra_context: Hydra's loader and callbacks.
     """
     if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which tells its workers once
+        os.setpgid(0, 0)  # so that Ctrl-C reaches only the parent, which signals its workers once
     for end in inherited:
         end.close()
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
-    if gpu is not None:  # before torch looks for them
+    if gpu is not None:  # must be set before torch is imported
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if not FORKS:
         begin()
@@ -383,9 +396,9 @@ def run_task(config: DictConfig, task_function: TaskFunction, hydra_context: Hyd
 
 
 def leave_with(parent: int) -> None:
-    """End this process when its parent is gone; what it does is saved first if that is quick."""
+    """End this process when its parent is gone, after up to ``GRACE`` seconds to save its job."""
     starter = multiprocessing.parent_process()
-    if FORKS or starter is None:  # workers forked later hold the pipe that would tell
+    if FORKS or starter is None:  # workers forked later keep open the pipe that join() waits for
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -397,7 +410,7 @@ def leave_with(parent: int) -> None:
 
 
 def redirect_output(path: Path) -> None:
-    """Send what a job prints to a file: the terminal would show several jobs' lines at once."""
+    """Send a job's output to a file, because lines of several jobs would mix on the terminal."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -411,7 +424,7 @@ def may_use_gpu(config: DictConfig) -> bool:
 
 
 def find_gpus() -> list[str]:
-    """GPUs for child processes, each as a value of ``CUDA_VISIBLE_DEVICES``, counted without torch."""
+    """Find GPUs without torch; return a value of ``CUDA_VISIBLE_DEVICES`` for each."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

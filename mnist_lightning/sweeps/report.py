@@ -1,4 +1,4 @@
-"""Report a sweep's results: results.csv, report.md, figures, and the top of the table for a terminal."""
+"""Report the results of a sweep: ``results.csv``, ``report.md``, figures, and a short table to print."""
 
 import csv
 import functools
@@ -53,16 +53,16 @@ log = logging.getLogger(__name__)
 OF_THE_IMAGES = tuple(
     f"data.{key}" for key in ("name", "path", "source", "val_size", "split_seed", "num_folds", "size", "grey")
 )
-TOLD_APART = 0.05  # level of the paired tests
+TOLD_APART = 0.05  # significance level of the paired tests
 ABOUT_P = (
-    "p: would a difference in accuracy as large as the one to the best come from chance alone? (Exact paired"
-    " sign-flip test on the validation images, McNemar's test with one seed; Holm's correction for the number"
-    " of settings. It knows the images' chance, not that of other seeds.)"
+    "p: how likely is a difference in accuracy at least as large as the one to the best by chance alone?"
+    " (Exact paired sign-flip test on the validation images, which is McNemar's test for one seed; Holm's"
+    " correction for the number of settings. It accounts for the choice of images, not for that of seeds.)"
 )
 MAX_HEAT_MAP_CELLS = 400
 MAX_FIGURES = 12
-MOST_EPOCHS = 10**9  # more are a damaged file's
-LONGEST_NAME = 200  # letters of a file's name, with room for what is put before and behind it
+MOST_EPOCHS = 10**9  # a larger number means that the file is damaged
+LONGEST_NAME = 200  # letters of a file's name, with room for a prefix and a suffix
 
 Curve = tuple[list[int], list[float]]  # epochs and values
 
@@ -74,12 +74,12 @@ class ReportEachJob(Callback):
         if config.hydra.mode == RunMode.MULTIRUN:
             try:
                 tell_job(Path(config.hydra.runtime.output_dir))
-            except OSError as error:  # the next job's end, and the sweep's, try again
-                log.warning("the sweep's tables are not of this moment: %s", error)
+            except OSError as error:  # the end of the next job, or of the sweep, tries again
+                log.warning("the sweep's tables are not up to date: %s", error)
 
 
 def tell_job(job_dir: Path) -> None:
-    """Rewrite the tables of a job's sweep, and log the job in a line."""
+    """Rewrite the tables of a job's sweep, and log one line about the job."""
     folder = next(place for place in job_dir.parents if (place / MULTIRUN).is_file())
     sweep = write_tables(folder)
     for job in sweep.jobs:
@@ -88,7 +88,7 @@ def tell_job(job_dir: Path) -> None:
 
 
 def tell(job: Job, sweep: Sweep) -> str:
-    """A job in a line: its number, state, value, time and settings."""
+    """Describe a job in one line: its number, state, value, time and settings."""
     value = job.status.metrics.get(sweep.metric)
     return "  ".join(
         [
@@ -111,7 +111,7 @@ def write_tables(folder: Path) -> Sweep:
     from filelock import FileLock
 
     check_inside(folder, OF_A_SWEEP)
-    with FileLock(folder / ".report.lock"):  # jobs of other processes write it too
+    with FileLock(folder / ".report.lock"):  # jobs in other processes write the tables, too
         sweep = read_sweep(folder)
         told = {"results.csv": format_csv(sweep), "report.md": format_markdown(sweep)}
         replace_unchanged(folder, {name: text.encode() for name, text in told.items()})
@@ -119,7 +119,7 @@ def write_tables(folder: Path) -> Sweep:
 
 
 def write_report(folder: Path) -> Sweep:
-    """Tables and figures.
+    """Write the tables and the figures of a sweep.
 
     Raises:
         OSError: the sweep's folder can't be read or written.
@@ -132,7 +132,7 @@ def write_report(folder: Path) -> Sweep:
 
 
 def format_csv(sweep: Sweep) -> str:
-    """One row a job: folder, state, what varied, metrics, time, error."""
+    """Format a table with one row for each job: folder, state, varied settings, metrics, time, error."""
     metrics = dict.fromkeys(name for job in sweep.jobs for name in job.status.metrics)
     names = sorted(set(metrics) - set(sweep.varied), key=lambda name: (name != sweep.metric, name))
     text = io.StringIO()
@@ -164,10 +164,8 @@ def format_markdown(sweep: Sweep) -> str:
         lines += format_importance(sweep, find_importance(sweep))
         lines += format_winner(sweep, p_values)
     elif together := evaluate_together(sweep):
-        lines += [
-            "There are no validation images (data.val_size=0): nothing to choose, and nothing is ranked."
-        ]
-        lines += ["The nets together on the test images, the one time to read them:", "", *code(together)]
+        lines += ["There are no validation images (data.val_size=0), so the settings are not ranked."]
+        lines += ["Evaluate the nets together on the test images, once:", "", *code(together)]
     lines += format_failures(sweep)
     lines += format_time(sweep)
     drawn = [name for name in name_figures(sweep) if is_our_figure(sweep.folder / "figures" / f"{name}.png")]
@@ -199,8 +197,8 @@ def format_settings(sweep: Sweep, p_values: "Sequence[float | None]") -> list[st
         "",
         *table(header, rows),
         "",
-        f"{words} of the best epoch's {as_name(sweep.metric)} on the validation images over n jobs that"
-        f" differ in nothing but the seed; beside it the last epoch's. Seconds are per job. {ABOUT_P}",
+        f"{words} of the best epoch's {as_name(sweep.metric)} on the validation images, over n jobs that"
+        f" differ only in the seed; then the mean of the last epoch's. Seconds are per job. {ABOUT_P}",
         "",
     ]
 
@@ -210,7 +208,7 @@ def show_p(p: float | None) -> str:
 
 
 def format_folds(sweep: Sweep) -> list[str]:
-    """The accuracy over all folds of each setting that has some, and which folds are missing."""
+    """Format the accuracy over all folds of each setting that has folds, and the missing folds."""
     header, rows = tabulate_folds(sweep)
     if not rows:
         return []
@@ -221,16 +219,16 @@ def format_folds(sweep: Sweep) -> list[str]:
             header, [[f"**{cell}**" if cell.startswith("fold ") else cell for cell in row] for row, _ in rows]
         ),
         "",
-        "Each image is judged by the nets that were not trained on it; accuracies of several seeds are"
-        " averaged. The interval is Wilson's: it knows the images' chance, not that of other training"
-        " images.",
+        "Each image is classified by nets that were not trained on it; accuracies of several seeds are"
+        " averaged. The interval is Wilson's: it accounts for the choice of these images, not for that of"
+        " the training images.",
         "",
         *code(f"python -m mnist_lightning.evaluate folds={as_word(str(sweep.folder))} labels=true"),
     ]
 
 
 def tabulate_folds(results: Results) -> tuple[list[str], list[tuple[list[str], list[int]]]]:
-    """A heading, and a row for each setting with folds; no row stands for runs."""
+    """Return the header, and a row for each setting with folds; the rows name no runs."""
     from mnist_lightning.evaluation.scores import wilson_interval
 
     rows: list[tuple[list[str], list[int]]] = []
@@ -264,26 +262,26 @@ def format_importance(sweep: Sweep, importance: Importance | None) -> list[str]:
 
 
 def tell_repeated(results: Results) -> str:
-    """What differs between jobs of one setting."""
+    """Name what differs between jobs of one setting: "seed", "data.fold", both or nothing."""
     return " and ".join(key for key in (SEED, FOLD) if key in results.varied)
 
 
 def explain_importance(importance: Importance, results: Results) -> str:
     if importance.method != "variance":
         return (
-            f"How much of {results.metric} each parameter decides, over all values that the search tried:"
-            " Optuna's PED-ANOVA (Watanabe and others 2023). It does not know how much of it is luck: a grid"
-            " with several seeds does."
+            f"The influence of each parameter on {results.metric}, over all values that the search tried:"
+            " Optuna's PED-ANOVA (Watanabe and others 2023). It does not show how much of this is luck; a"
+            " grid with several seeds does."
         )
     return (
         (
-            f"The share of each parameter in the variance of {results.metric} over all jobs, less what chance"
-            " would give it (epsilon squared). "
+            f"The share of each parameter in the variance of {results.metric} over all jobs, corrected for"
+            " chance (epsilon squared). "
         )
         + (
-            "Luck is what differs between jobs of one setting."
+            "Luck is the share of differences between jobs of one setting."
             if importance.luck is not None
-            else "One seed does not show how much of it is luck: try seed=1,2,3."
+            else "One seed does not show how much of this is luck: try seed=1,2,3."
         )
         + ("" if importance.is_whole else " Not all values were combined with each other: shares overlap.")
     )
@@ -312,14 +310,13 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
         "- the same net again:",
         "",
         *code(reproduce(job)),
-        "- the test images have not been read in this sweep. This is the one time to do so, with the"
-        " winner alone:",
+        "- this sweep has not used the test images. Use them once, with the winner alone:",
         "",
         *code(f"python -m mnist_lightning.evaluate run={as_word(str(job.folder))}"),
     ]
     if len(sweep.settings) > 1:
         if alike:
-            lines += ["Can't be told apart from the winner (p ≥ 0.05):", ""]
+            lines += ["These settings can't be told apart from the winner (p ≥ 0.05):", ""]
             lines += [f"- {describe(setting)}" for setting in alike]
         elif all(p is not None for p in p_values[1:]):
             lines += ["Every other setting is worse than the winner (p < 0.05)."]
@@ -328,7 +325,7 @@ def format_winner(sweep: Sweep, p_values: "Sequence[float | None]") -> list[str]
 
 
 def evaluate_together(sweep: Sweep) -> str | None:
-    """The command that averages the nets of a sweep over nothing but seeds; None with less than two."""
+    """Return the command that evaluates the average of a sweep's nets; None with fewer than two nets."""
     folders = [str(job.folder) for job in sweep.in_state("completed")]
     if len(folders) < 2:
         return None
@@ -348,7 +345,7 @@ def format_failures(sweep: Sweep) -> list[str]:
         "",
         *table(["job", "state", "settings", "error"], rows),
         "",
-        "The full story is in each job's `train.log`. Run them again:",
+        "Each job's `train.log` has the details. Run the jobs again:",
         "",
         *code(f"python -m mnist_lightning.train -m resume={as_word(str(sweep.folder))}"),
     ]
@@ -364,14 +361,19 @@ def format_time(sweep: Sweep) -> list[str]:
     return [
         "## Time",
         "",
-        f"Started {started}, {end - begin:.0f} s from the first job's start to the last one's end;"
-        f" {total:.0f} s of jobs.",
+        f"Started {started}; {end - begin:.0f} s from the first job's start to the last one's end;"
+        f" {total:.0f} s in all jobs together.",
         "",
     ]
 
 
 def compare_with_winner(results: Results) -> "list[float | None]":
-    """Holm-adjusted p-values of each setting against the first; None where there is nothing to compare."""
+    """Compare each setting with the first.
+
+    Returns:
+        a Holm-adjusted p-value for each setting, in [0, 1]; None for the first, and for a setting that has no
+        seed and fold in common with the first or was validated on other images.
+    """
     from mnist_lightning.evaluation.significance import holm, sign_flip
 
     winner, images = read_correct(results.settings[0]), find_images(results.settings[0])
@@ -392,13 +394,13 @@ def compare_with_winner(results: Results) -> "list[float | None]":
 
 
 def find_images(setting: Setting) -> tuple[str, ...]:
-    """What decides which validation images a setting's jobs have, as far as their settings tell."""
+    """Return the settings that determine the validation images of a setting's jobs."""
     saved = read_settings(setting.jobs[0].folder).get("settings", {})
     return tuple(repr(saved.get(key)) for key in OF_THE_IMAGES)
 
 
 def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np.ndarray":
-    """Sum the differences of each image of each fold over seeds.  By fold and seed: (N,) -> (all images,)"""
+    """Sum each image's differences over seeds, and join the folds: (N,) by fold and seed -> (all images,)."""
     import numpy as np
 
     sums: dict[str, np.ndarray] = {}
@@ -408,7 +410,7 @@ def join_differences(differences: "Mapping[tuple[str, str], np.ndarray]") -> "np
 
 
 def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
-    """By fold and seed: (N,) int8 of the validation images, 1 where the net was right."""
+    """Return, by fold and seed, which validation images the net classified correctly: (N,) int8, 1 or 0."""
     correct = {}
     for job in setting.jobs:
         images = load_correct(job.folder / "val_correct.npy", job.status.started)
@@ -417,14 +419,14 @@ def read_correct(setting: Setting) -> "dict[tuple[str, str], np.ndarray]":
     return correct
 
 
-@functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from those before it too
+@functools.lru_cache(maxsize=4096)  # a sweep's report is written after each job, from all jobs so far
 def load_correct(path: Path, started: float) -> "np.ndarray | None":
-    """Read which images a net named correctly; None where the file is missing or is not a net's."""
+    """Read which images a net classified correctly: (N,) int8, 1 or 0; None if the file can't be read."""
     import numpy as np
 
     try:
         packed = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
-    except Exception:  # missing, damaged, or no array: numpy raises many kinds
+    except Exception:  # missing, damaged or not an array: numpy raises many kinds of exceptions
         return None
     if not isinstance(packed, np.ndarray) or packed.dtype != np.uint8 or packed.ndim != 1:
         return None
@@ -432,7 +434,7 @@ def load_correct(path: Path, started: float) -> "np.ndarray | None":
 
 
 def draw(sweep: Results, folder: Path) -> None:
-    """The metric against each varied parameter, a heat map for two, all learning curves."""
+    """Draw the metric against each varied parameter, a heat map for two of them, and all learning curves."""
     from mnist_lightning import figures
 
     jobs = [job for setting in sweep.settings for job in setting.jobs]
@@ -458,19 +460,19 @@ def draw(sweep: Results, folder: Path) -> None:
     named = {to_file_name(title): one for title, one in pictures.items()}
     for path in (folder / f"{name}.png" for name in list(named)):
         if os.path.lexists(path) and not is_our_figure(path):
-            log.warning("%s is not drawn by this project and stays: rename it to have ours", path)
+            log.warning("%s was not drawn by this project and stays: rename it to get ours", path)
             del named[path.stem]
     figures.save(named, folder)
 
 
 def find_drawn(sweep: Results) -> list[str]:
-    """The settings that have a figure: those whose values differ."""
+    """Return the parameters that differ between settings; each has a figure."""
     params = [setting.params for setting in sweep.settings]
     return [key for key in params[0] if len({its[key] for its in params}) > 1]
 
 
 def name_figures(sweep: Sweep) -> list[str]:
-    """The names of the files that ``draw`` may have written."""
+    """Return the names of the files that ``draw`` may have written, without ".png"."""
     if not sweep.settings:
         return []
     titles = [f"{key} {sweep.metric}" for key in find_drawn(sweep)[:MAX_FIGURES]]
@@ -483,12 +485,12 @@ def to_file_name(title: str) -> str:
 
 
 def read_curve(job: Job, metric: str) -> Curve:
-    """Epochs, from 1, and the metric's value after each; empty where none were logged."""
+    """Return the epochs, counted from 1, and the metric's value after each; both are empty if not logged."""
     return read_curves(job).get(metric, ([], []))
 
 
 def read_curves(job: Job) -> dict[str, Curve]:
-    """The curve of each metric that was logged by epoch, by its name; see ``read_curve``."""
+    """Return the curve of each metric that was logged by epoch, by its name; see ``read_curve``."""
     curves: dict[str, Curve] = {}
     if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
         return {}
@@ -508,7 +510,7 @@ def read_curves(job: Job) -> dict[str, Curve]:
 
 
 def summarize(sweep: Results, top: int = 5) -> str:
-    """The top of the table, for a terminal."""
+    """Return the top of the table and the unfinished jobs as lines for a terminal."""
     lines = [""]
     if sweep.settings:
         p_values = compare_with_winner(sweep)
@@ -543,10 +545,10 @@ def summarize(sweep: Results, top: int = 5) -> str:
 
 
 def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
-    """A column for each of a sweep's parameters; for other runs, one column of changes.
+    """Return a column for each of a sweep's parameters or, for other runs, one column "changed".
 
     Returns:
-        The headings, and the texts of each setting.
+        the headings, and the texts of each setting.
     """
     if isinstance(results, Sweep):
         keys = list(results.settings[0].params) if results.settings else []
@@ -555,7 +557,7 @@ def tell_settings(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def tell_next(sweep: Sweep) -> str:
-    """Where the report is, and what to type next."""
+    """Say where the report is, and which commands to type next."""
     report = sweep.folder / "report.md"
     lines = ["", f"the report is in {as_text(str(report))}"] * report.is_file() + ["", "next:"]
     if sweep.in_state("failed", "interrupted"):
@@ -574,7 +576,7 @@ def tell_next(sweep: Sweep) -> str:
 
 
 def judge(p: float | None) -> str:
-    """What the paired test says, in words."""
+    """Say the result of the paired test in words."""
     if p is None:
         return "–"
     shown = f"p {show_p(p)}" if p < 0.001 else f"p = {p:.3f}"
@@ -594,7 +596,7 @@ def summarize_folds(sweep: Results) -> list[str]:
             f" {100 * high:.2f} %) on {joined.images:,} images that the nets were not trained on",
         ]
         if joined.missing:
-            lines.append(f"without fold {', '.join(map(str, joined.missing))}, which no completed job has")
+            lines.append(f"no completed job has fold {', '.join(map(str, joined.missing))}")
     return lines
 
 
@@ -617,12 +619,12 @@ def settings(job: Job, keys: Sequence[str] | None = None) -> str:
 
 
 def as_name(text: str) -> str:
-    """A name for Markdown: as it stands where nothing in it is markup."""
+    """Return a name for Markdown, as code if any character in it could be markup."""
     return text if re.fullmatch(r"[\w./() -]+", text) else as_code(text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table of Markdown; a "|" in a cell, also in its code, is escaped."""
+    """Format a table in Markdown, as lines; each "|" in a cell is escaped."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     cells.insert(1, ["---"] * len(header))
     return [f"| {' | '.join(row)} |" for row in cells]

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep have left in its folder, read without torch."""
+"""Read the results of a sweep's jobs, or of other runs, without importing torch."""
 
 import collections
 import dataclasses
@@ -29,8 +29,8 @@ SEED, FOLD = "seed", "data.fold"
 EXPERIMENT = "experiment"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
-LARGEST = 1e100  # of a metric that can be ranked
-LONGEST_NUMBER = 6  # digits of a fold
+LARGEST = 1e100  # metrics with a larger absolute value are not ranked
+LONGEST_NUMBER = 6  # the number of a fold has fewer digits
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Job:
     """One job of a sweep, or a single run.
 
     Attributes:
-        params: the settings of its command line by key; of a run from anywhere all its settings.
-        name: its folder's place in the sweep's, or in the folder that all runs are in.
-        changed: of a run from anywhere, what is told of its settings.
+        folder: its folder.
+        status: its status.
+        params: for a job, the overrides of its command line by key; for a single run, all its settings.
+        name: the path of its folder, relative to the sweep's folder or to the parent of all runs.
+        changed: for a single run, the overrides that differ from the defaults, as typed.
     """
 
     folder: Path
@@ -52,12 +54,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """Completed jobs that differ in nothing but the seed and the fold, one for each pair of these.
+    """Completed jobs that differ only in the seed and the fold, one job for each seed and fold.
 
     Attributes:
-        params: what varied between the settings of the sweep.
-        mean, std: of the monitored metric over the jobs; std (n - 1) is NaN for one job.
-        last: mean of the same metric at the last epoch instead of the best.
+        params: the values of the varied keys, except the seed and the fold.
+        jobs: the jobs.
+        mean: the mean of the monitored metric over the jobs.
+        std: its standard deviation, with n - 1 in the denominator; NaN for one job.
+        last: the mean of the same metric at the last epoch instead of the best; NaN if unknown.
     """
 
     params: dict[str, str]
@@ -69,12 +73,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Predictions of a setting's nets for images that they were not trained on, all folds together.
+    """The results of a setting's nets on images that they were not trained on, over all folds.
 
     Attributes:
-        images: that were judged, each by one net of each seed.
-        correct: of these, the mean over seeds.
-        missing: folds that no completed job has for validation.
+        images: the number of images, each classified by one net for each seed.
+        correct: the number of images classified correctly, as a mean over seeds.
+        missing: the folds that no completed job has used for validation.
     """
 
     images: int
@@ -87,12 +91,12 @@ class OutOfFold:
 
 
 def join_folds(setting: Setting) -> OutOfFold | None:
-    """Join a setting's folds; None without folds, or without accuracies and numbers of images."""
+    """Join the results of a setting's folds; None without folds, accuracies or numbers of images."""
     jobs = [job for job in setting.jobs if FOLD in job.params]
     if not jobs:
         return None
     told = [job.params.get(key, "0") for job in jobs for key in (FOLD, NUM_FOLDS)]
-    if not all(text.isdecimal() and len(text) < LONGEST_NUMBER for text in told):  # a damaged file's
+    if not all(text.isdecimal() and len(text) < LONGEST_NUMBER for text in told):  # the file is damaged
         return None
     wanted = max(int(job.params.get(NUM_FOLDS, 0)) for job in jobs)
     sizes: dict[int, int] = {}
@@ -113,11 +117,14 @@ def join_folds(setting: Setting) -> OutOfFold | None:
 
 @dataclass(frozen=True)
 class Results:
-    """Jobs, and the settings that they are grouped into.
+    """The results of jobs, grouped into settings.
 
     Attributes:
+        metric: the name of the monitored metric.
+        maximize: whether a large value of the metric is good.
+        jobs: all jobs.
         varied: the keys whose values differ between jobs, in the order of the command line.
-        settings: the best first.
+        settings: the settings, the best first.
     """
 
     metric: str
@@ -136,7 +143,13 @@ class Results:
 
 @dataclass(frozen=True)
 class Sweep(Results):
-    """What the jobs of one sweep have left."""
+    """The results of one sweep.
+
+    Attributes:
+        folder: the sweep's folder.
+        command: the arguments of its command line.
+        is_search: whether Optuna chose the settings.
+    """
 
     folder: Path
     command: list[str]
@@ -144,14 +157,14 @@ class Sweep(Results):
 
 
 def collect(records: Sequence[Record]) -> Results:
-    """Runs from anywhere, single ones and jobs of sweeps, grouped by the settings that decide their weights.
+    """Group single runs and jobs of sweeps by the settings that influence their weights.
 
-    ``varied`` has the keys that were typed for one of them, and of all others those without which runs of
-    different settings would look alike.
+    ``varied`` has the keys typed for at least one run, and other keys only if runs with different settings
+    would look the same without them.
 
     Args:
-        records: see ``list_runs``, the newest first: of two runs of one setting, seed and fold the first
-            counts.
+        records: the runs, see ``list_runs``, the newest first.  Of two runs with the same setting, seed and
+            fold, only the first counts.
     """
     jobs, typed = [], {EXPERIMENT: None}
     for record, name in zip(records, shorten([record["run"] for record in records]), strict=True):
@@ -204,16 +217,18 @@ def shorten(folders: Sequence[str], *, paths: ModuleType = os.path) -> list[str]
 
 
 def show_setting(value: Any) -> str:
-    """As it is typed."""
+    """Return a setting's value as one would type it."""
     if isinstance(value, str):
         return as_text(value)
     return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """
+    """Read the results of the sweep in a folder.
+
     Raises:
         FileNotFoundError: the folder is not a sweep's.
+        OSError: its ``multirun.yaml`` can't be read.
     """
     if not (folder / MULTIRUN).is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {MULTIRUN}")
@@ -225,7 +240,7 @@ def read_sweep(folder: Path) -> Sweep:
         status = read(places[name])
         if status is not None:
             jobs.append(Job(places[name], status, split_overrides(status.overrides), as_text(name)))
-    # what the settings leave to the metric, the jobs that have ended tell
+    # without a mode in the settings, the metric has chosen one, which completed jobs have saved
     modes = [saved["monitor"].get("mode"), *(job.status.mode for job in jobs), DEFAULT_MODES.get(metric)]
     maximize = next((mode for mode in modes if mode), "max") == "max"
     keys = list(dict.fromkeys(key for job in jobs for key in job.params))
@@ -243,19 +258,19 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def find_jobs(folder: Path) -> Iterator[Path]:
-    """The folders of a sweep's jobs, as deep as ``hydra.sweep.subdir`` has put them."""
+    """Yield the folders of a sweep's jobs, at any depth below the sweep's folder."""
     for place, below, files in os.walk(folder):
-        if FILE in [*files, *below] and Path(place) != folder:  # a damaged one may be a folder
-            below.clear()  # what lies in a job is its own
+        if FILE in [*files, *below] and Path(place) != folder:  # a folder in place of the file counts, too
+            below.clear()  # do not search within a job's folder
             yield Path(place)
 
 
 @functools.cache
 def read_multirun(folder: Path) -> dict[str, Any]:
-    """The composed config of a sweep, with what Hydra was told.
+    """Read the composed config of a sweep, Hydra's own settings included.
 
     Raises:
-        OSError: it can't be read, or is damaged.
+        OSError: the file can't be read, or is damaged.
     """
     path = folder / MULTIRUN
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -267,7 +282,7 @@ def read_multirun(folder: Path) -> dict[str, Any]:
     except (TypeError, KeyError):
         whole = False
     if not whole:
-        raise OSError(f"{path} is damaged: it does not tell the sweep's command and metric")
+        raise OSError(f"{path} is damaged: it lacks the sweep's command or metric")
     return content  # type: ignore[no-any-return]
 
 
@@ -279,16 +294,17 @@ def own_overrides(saved: dict[str, Any]) -> list[str]:
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
-    """["+a.b=1", "~c"] -> {"a.b": "1", "~c": ""}"""
+    """Split overrides into keys and values: ["+a.b=1", "~c"] -> {"a.b": "1", "~c": ""}."""
     pairs = (override.partition("=") for override in overrides)
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 def read_space(folder: Path) -> dict[str, "Override"]:
-    """The swept values of a sweep's command, by key.
+    """Return the swept values of a sweep's command, by key.
 
     Raises:
-        OSError, ValueError: its folder does not tell.
+        OSError: the sweep's ``multirun.yaml`` can't be read.
+        ValueError: it does not hold the swept values.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -298,13 +314,13 @@ def read_space(folder: Path) -> dict[str, "Override"]:
         params = [f"{key}={value}" for key, value in (told["sweeper"].get("params") or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*params, *told["overrides"]["task"]])
     except (KeyError, TypeError, AttributeError, AssertionError, HydraException, yaml.YAMLError) as error:
-        raise ValueError(f"{folder / MULTIRUN} does not tell what was swept: {error}") from error
-    last = {one.key_or_group: one for one in parsed}  # the command line comes after the YAML's
+        raise ValueError(f"{folder / MULTIRUN} does not hold the swept values: {error}") from error
+    last = {one.key_or_group: one for one in parsed}  # the command line overrides the YAML
     return {key: one for key, one in last.items() if one.is_sweep_override()}
 
 
 def count_jobs(folder: Path) -> int | None:
-    """How many jobs a sweep is to have; None where its folder does not tell."""
+    """Return the number of jobs that a sweep has when it is complete; None if unknown."""
     try:
         space = read_space(folder)
         trials = read_multirun(folder)["hydra"]["sweeper"].get("n_trials")
@@ -317,17 +333,19 @@ def count_jobs(folder: Path) -> int | None:
 
 
 def reproduce(job: Job) -> str:
-    """The command that trains the job's net again, outside of a sweep."""
+    """Return the command that trains the job's net again, outside of a sweep."""
     return as_command(["python", "-m", "mnist_lightning.train", *job.status.overrides])
 
 
 def find_sweep(name: str, *, logs: Path = Path("logs")) -> Path:
-    """
+    """Find the folder of a sweep.
+
     Args:
-        name: a sweep's folder, or "latest": the newest under ``logs``.
+        name: a sweep's folder, or "latest": the newest sweep under ``logs``.
+        logs: the folder of all runs.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such sweep.
     """
     if name != "latest":
         folder = expand_home(name)
@@ -350,7 +368,7 @@ def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> l
         value = job.status.metrics.get(metric, math.nan)
         if job.status.state == "completed" and abs(value) < LARGEST:
             group = groups.setdefault(tuple(job.params.get(key, "") for key in keys), {})
-            group.setdefault((job.params.get(SEED), job.params.get(FOLD)), job)  # a net twice is one net
+            group.setdefault((job.params.get(SEED), job.params.get(FOLD)), job)  # count a repeated run once
     settings = []
     for values, group in groups.items():
         members = list(group.values())
@@ -369,5 +387,5 @@ def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> l
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """In the order of the numbers in them: 2_x before 10_x."""
+    """Return a key that sorts names by the numbers in them: 2_x before 10_x."""
     return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]

@@ -1,6 +1,6 @@
-"""Rewrite a command line of ``train`` before Hydra reads it.
+"""Rewrite the command line of ``train`` before Hydra reads it.
 
-``resume=<folder>``, of a run and, beside ``-m``, of a sweep, becomes the settings that were left.
+``resume=<folder>`` is replaced by the saved settings of a run or, with ``-m``, by the command of a sweep.
 """
 
 import os
@@ -23,11 +23,11 @@ from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
 
-PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "hydra.sweep.dir", "init_from")  # typed as they are
+PATHS = ("data.data_dir", "data.path", "hydra.run.dir", "hydra.sweep.dir", "init_from")  # quoted for Hydra
 MOVED = {"label_smoothing": "loss.label_smoothing"}  # names of the first edition
-SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # decide no result
-FLAGS = ("-cd", "--config-dir")  # where the user's own files lie: typed again, never saved
-# Of Hydra's own settings, what a sweep's saved command may say; all else must be typed
+SWEEP_FREE = ("hydra.launcher.", "hydra.sweeper.n_trials", "hydra.sweeper.n_jobs")  # may change at resume=
+FLAGS = ("-cd", "--config-dir")  # the folder of the user's own config files: must be typed again
+# Overrides of Hydra's own settings that a saved command of a sweep may contain; all others must be typed
 HYDRA = (
     r"hydra/(launcher=(auto|basic|processes|submitit_local|submitit_slurm|slurm_cpu|slurm_gpu)|sweeper=(grid|optuna))"
     r"|hydra\.launcher\.(n_jobs|jobs_per_gpu|timeout_s|timeout_min|cpus_per_task|gpus_per_node|tasks_per_node|mem_gb|nodes"
@@ -39,12 +39,13 @@ HYDRA = (
 
 
 def rewrite_arguments(typed: Sequence[str]) -> list[str]:
-    """Arguments of ``train`` as Hydra is to read them: paths quoted, ``resume=`` followed.
+    """Return the arguments of ``train`` for Hydra: paths are quoted, and ``folds=``, ``resume=`` and
+    ``reproduce=`` are replaced.
 
     Raises:
-        OSError: there is no such run or sweep, or the run has no checkpoint.
-        ConfigError: an argument has a name of the first edition, or a sweep is given other settings.
-        TrustError: what was left asks for more than it is trusted with.
+        OSError: the run or the sweep does not exist, or the run has no checkpoint.
+        ConfigError: an argument uses a name of the first edition, or does not fit the other arguments.
+        TrustError: the saved settings name code that is not trusted.
     """
     arguments = list(typed)
     for argument in arguments:
@@ -58,7 +59,7 @@ def rewrite_arguments(typed: Sequence[str]) -> list[str]:
     names = [unquote(argument.removeprefix(KEY)) for argument in arguments if argument.startswith(KEY)]
     if reproduced:
         if names or not {"-m", "--multirun"}.isdisjoint(arguments):
-            raise ConfigError("reproduce= names one run to train again: give no resume= and no -m beside it")
+            raise ConfigError("reproduce= names one run to train again: give no resume= and no -m with it")
         arguments = reproduce.reproduce_run(reproduced[-1], arguments)
     elif BASE in arguments and (told := [one for one in arguments if one.startswith(reproduce.TOLD)]):
         # a child process of a DDP run has its parent's arguments
@@ -78,7 +79,8 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
     """Expand ``-m folds=3`` for Hydra: ``data.num_folds=3 data.fold=0,1,2``.
 
     Raises:
-        ConfigError: it is no whole number, or there is no -m.
+        ConfigError: the value is not a whole number in [2, 9999], -m is missing, or another argument sets
+            ``data.num_folds`` or ``data.fold``.
     """
     expanded: list[str] = []
     for argument in arguments:
@@ -90,14 +92,14 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(f"folds must be a whole number in [2, 9999], got {value}")
         if {"-m", "--multirun"}.isdisjoint(arguments):
             raise ConfigError(
-                f"folds={value} trains {int(value)} nets: give -m beside it, or data.num_folds={value}"
+                f"folds={value} trains {int(value)} nets: give -m with it, or data.num_folds={value}"
                 " data.fold=0 for one of them"
             )
         beside = [one for one in arguments if one.lstrip("+").startswith(("data.num_folds=", "data.fold="))]
         if beside:
             raise ConfigError(
                 f"folds={value} stands for data.num_folds={value} and all values of data.fold: give no"
-                f" {beside[0].lstrip('+')} beside it"
+                f" {beside[0].lstrip('+')} with it"
             )
         folds = ",".join(map(str, range(int(value))))
         expanded += [f"data.num_folds={int(value)}", f"data.fold={folds}"]
@@ -105,26 +107,29 @@ def expand_folds(arguments: Sequence[str]) -> list[str]:
 
 
 def unquote(name: str) -> str:
-    """A folder as typed, without the quotes that a shell has left around it: Windows' cmd takes none off."""
+    """Remove the quotes around a folder's name that Windows' cmd.exe, unlike other shells, leaves there."""
     quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
     return name[1:-1] if quoted and not os.path.exists(name) else name
 
 
 def resume_sweep(name: str, arguments: list[str]) -> list[str]:
-    """The command line that goes on with a sweep: its own, with another launcher if one is given.
+    """Return the command line that continues a sweep: its own command, with another launcher if one is given.
+
+    Args:
+        name: a sweep's folder, or "latest".
+        arguments: all arguments of the command line.
 
     Raises:
-        OSError: there is no such sweep.
-        ConfigError: other settings are given beside it, or an earlier version has made it.
-        TrustError: its command holds what must be typed.
+        OSError: the sweep does not exist.
+        ConfigError: other settings are given, or an incompatible earlier version made the sweep.
+        TrustError: the saved command has an argument that must be typed.
     """
     folder = find_sweep(name)
     check_links(folder)
     multirun = read_multirun(folder)
     if TARGET not in (multirun.get("model") or {}):
         raise ConfigError(
-            f"{folder} can't be resumed: it was made by an earlier version of mnist_lightning; report still"
-            " reads it"
+            f"{folder} can't be resumed: an earlier version of mnist_lightning made it; report still reads it"
         )
     saved = [one for one in own_overrides(multirun) if not one.startswith(trust.KEY)]
     check_overrides(folder, [one for one in saved if one not in arguments])
@@ -154,12 +159,12 @@ def resume_sweep(name: str, arguments: list[str]) -> list[str]:
 
 
 def check_overrides(source: Path, overrides: list[str]) -> None:
-    """Whether what a folder's file gives as settings of a command line may be followed without being typed.
+    """Check that overrides read from a file in a folder may be used although the user has not typed them.
 
-    The targets that they lead to are checked when each job is composed.
+    The targets that they choose are checked when each job's config is composed.
 
     Raises:
-        TrustError: one is a flag, reaches into Hydra's own settings or looks up what is outside.
+        TrustError: an override is a flag, changes Hydra's own settings, or reads values from outside.
     """
     for override in overrides:
         text = str(override)
@@ -170,7 +175,7 @@ def check_overrides(source: Path, overrides: list[str]) -> None:
             right = False
         if not right:
             raise trust.TrustError(
-                f"{source} holds {text}, which is not followed unasked; if it is right, type it:"
+                f"{source} holds {text}, which is used only if it is typed; if it is right, type it:"
                 f" {retype(text)}"
             )
 
@@ -181,7 +186,7 @@ def is_harmless(parsed: Override, text: str, folder: Path) -> bool:
         return False
     if key.split(".")[0].split("/")[0] == "hydra":
         return re.fullmatch(HYDRA, text) is not None
-    if key == "data.data_dir":  # it would be filled where something is missing
+    if key == "data.data_dir":  # missing files would be downloaded to it
         path = expand_home(str(parsed.value()))
         return not parsed.is_sweep_override() and any(find_source(name, path).is_whole() for name in KNOWN)
     value = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else parsed.value()

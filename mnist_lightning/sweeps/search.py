@@ -32,22 +32,21 @@ log = logging.getLogger(__name__)
 
 
 class OptunaSweeper(GridSweeper):
-    """Asks a study for each trial's settings and tells it what came out.
+    """Ask an Optuna study for the settings of each trial, and tell it the result.
 
-    A trial's number is the name of its folder; with ``data.fold=0,1,2`` a trial is as many jobs, whose
-    numbers follow each other, and its value is the mean over them.  The study lies in a file beside them,
-    or wherever ``storage`` says: sweeps with one storage and one study name work on one study together.
+    A trial's number is the name of its folder.  With ``data.fold=0,1,2`` a trial has three jobs with
+    consecutive numbers, and its value is their mean.  Sweeps with the same ``storage`` and ``study_name``
+    work on the same study.
 
     Args:
-        n_trials: of the study in all, failed and pruned ones included.
-        n_jobs: trials at a time; None: one, so that each learns from all before it, or as many as
-            ``hydra/launcher=processes`` has workers.
+        n_trials: the total number of trials in the study, failed and pruned ones included.
+        n_jobs: the number of trials at a time; None: one, so that each trial learns from all earlier ones, or
+            the number of workers of ``hydra/launcher=processes``.
         storage: a journal file, or the URL of a database; None: ``optuna.journal`` in the sweep's folder.
-        study_name: within the storage.
-        seed: of the sampler; trial k is drawn with seed + k, so that a resumed search goes on as it
-            would have.
-        sampler: a ``_partial_`` that takes a seed.
-        params: search space, by key, as override values.
+        study_name: the study's name in the storage.
+        seed: the sampler's seed; trial k uses ``seed`` + k, so that a resumed search chooses the same trials.
+        sampler: a ``_partial_`` config of an Optuna sampler that takes a seed.
+        params: the search space: a value in Hydra's override grammar for each key.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class OptunaSweeper(GridSweeper):
         self.sampler = sampler
         self.fixed: dict[str, str] = {}
         self.space: dict[str, Override] = {}
-        self.folds: list[str] = []  # of each trial; none: a trial is one job
+        self.folds: list[str] = []  # the folds of each trial; empty: a trial is one job
         self.trials: dict[int, Trial] = {}
 
     def prepare(self, arguments: list[str]) -> None:
@@ -89,7 +88,7 @@ class OptunaSweeper(GridSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         for override in parser.parse_overrides([*self._parse_config(), *arguments]):
             key = override.get_key_element()
-            self.space.pop(key, None)  # the command line comes after the YAML's
+            self.space.pop(key, None)  # the command line overrides the YAML
             self.fixed.pop(key, None)
             self.folds = [] if key == FOLD else self.folds
             if key == FOLD and override.is_discrete_sweep():
@@ -99,20 +98,20 @@ class OptunaSweeper(GridSweeper):
             else:
                 self.fixed[key] = override.get_value_element_as_str()
         if not self.space:
-            raise ConfigError("nothing to search: give a key choice(), range() or interval() for its value")
+            raise ConfigError("nothing to search: give a key choice(), range() or interval() as its value")
         self.check_jobs([job for example in self.examples() for job in self.divide(example)])
 
     def divide(self, job: Job) -> list[Job]:
-        """A trial's jobs: one for each fold."""
+        """Return a trial's jobs: one for each fold, or just one."""
         return [[*job, f"{FOLD}={fold}"] for fold in self.folds] or [job]
 
     def number_jobs(self, number: int, job: Job) -> list[tuple[int, Job]]:
-        """A trial's jobs and their numbers."""
+        """Return a trial's jobs with their numbers."""
         divided = self.divide(job)
         return list(enumerate(divided, start=number * len(divided)))
 
     def examples(self) -> Iterator[Job]:
-        """Jobs with each value of each choice and both ends of each interval."""
+        """Yield jobs with each value of each choice and both ends of each interval, to check them all."""
         values = {key: ends(override) for key, override in self.space.items()}
         first = {key: texts[0] for key, texts in values.items()}
         yield self.make_job(first)
@@ -161,16 +160,15 @@ class OptunaSweeper(GridSweeper):
                 direction="maximize" if mode == "max" else "minimize",
                 load_if_exists=True,
             )
-        except (
-            Exception
-        ) as error:  # Optuna raises many kinds for damaged journals, a database's driver its own
+        except Exception as error:  # Optuna and database drivers raise many kinds of exceptions
             cause = as_text(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             raise ConfigError(f"the study in {storage} can't be used: {cause}") from error
 
     def find_mode(self) -> str:
-        """
+        """Return "max" or "min", the mode of the monitored metric.
+
         Raises:
-            ConfigError: trials would be judged by metrics of both kinds.
+            ConfigError: the mode is not the same for all trials.
         """
         if len(self.modes) != 1:
             raise ConfigError("a search needs one monitor.metric and one monitor.mode for all its trials")
@@ -180,14 +178,14 @@ class OptunaSweeper(GridSweeper):
     def ask(
         self, study: "Study", space: "Mapping[str, BaseDistribution]", size: int
     ) -> list[tuple[int, Job]]:
-        """Up to ``size`` new trials; none when the study has ``n_trials``."""
+        """Ask the study for up to ``size`` new trials; return none when it has ``n_trials``."""
         from optuna.trial import TrialState
 
         batch: list[tuple[int, Job]] = []
         while len(batch) < size and (count := len(study.get_trials(deepcopy=False))) < self.n_trials:
             study.sampler = instantiate(self.sampler)(seed=self.seed + count)
             trial = study.ask()
-            if trial.number >= self.n_trials:  # another sweep has asked in this very moment
+            if trial.number >= self.n_trials:  # another sweep has asked at the same moment
                 study.tell(trial, state=TrialState.FAIL)
                 break
             study.sampler = instantiate(self.sampler)(seed=self.seed + trial.number)
@@ -199,20 +197,20 @@ class OptunaSweeper(GridSweeper):
         return batch
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
-        """Leave in a trial's folder what its process and a resumption need to know."""
+        """Write ``trial.json`` in a trial's folder, for the trial's own process and for resuming."""
         job_dir = self.job_dir(*self.number_jobs(trial.number, job)[0])
         job_dir.mkdir(parents=True, exist_ok=True)
         saved = {
-            "storage": self.storage,  # None: the search's own, wherever its folder lies
+            "storage": self.storage,  # None: the journal in the search's folder, even if that is moved
             "study_name": self.study_name,
             "id": trial_id(trial),
             "overrides": job,
-            "folds": len(self.folds),  # a trial of several jobs is not pruned by one of them
+            "folds": len(self.folds),  # a trial with several jobs is not pruned
         }
         write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
     def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
-        """This sweep's trials that an interruption has left running, to go on with."""
+        """Return this sweep's interrupted trials, to continue them."""
         from optuna.trial import Trial, TrialState
 
         unfinished = []
@@ -220,7 +218,7 @@ class OptunaSweeper(GridSweeper):
             try:
                 saved = self.find_trial(frozen)
             except OSError as error:
-                log.warning("trial %d is given up: %s", frozen.number, error)
+                log.warning("trial %d can't be continued and counts as failed: %s", frozen.number, error)
                 study.tell(frozen.number, state=TrialState.FAIL)
                 continue
             if saved is None:
@@ -229,7 +227,7 @@ class OptunaSweeper(GridSweeper):
             check_overrides(self.sweep_dir, job)
             self.check_jobs(self.divide(job))
             trial = self.trials[frozen.number] = Trial(study, trial_id(frozen))
-            self.note_trial(trial, job)  # with this sweep's own storage
+            self.note_trial(trial, job)  # the saved storage may not be this sweep's
             if all(self.is_finished(*one) for one in self.number_jobs(frozen.number, job)):
                 self.tell(study, frozen.number, job)
             else:
@@ -237,10 +235,10 @@ class OptunaSweeper(GridSweeper):
         return unfinished
 
     def find_trial(self, trial: "FrozenTrial") -> dict[str, Any] | None:
-        """What ``note_trial`` has left of it in this sweep's folder, "overrides" as texts.
+        """Read what ``note_trial`` wrote about a trial of this sweep; None if the trial is another sweep's.
 
         Raises:
-            OSError: it is not among what can be read, and a file is damaged.
+            OSError: no readable file is about the trial, and at least one file is damaged.
         """
         damaged: OSError | None = None
         for file in self.sweep_dir.rglob(TRIAL):
@@ -255,7 +253,7 @@ class OptunaSweeper(GridSweeper):
         return None
 
     def tell(self, study: "Study", number: int, job: Job) -> None:
-        """A trial's outcome, as its jobs' ``status.json`` have it; an interrupted one stays open."""
+        """Tell the study a trial's result, read from its jobs' ``status.json``, unless it was interrupted."""
         from optuna.trial import TrialState
 
         assert self.config is not None
@@ -283,7 +281,7 @@ class OptunaSweeper(GridSweeper):
 
 
 def ends(override: Override) -> list[str]:
-    """The values of a choice or range, the two ends of an interval."""
+    """Return the values of a choice or range, or the two ends of an interval."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return [str(sweep.start), str(sweep.end)]
@@ -291,7 +289,7 @@ def ends(override: Override) -> list[str]:
 
 
 def suggest(trial: "Trial", key: str, distribution: "BaseDistribution") -> str:
-    """The text of a trial's value; numbers with a fraction have four digits, enough and readable."""
+    """Return a trial's value as text; fractional numbers are rounded to four significant digits."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     if isinstance(distribution, CategoricalDistribution):

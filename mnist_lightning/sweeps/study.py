@@ -1,4 +1,4 @@
-"""An Optuna study and where a trial's folder says that it belongs to it; without torch."""
+"""Open Optuna studies and turn swept values into Optuna's distributions, without importing torch."""
 
 import contextlib
 import os
@@ -12,30 +12,30 @@ from mnist_lightning.rundir.atomic import write_atomic
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-JOURNAL = "optuna.journal"  # a search's own study, in its folder
-TRIAL = "trial.json"  # what a search leaves in a trial's folder: its storage, study and id
+JOURNAL = "optuna.journal"  # the file of a search's own study, in the search's folder
+TRIAL = "trial.json"  # a file in a trial's folder that names its storage, study and id
 
 
 def find_storage(storage: str | None, sweep_dir: Path) -> str:
-    """Where the study of a search lies.
+    """Return the path or the URL of a search's study.
 
     Args:
-        storage: a journal file, or the URL of a database; None: in the search's folder, wherever that lies
-            now.
+        storage: a journal file, or the URL of a database; None: the journal in the search's folder.
+        sweep_dir: the search's current folder.
     """
     return str(sweep_dir.absolute() / JOURNAL) if storage is None else storage
 
 
 def mend_journal(sweep_dir: Path) -> None:
-    """Undo what a kill, or a full disk, can leave of a search's own journal: a last line without its end, and
-    a lock that no process holds.  The sweep's folder is locked: no other process writes there.
+    """Repair a search's own journal after a kill or a full disk: remove an incomplete last line and a lock
+    that no process holds.  The caller must have locked the sweep's folder.
 
     Raises:
-        OSError: it can't be read or written.
+        OSError: the journal can't be read or written.
     """
     journal = sweep_dir / JOURNAL
     lock = journal.with_name(f"{JOURNAL}.lock")
-    if os.path.lexists(lock):  # Optuna waits half a minute for it
+    if os.path.lexists(lock):  # otherwise Optuna would wait half a minute for it
         with contextlib.suppress(OSError):
             lock.unlink()
     if not journal.is_file():
@@ -47,22 +47,22 @@ def mend_journal(sweep_dir: Path) -> None:
 
 
 def open_storage(name: str) -> Any:
-    """An Optuna storage: of the URL of a database, or of a journal file."""
+    """Open an Optuna storage by the URL of a database or the path of a journal file."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in name:
         return optuna.storages.RDBStorage(name)
-    # Optuna's other lock is a symbolic link, which not every system and disk has; they have one name and so
-    # respect each other
+    # Optuna's default lock is a symbolic link, which some systems and disks do not support.  Both locks use
+    # the same file name, so they exclude each other.
     return optuna.storages.JournalStorage(JournalFileBackend(name, JournalFileOpenLock(name)))
 
 
 def to_distribution(override: Override) -> "BaseDistribution":
-    """Optuna's distribution for a swept value of Hydra's grammar.
+    """Return Optuna's distribution for a swept value in Hydra's grammar.
 
-    ``choice(a, b)`` and ``a,b`` are categories; ``range`` and ``interval`` numbers, whole ones for
+    ``choice(a, b)`` and ``a,b`` become categories; ``range`` and ``interval`` become numbers, integers for
     ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

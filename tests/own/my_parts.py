@@ -1,4 +1,4 @@
-"""What somebody brings: nets, losses and metrics that this project has never seen."""
+"""A user's own nets, losses and metrics."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class ConvNet(nn.Module):
 
 
 class Linear(nn.Module):
-    """Takes whatever it is given, and wants nothing of it."""
+    """A linear net that accepts and ignores any argument."""
 
     def __init__(self, **kwargs: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def focal(gamma: float) -> nn.Module:
 
 
 class Focal(nn.Module):
-    """Lin et al. 2017, arXiv 1708.02002, with a parameter that is learnt too."""
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002) with a learnt parameter."""
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def per_image(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class AbsoluteError(Metric):
-    """Of (B, 1) and (B,)."""
+    """Mean absolute error of (B, 1) predictions and (B,) targets."""
 
     higher_is_better = False
 
@@ -91,13 +91,13 @@ class AbsoluteError(Metric):
 
 
 class Shy(AbsoluteError):
-    """Does not say which is better."""
+    """A metric that does not say whether a large value is good."""
 
     higher_is_better = None  # type: ignore[assignment]
 
 
 class Each(AbsoluteError):
-    """One value for each of two images."""
+    """A metric with two values instead of one."""
 
     def compute(self) -> Tensor:
         return torch.stack([self.total, self.total])
