@@ -304,7 +304,7 @@ def test_a_sweep_whose_folder_takes_nothing_more_is_still_summarized(
         sweeper.finish()
     told = capsys.readouterr()
     assert "model.hidden" in told.out
-    assert "the report is not of this moment" in told.err
+    assert "the report is not up to date" in told.err
     assert "report.md" in told.err
 
 

@@ -206,7 +206,7 @@ def shorten(folders: Sequence[str], *, paths: ModuleType = os.path) -> list[str]
     """Names of folders: their paths from the innermost one around all of them, where there is one.
 
     Args:
-        paths: how they are read; another system's module.
+        paths: how they are read; a module like ``os.path``.
     """
     whole = [paths.abspath(folder) for folder in folders]
     try:
