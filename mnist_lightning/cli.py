@@ -260,7 +260,9 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
         known = isinstance(error, kinds) or is_of_lightning(error)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        line = as_text(" ".join(str(error).split()))
+        line = as_text(
+            " ".join(str(error).partition("Exception raised from ")[0].split())
+        )  # torch's C++ frames
         if isinstance(error, OSError) and error.filename is None and log_file is not None:
             line += f" ({log_file.parent})"
         if in_sweep:

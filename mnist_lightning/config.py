@@ -348,6 +348,11 @@ class Train:
             if group in GROUPS:
                 required = GROUPS[group] or value
                 require(not required or bool(value.get("_target_")), f"{group} names no _target_")
+            for name, entry in value.items() if group in ("callbacks", "logger") else ():
+                require(
+                    not entry or isinstance(entry, dict),
+                    f"{group}.{name} must be settings with a _target_, or null, got {entry!r}",
+                )
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
         self._check_packages()

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.data import MNISTDataModule
+    from mnist_lightning.evaluation.trained import Bounded
     from mnist_lightning.python import Run
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     from mnist_lightning.callbacks.checkpoints import Checkpoints
     from mnist_lightning.callbacks.lr_range import LearningRateRange
     from mnist_lightning.data import MNISTDataModule
-    from mnist_lightning.evaluation.trained import describe_device
+    from mnist_lightning.evaluation.trained import Bounded, check_net, check_numbers, describe_device
     from mnist_lightning.rundir.checkpoint import (
         BEST,
         LocalCheckpointIO,
@@ -212,7 +213,19 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         datamodule.prepare_data()
         datamodule.setup("fit")
         data.check_shape(datamodule.image_shape)
-    classifier = make_classifier(settings, datamodule)
+    newest, resumed_at, bounds = None, None, None
+    if settings.resume is not None:
+        newest, checkpoint = find_newest(run_dir / "checkpoints")
+        check_resumable(newest, checkpoint)
+        resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
+        log.info("going on from %s, step %d", newest, checkpoint["global_step"])
+        check_net(settings.model, newest, checkpoint, **sizes_of(datamodule))
+        check_numbers(settings.metrics, newest)
+        parts = {key: getattr(settings, key) for key in PARTS}
+        bounds = None if strange_modules(parts) else Bounded(checkpoint)
+    classifier = make_classifier(settings, datamodule, bounds=bounds)
+    if bounds and newest:
+        bounds.check_batch(data.batch_size, newest)
     classifier.logs_evaluations = False
     for part in (classifier, datamodule):  # the run gives loggers all settings itself
         part.save_hyperparameters(dict(part.hparams), logger=False)
@@ -224,12 +237,6 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         flops = threads.count_flops(classifier.net, classifier.image_shape, data.batch_size)
     if settings.compile:
         classifier.net.compile()  # in place: the checkpoint's keys stay the same
-    newest, resumed_at = None, None
-    if settings.resume is not None:
-        newest, checkpoint = find_newest(run_dir / "checkpoints")
-        check_resumable(newest, checkpoint)
-        resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
-        log.info("resuming from %s, step %d", newest, checkpoint["global_step"])
     callbacks = make_callbacks(settings, run_dir)
     accelerator = settings.trainer.get("accelerator", "auto")
     if accelerator == "auto":  # Lightning's auto would also use Apple's GPU, which nobody has measured
@@ -323,8 +330,38 @@ def check_parts(settings: Train) -> None:
             check_arguments(config, key)
 
 
-def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitClassifier":
-    """Build the classifier from the settings and the data's sizes, and try it on two blank images.
+def sizes_of(datamodule: "MNISTDataModule") -> dict[str, Any]:
+    """What is offered to a net, a loss and metrics of the data they are for."""
+    return {"image_shape": list(datamodule.image_shape), "num_classes": len(datamodule.class_names)}
+
+
+def check_memory(model: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """Whether a net can be trained on this machine; before memory is taken for it.
+
+    Raises:
+        MisconfigurationException: there is none for its weights and their gradients.
+        TargetError: it can't be built.
+    """
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    with torch.device("meta"):
+        weights = make(model, "model", **sizes).parameters()
+    wanted, free = 2 * sum(weight.nbytes for weight in weights), threads.free_memory()
+    if wanted > free:
+        raise MisconfigurationException(
+            f"model: its weights and their gradients take {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of"
+            " memory are free"
+        )
+
+
+def make_classifier(
+    settings: Train, datamodule: "MNISTDataModule", *, bounds: "Bounded | None" = None
+) -> "DigitClassifier":
+    """Net, loss, metrics and optimizer around them, tried on two blank images.
+
+    Args:
+        bounds: within which a stranger's loss and metrics are made, and all of it is tried.
 
     Raises:
         TargetError: a ``_target_`` can't be used, or takes other arguments.
@@ -333,31 +370,32 @@ def make_classifier(settings: Train, datamodule: "MNISTDataModule") -> "DigitCla
     from mnist_lightning.classifier import DigitClassifier
     from mnist_lightning.images.preprocess import Preprocess
 
-    sizes: dict[str, Any] = {
-        "image_shape": list(datamodule.image_shape),
-        "num_classes": len(datamodule.class_names),
-    }
+    sizes = sizes_of(datamodule)
     scheduler, pixels = settings.scheduler, settings.data.preprocess_arguments()
     if None in (pixels["mean"], pixels["std"]):
         measured = dict(zip(("mean", "std"), datamodule.measure_pixels(), strict=True))
         pixels |= {name: value for name, value in measured.items() if pixels[name] is None}
-    classifier = DigitClassifier(
-        make(settings.model, "model", **sizes),
-        preprocess=Preprocess(**pixels),
-        loss=make(settings.loss, "loss", **sizes),
-        metrics={
-            name: make(metric, f"metrics.{name}", **sizes)
-            for name, metric in settings.metrics.items()
-            if metric
-        },
-        optimizer=make(settings.optimizer, "optimizer"),
-        scheduler=make(scheduler, "scheduler") if scheduler else None,
-        decay_biases=settings.decay_biases,
-        seed=settings.seed,
-        class_names=datamodule.class_names,
-        image_shape=datamodule.image_shape,
-    )
-    classifier.check()
+    if not strange_modules({"model": settings.model}):
+        check_memory(settings.model, sizes)
+    net = make(settings.model, "model", **sizes)
+    with bounds or nullcontext():
+        classifier = DigitClassifier(
+            net,
+            preprocess=Preprocess(**pixels),
+            loss=make(settings.loss, "loss", **sizes),
+            metrics={
+                name: make(metric, f"metrics.{name}", **sizes)
+                for name, metric in settings.metrics.items()
+                if metric
+            },
+            optimizer=make(settings.optimizer, "optimizer"),
+            scheduler=make(scheduler, "scheduler") if scheduler else None,
+            decay_biases=settings.decay_biases,
+            seed=settings.seed,
+            class_names=datamodule.class_names,
+            image_shape=datamodule.image_shape,
+        )
+        classifier.check()
     return classifier
 
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_lightning.cli import retype
 from mnist_lightning.config import RUN_DIR
 from mnist_lightning.rundir.outside import expand_home
+from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import KINDS, TARGET, find_targets
 
 VARIABLE = "MNIST_LIGHTNING_TRUST"
@@ -36,8 +37,9 @@ PLACES = (
     "filename",
 )
 WRITERS = ("trainer", "callbacks", "logger")  # groups whose classes write files
-ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # paths that may be anywhere, because they are only read
-OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that stay within the settings
+ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # settings that may be a place anywhere: read, never written
+PROCESSES = ("data.num_workers", "trainer.devices")  # settings that start others on this machine
+OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that reach nothing outside
 
 
 class TrustError(CompactHydraException):
@@ -117,7 +119,16 @@ def check_settings(
     assert isinstance(resolved, dict)
     for key, text in find_texts(resolved):
         if key.split(".")[0] in KINDS and key not in typed and not stays_inside(key, text, folder):
-            raise TrustError(f"{folder}: its saved {key}={text} is a path outside that folder; {say(key)}")
+            raise TrustError(
+                f"{folder}: {key}={text} is saved there and lies outside that folder; {say(key)}"
+            )
+    flat, processors = flatten(resolved), os.cpu_count() or 1
+    for key in (key for key in PROCESSES if key not in typed):
+        if re.fullmatch(r"\d+", f"{flat.get(key)}") and int(flat[key]) > processors:
+            raise TrustError(
+                f"{folder}: {key}={flat[key]} is saved there, and this machine has {processors} processors;"
+                f" {say(key)}"
+            )
     check_targets({str(key): value for key, value in resolved.items()}, folder, trust, typed=typed)
 
 

@@ -92,6 +92,9 @@ def tell_settings_in_a_line() -> None:
             if line.startswith("Error merging override") and error.__cause__ is not None:
                 line += f": {str(error.__cause__).splitlines()[0]}"
         pairs = [one.lstrip("+~").partition("=")[::2] for one in overrides]
+        match = re.match(r"Could not override '(\w+)\.(\w+)\.[^']+': (?=no YAML)", line)
+        if match and match[2] in self.get_group_options(match[1]):
+            line = f"{match[0]}it comes with {match[1]}={match[2]}, which is not chosen"
         for key, value in pairs:
             choices = self.get_group_options(key)
             if choices and value == "null" and "Config group override" in line:
@@ -110,9 +113,15 @@ def tell_settings_in_a_line() -> None:
             match = re.match(r"Could not override '(.+)'", str(error))
             if match is None:
                 raise
-            key, keys = match[1], list(find_keys(OmegaConf.to_container(cfg)))
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
-            advice = f"did you mean {near[0]}?" if near else f"no YAML file has it; +{key}=… adds it"
+            key = match[1]
+            near = find_near(key, OmegaConf.to_container(cfg))
+            parent, _, name = key.rpartition(".")
+            what = (
+                f"{parent} has no {name}"
+                if parent and OmegaConf.select(cfg, parent)
+                else "no YAML file has it"
+            )
+            advice = f"did you mean {near}?" if near else f"{what}; +{key}=… adds it"
             raise ConfigCompositionException(f"Could not override '{key}': {advice}") from error
 
     if load.__module__ != __name__:
@@ -120,11 +129,30 @@ def tell_settings_in_a_line() -> None:
         ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_telling)  # type: ignore[method-assign]
 
 
-def find_keys(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of nested settings."""
-    for key, value in settings.items() if isinstance(settings, dict) else ():
-        yield f"{prefix}{key}"
-        yield from find_keys(value, f"{prefix}{key}.")
+def find_near(key: str, settings: Any) -> str | None:
+    """The key that may have been meant: one that is spelt alike at the first place where there is no such
+    name, or the only one with the same last name elsewhere."""
+    inner, names = settings, key.split(".")
+    for place, name in enumerate(names):
+        if not isinstance(inner, dict):
+            return None
+        if name not in inner:
+            near = difflib.get_close_matches(name, map(str, inner), n=1, cutoff=0.7)
+            if near:
+                return ".".join([*names[:place], near[0], *names[place + 1 :]])
+            break
+        inner = inner[name]
+    elsewhere = [one for one in find_leaves(settings) if one.rpartition(".")[2] == names[-1]]
+    return elsewhere[0] if len(elsewhere) == 1 and len(names) <= 2 else None
+
+
+def find_leaves(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested settings that have a value."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from find_leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def compose_once() -> None:

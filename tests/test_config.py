@@ -67,6 +67,8 @@ MISTAKES = {
         "+metrics.loss._target_=torchmetrics.MeanMetric",
     ): "metrics.loss: choose another name, every run logs loss itself",
     ("+metrics.top.top_k=2",): "metrics.top names no _target_",
+    ("+callbacks.x=3",): "callbacks.x must be settings with a _target_, or null, got 3",
+    ("+logger.x=[a]",): "logger.x must be settings with a _target_, or null, got ['a']",
     ("checkpoint.every_n_steps=0",): "checkpoint.every_n_steps must be >= 1, got 0",
     ("scheduler=plateau", "data.val_size=0"): "scheduler=plateau watches val/loss",
     ("callbacks=early_stopping", "data.val_size=0"): "callbacks.early_stopping watches val/acc",

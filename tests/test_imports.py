@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "threads": {"network"},
     "config": {"images", "settings_help", "targets"},
     "cli": {"config", "rundir", "threads", "workarounds"},
-    "trust": {"cli", "config", "rundir", "targets"},
+    "trust": {"cli", "config", "rundir", "settings_help", "targets"},
     "images": {"rundir", "targets", "threads"},
     "data": {"images", "rundir"},
     "classifier": {"images", "losses", "network", "targets", "workarounds"},

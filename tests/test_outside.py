@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, settle
+from hydra.core.utils import JobReturn, JobStatus
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 from test_report import make_sweep
 from test_trust import FORWARD
 
 from mnist_lightning.cli import CommandError
-from mnist_lightning.evaluation.trained import load_classifier, load_split
+from mnist_lightning.evaluation.trained import Bounded, load_classifier, load_split
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, load, serialize
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.loggers import CSVLogger
@@ -37,9 +41,11 @@ from mnist_lightning.rundir.outside import (
     read_yaml,
 )
 from mnist_lightning.rundir.status import Status, is_locked, lock, read
+from mnist_lightning.sweeps.grid import GridSweeper
 from mnist_lightning.sweeps.report import write_report, write_tables
 from mnist_lightning.sweeps.results import read_multirun, read_sweep
 from mnist_lightning.sweeps.study import JOURNAL, mend_journal
+from mnist_lightning.train import train
 
 
 @pytest.fixture
@@ -267,6 +273,59 @@ def test_figures_and_files_of_the_users_stay(
     assert (tmp_path / "target").read_bytes() == b"kept"
 
 
+def test_a_report_that_somebody_has_changed_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("report.md", "results.csv")
+    write_tables(folder)
+    whole = {name: (folder / name).read_bytes() for name in names}
+    write_tables(folder)
+    assert not list(folder.glob("*-changed-*"))
+    for number, name in enumerate((*names, *names)):
+        mine = whole[name] + f"my note {number}\n".encode()
+        (folder / name).write_bytes(mine)
+        write_tables(folder)
+        write_tables(folder)
+        aside = (folder / name).with_stem(f"{Path(name).stem}-changed-{1 + number // 2}")
+        assert aside.read_bytes() == mine
+        assert f"{name} is not as this project has written it: it is kept as {aside.name}" in caplog.text
+        assert {name: (folder / name).read_bytes() for name in names} == whole
+    assert len(list(folder.glob("*-changed-*"))) == 4
+
+
+def test_a_sweep_whose_folder_takes_nothing_more_is_still_summarized(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a full disk: neither a job's end nor the report is written."""
+    (folder / "report.md").mkdir()  # no file can be written here
+    (folder / "6" / "status.json").write_text('{"state": "running"}')
+    sweeper = GridSweeper(max_batch_size=None)
+    sweeper.sweep_dir, sweeper.lost = folder, []
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"subdir": "${hydra.job.num}"}}})
+    ended = JobReturn(status=JobStatus.FAILED)
+    ended.return_value = CommandError("No space left on device")
+    sweeper.note_lost(6, ["seed=1"], ended)
+    assert "job   6 failed  No space left on device" in caplog.text
+    with pytest.raises(SystemExit, match="jobs did not finish"):
+        sweeper.finish()
+    told = capsys.readouterr()
+    assert "model.hidden" in told.out
+    assert "the report is not up to date" in told.err
+    assert "report.md" in told.err
+
+
+def test_a_report_is_ours_again_after_a_kill(folder: Path) -> None:
+    """Between the record of what is written and the writing: both the old and the new are ours."""
+    write_tables(folder)
+    old = (folder / "report.md").read_bytes()
+    shutil.rmtree(folder / "7")
+    write_tables(folder)
+    new = (folder / "report.md").read_bytes()
+    assert old != new
+    (folder / "report.md").write_bytes(old)
+    write_tables(folder)
+    assert not list(folder.glob("*-changed-*"))
+    assert (folder / "report.md").read_bytes() == new
+
+
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("kept")
     (tmp_path / "run").mkdir()
@@ -396,6 +455,10 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "a metric of many classes": lambda c: change(
         c, metrics={"acc": {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", "num_classes": 10**5}}
     ),
+    "a metric of many copies": lambda c: change(
+        c, metrics={"x": {"_target_": "torchmetrics.wrappers.MultioutputWrapper", "num_outputs": 10**9,
+                          "base_metric": {"_target_": "torchmetrics.classification.BinaryAUROC"}}}
+    ),
     "metrics that are none": lambda c: change(c, metrics=[1]),
     "a large image": lambda c: change(c, image_shape=[1, 10**6, 10**6]),
     "no image": lambda c: change(c, image_shape=[0, 28, 28]),
@@ -481,6 +544,55 @@ def test_a_run_goes_on_from_no_other_state(
     path.write_bytes(serialize(elsewhere))
     assert fit(*again)["epochs"] == 2
     assert not (tmp_path / "elsewhere").exists(), "no attribute but what it keeps is taken"
+
+
+def test_a_run_goes_on_with_no_net_that_takes_all_memory(tmp_path: Path, data_dir: Path) -> None:
+    """A stranger's, with the weights of the checkpoint beside it."""
+
+    def go(first: dict[str, Any], *more: str) -> None:
+        settings = settle(
+            tmp_path,
+            *(
+                "+trainer.limit_train_batches=2",
+                "trainer.max_epochs=1",
+                "logger=none",
+                "callbacks.summary=null",
+            ),
+            *("callbacks.film.enabled=false", f"data.data_dir='{data_dir}'", *more),
+        )
+        last = {"_target_": "torch.nn.Linear", "in_features": 784, "out_features": 10}
+        pool = {"_target_": "torch.nn.AdaptiveAvgPool2d", "output_size": 28}
+        settings.model = {
+            "_target_": "torch.nn.Sequential",
+            "_args_": [first, pool, {"_target_": "torch.nn.Flatten"}, last],
+        }
+        train(settings, tmp_path, test=False)
+
+    go({"_target_": "torch.nn.Identity"})
+    for size, told in ((8_000, "GB for 256 images, more than the memory"), (20_000, "too large a tensor")):
+        with pytest.raises((OSError, MisconfigurationException), match=told):
+            go({"_target_": "torch.nn.Upsample", "size": [size, size]}, f"resume='{tmp_path}'")
+    with pytest.raises(OSError, match="weights of another net than its settings describe"):
+        go(
+            {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 1, "kernel_size": 1},
+            f"resume='{tmp_path}'",
+        )
+
+
+def test_a_net_for_which_there_is_no_memory_is_a_line(tmp_path: Path, data_dir: Path) -> None:
+    settings = settle(tmp_path, "model.hidden=[10000000,10000000]", f"data.data_dir='{data_dir}'")
+    with pytest.raises(
+        MisconfigurationException, match=r"model: its weights and their gradients take 800,0\d\d"
+    ):
+        train(settings, tmp_path, test=False)
+
+
+def test_weights_are_no_activations(honest: dict[str, Any]) -> None:
+    """A wide net's weights do not count once for each image of a batch."""
+    net, images, bounds = FeedForward(hidden=[2048, 2048]), torch.zeros(2, 1, 28, 28), Bounded(honest)
+    with torch.inference_mode(), bounds:
+        net(images)
+    assert bounds.largest == 2 * 2048 * 4
 
 
 def test_only_what_a_run_has_written_is_removed(honest: dict[str, Any], tmp_path: Path) -> None:
@@ -742,8 +854,13 @@ SETTINGS = {
     "callbacks=null": "callbacks=null chooses nothing: callbacks must be one of default, early_stopping, histograms",
     "logger=null": "logger=null chooses nothing: logger must be one of csv, none, tensorboard, wandb",
     "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs?",
-    "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': no YAML file has it; "
-    "+trainer.gradient_clip_val=… adds it",
+    "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': trainer has no "
+    "gradient_clip_val; +trainer.gradient_clip_val=… adds it",
+    "callbacks.early_stopping.monitor=val/loss": "Could not override 'callbacks.early_stopping.monitor': it comes "
+    "with callbacks=early_stopping, which is not chosen",
+    "callbacks.mine.x=1": "Could not override 'callbacks.mine.x': no YAML file has it; +callbacks.mine.x=… adds it",
+    "trainer.batch_size=8": "Could not override 'trainer.batch_size': did you mean data.batch_size?",
+    "trainr.max_epochs=1": "Could not override 'trainr.max_epochs': did you mean trainer.max_epochs?",
     "model=mpl": "In 'train': Could not find 'model/mpl' Available options in 'model': mlp",
 }
 

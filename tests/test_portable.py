@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import json
+import ntpath
 import os
+import posixpath
 import signal
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from test_sweeps import find_children, wait_until_gone
 from mnist_lightning.rundir import atomic
 from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.rundir.outside import as_command, as_word
+from mnist_lightning.sweeps.results import shorten
 
 # Code to run before this project is imported: only the project's modules see a system without these.
 SITE = """
@@ -332,3 +335,10 @@ def test_a_folder_in_the_place_is_told(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="can't be written: a folder is in its place"):
         atomic.write_atomic(tmp_path / "metrics.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_runs_on_two_drives_have_their_whole_names() -> None:
+    here = ["C:\\logs\\a\\1", "C:\\logs\\2"]
+    assert shorten(here, paths=ntpath) == ["a\\1", "2"]
+    assert shorten([*here, "D:\\3"], paths=ntpath) == [*here, "D:\\3"]
+    assert shorten(["/logs/a/1", "/logs/2"], paths=posixpath) == ["a/1", "2"]

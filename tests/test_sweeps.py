@@ -364,7 +364,7 @@ def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path:
     settings = ("seed=1,2,3", "hydra/launcher=basic")
     done = command("train", "-m", *settings, *short, *folders, cwd=tmp_path)
     names = ["0_x", "1_x", "2_x"] if "_x" in subdir else ["1/0/run", "2/1/run", "3/2/run"]
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     sweep = read_sweep(tmp_path / "sweep")
     assert [job.name for job in sweep.jobs] == names
     assert {job.status.state for job in sweep.jobs} == {"completed"}

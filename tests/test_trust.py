@@ -18,7 +18,9 @@ from mnist_lightning import trust
 from mnist_lightning.config import register
 from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.rundir.checkpoint import serialize
+from mnist_lightning.rundir.outside import check_links
 from mnist_lightning.rundir.resume import BASE, load_settings
+from mnist_lightning.sweeps.resume import rewrite_arguments
 from mnist_lightning.targets import KINDS, make, strange_modules
 
 SECRET = "a-secret-of-the-environment"
@@ -140,6 +142,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a lookup by a detour": {"data.data_dir": "${${data.name}:SECRET}", "data.name": "oc.env"},
     "a lookup of Hydra's": {"callbacks.x": {"_target_": CHECKPOINT, "dirpath": "${hydra:runtime.cwd}"}},
     "a lookup of a file": {"optimizer.lr": "${oc.decode:${oc.env:SECRET}}"},
+    "a huge net": {"model.hidden": [10**5, 10**5]},
+    "a net of many layers": {"model.hidden": [1] * 10**4},
+    "a metric that takes all memory": {
+        "metrics.x": {"_target_": "torchmetrics.classification.BinaryAUROC", "thresholds": 10**10}
+    },
+    "copies of a metric without end": {
+        "metrics.x": {
+            "_target_": "torchmetrics.wrappers.MultioutputWrapper",
+            "num_outputs": 10**9,
+            "base_metric": {"_target_": "torchmetrics.classification.BinaryAUROC"},
+        }
+    },
+    "many processes": {"data.num_workers": 10**5},
+    "many devices": {"trainer.devices": "100000"},
     "Hydra's own node": {"hydra": {"callbacks": {"x": MKDIR}}},
     "a list of defaults": {"defaults": [{"override /hydra/launcher": "basic"}]},
 }
@@ -270,7 +286,8 @@ def swept(once: Once, command: Run, tmp_path: Path) -> Path:
     """A working folder with a sweep of two jobs, one of which has not run."""
 
     def make(cwd: Path) -> None:
-        done = command("train", "-m", *TINY, "model.hidden=8", "seed=1,2", "hydra.sweep.dir=sweep", cwd=cwd)
+        typed = (*TINY, "model.hidden=8", "optimizer.weight_decay=${optimizer.lr}", "seed=1,2")
+        done = command("train", "-m", *typed, "hydra.sweep.dir=sweep", cwd=cwd)
         assert done.returncode == 0, done.stderr
         shutil.rmtree(cwd / "sweep" / "1")
 
@@ -292,6 +309,23 @@ def test_a_sweeps_saved_command_runs_nothing(override: str, swept: Path, command
     assert not (swept / "sweep" / "1").exists()
     assert not (swept / "canary").exists()
     assert not Path(ABROAD).exists()
+
+
+def test_nothing_in_a_strangers_folder_leads_out_of_it(swept: Path) -> None:
+    """Its settings may write to anything in it: a logger's name, a job's folder of another name."""
+    outside = swept / "outside"
+    outside.mkdir()
+    for folder, mode in ((swept / "sweep" / "0", []), (swept / "sweep", ["-m"])):
+        for name in ("link", "a/checkpoints", "0_x/csv"):
+            link = folder / name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(outside)
+            with pytest.raises(OSError, match=rf"{name} is a link out of its folder"):
+                rewrite_arguments([*mode, f"resume={folder}"])
+            link.unlink()
+            link.symlink_to(folder / "inside")
+            check_links(folder)
+            link.unlink()
 
 
 def test_an_honest_sweep_is_resumed(swept: Path, command: Run) -> None:

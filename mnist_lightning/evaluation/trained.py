@@ -18,7 +18,7 @@ from mnist_lightning.images.arrays import DataError
 from mnist_lightning.images.known import OF_A_PATH
 from mnist_lightning.rundir.checkpoint import find_fault, find_newest, load
 from mnist_lightning.rundir.outside import as_text, as_word
-from mnist_lightning.targets import PARTS, TargetError, strange_modules
+from mnist_lightning.targets import PARTS, TargetError, make, strange_modules
 from mnist_lightning.trust import check_recipe, read_trust
 
 OPERATIONS = 10_000  # most operations of torch to try a net; a recurrent one takes some for each row
@@ -65,28 +65,46 @@ def load_classifier(path: Path, *, trust: Any = None) -> tuple[DigitClassifier, 
     check_recipe({group: recipe[group] for group in PARTS}, path, read_trust(trust))
     recipe["class_names"] = [as_text(name) for name in recipe["class_names"]]
     ours = not strange_modules({group: recipe[group] for group in PARTS})
-    most = OPERATIONS + OPERATIONS_OF_A_WEIGHT * len(checkpoint["state_dict"])
-    bounds = Bounded(most)
+    bounds = Bounded(checkpoint)
     try:
         with bounds if ours else nullcontext():
             classifier = rebuild(recipe, checkpoint["state_dict"]).eval()
         with (
-            Bounded(most) if ours else nullcontext()
-        ):  # a second one, because the first one keeps the net's size
+            Bounded(checkpoint) if ours else nullcontext()
+        ):  # another: the first one tells what the net takes
             confidence.apply(classifier, checkpoint)
     except TargetError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:  # a class with unexpected arguments may raise anything
         cause = as_text(" ".join(f"{error}".split()) or type(error).__name__)
         raise OSError(f"{path} holds no net that can be rebuilt: {cause[:400]}") from error
-    batch = eval_batch_size(classifier.image_shape)
-    wanted = bounds.largest // 2 * batch  # it was tried on two images
-    if wanted > threads.free_memory():
-        raise OSError(
-            f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {batch} images, more than the free"
-            " memory"
-        )
+    bounds.check_batch(eval_batch_size(classifier.image_shape), path)
     return classifier, checkpoint
+
+
+def check_net(model: Mapping[str, Any], path: Path, checkpoint: Mapping[str, Any], **sizes: Any) -> None:
+    """Whether the net that a run's settings describe is the one whose weights its checkpoint holds; before
+    memory is taken for it.
+
+    Args:
+        model: the settings, which may be a stranger's.
+        path: of the checkpoint.
+        sizes: see ``targets.make``.
+
+    Raises:
+        OSError: it is not.
+        TargetError: it can't be built.
+    """
+    if strange_modules({"model": model}):
+        return
+    with Bounded(checkpoint), torch.device("meta"):
+        net = make(model, "model", **sizes)
+    described = {f"net.{name}": one.shape for name, one in net.state_dict().items()}
+    held = {name: one.shape for name, one in checkpoint["state_dict"].items() if name.startswith("net.")}
+    if described != held:
+        raise OSError(
+            f"{path} can't be gone on with: it holds the weights of another net than its settings describe"
+        )
 
 
 DispatchMode, tree_leaves, tree_map_only = workarounds.operation_tools()
@@ -101,6 +119,9 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
     Args:
         most: largest number of operations.
 
+    Args:
+        checkpoint: that holds the net's weights.
+
     Attributes:
         left: number of operations that are left.
         largest: bytes of the largest tensor so far.
@@ -109,10 +130,26 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         MemoryError: the block exceeds a limit.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
         super().__init__()
-        self.left = most
+        self.left = OPERATIONS + OPERATIONS_OF_A_WEIGHT * len(checkpoint["state_dict"])
         self.largest = 0
+
+    def check_batch(self, size: int, path: Path) -> None:
+        """Whether there is memory for a batch, once the net was tried on two images.
+
+        Args:
+            path: the net's file.
+
+        Raises:
+            OSError: there is not.
+        """
+        wanted = self.largest // 2 * size
+        if wanted > threads.free_memory():
+            raise OSError(
+                f"{path} is refused: its net takes {wanted / 1e9:.1f} GB for {size} images, more than the"
+                " memory that is free"
+            )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -137,6 +174,8 @@ class Bounded(DispatchMode):  # type: ignore[misc, valid-type]
         Raises:
             MemoryError: a result is larger.
         """
+        if getattr(func, "is_view", False):  # of what is there: a weight, transposed
+            return
         where = {"device": "meta"} if "device" in kwargs else {}
         try:
             empty = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs | where))
@@ -157,13 +196,32 @@ def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
     """
     shape, names = recipe["image_shape"], recipe["class_names"]
     if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
-        raise OSError(f"{path} is refused: its net has too many settings")
+        raise OSError(f"{path} is refused: its net has more settings than a person writes")
+    check_numbers(recipe["metrics"], path)
     numbers = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     if not numbers or len(shape) != 3 or math.prod(shape) > MOST_PIXELS:
         raise OSError(f"{path} is refused: its image_shape is no (C, H, W)")
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or not 2 <= len(names) <= MOST_CLASSES:
         raise OSError(f"{path} is refused: its class_names are no list of names")
+
+
+def check_numbers(metrics: Any, path: Path) -> None:
+    """
+    Args:
+        metrics: settings of metrics, which may be a stranger's.
+
+    Raises:
+        OSError: a known one is to have a number of parts, or of copies, that no machine can hold.
+    """
+    if not isinstance(metrics, Mapping) or strange_modules({"metrics": metrics}):
+        return
+    left: list[Any] = [metrics]
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and value > MOST_CLASSES:
+            raise OSError(f"{path} is refused: a metric of {value:,} parts is more than {MOST_CLASSES:,}")
+        left += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
 
 
 def load_data(

@@ -71,18 +71,19 @@ def prepare(config: DictConfig, kind: str) -> None:
         SystemExit: with code 0; the run to resume has already finished.
     """
     folder: Path | None = None
+    typed: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)  # ${hydra.job.num} is a job's
     try:
         resumed = False
         if kind == "run":
             settings = check(config, Train)
             resumed = settings.resume is not None
             if resumed:
-                check_resumption(settings, list(config.hydra.overrides.task))
+                check_resumption(settings, typed["task"])
             elif settings.reproduce is not None:
-                check_place(settings, Path(settings.reproduce), list(config.hydra.overrides.task))
+                check_place(settings, Path(settings.reproduce), typed["task"])
         key = f"hydra.{kind}.dir"
         folder = Path(OmegaConf.select(config, key))
-        named = any(str(override).startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+        named = any(str(override).startswith(f"{key}=") for override in typed["hydra"])
         if named:
             folder.mkdir(parents=True, exist_ok=True)
             (check_run if kind == "run" else check_sweep)(folder)

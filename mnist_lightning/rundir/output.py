@@ -1,17 +1,24 @@
 """Write the results of commands without overwriting a user's files."""
 
+import hashlib
+import itertools
+import logging
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
-LONGEST_NAME = 200  # bytes of a file's name, with room for a prefix and a suffix
-WRITTEN = ".written"  # lists the files that commands have written in its folder, one in each line
-MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of every page of ours
-LOGS = "logs"  # every file in this folder was written by this project
+log = logging.getLogger(__name__)
+
+LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
+LARGEST = 2**30  # bytes of a table that is written again and again
+WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
+MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of our pages
+LOGS = "logs"  # what lies there is this project's
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
@@ -34,7 +41,7 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
     if Path(os.path.realpath(LOGS)) in Path(os.path.realpath(folder)).parents:
         return folder
     mark = folder / WRITTEN
-    lines = read_file(mark).decode(errors="replace").splitlines() if os.path.lexists(mark) else []
+    lines = read_lines(mark)
     wanted = [f"{command} {name}" for name in names]
     strange = [
         name
@@ -48,6 +55,42 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
         )
     write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*lines, *wanted])).encode())
     return folder
+
+
+def read_lines(mark: Path) -> list[str]:
+    return read_file(mark).decode(errors="replace").splitlines() if os.path.lexists(mark) else []
+
+
+def replace_unchanged(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that are written again and again; one that somebody has changed since, or has put there, is
+    kept under another name.
+
+    Args:
+        contents: by name, of files in the folder.
+
+    Raises:
+        OSError: the folder can't be read or written.
+    """
+    mark = folder / WRITTEN
+    lines = read_lines(mark)
+    known = [line for line in lines if re.fullmatch(r"[0-9a-f]{64} \S+", line)]
+    now = [f"{hashlib.sha256(content).hexdigest()} {name}" for name, content in contents.items()]
+    same: list[str] = []
+    changed: list[str] = []
+    for path in (folder / name for name in contents):
+        if path.is_file() and not path.is_symlink():
+            line = f"{hashlib.sha256(read_file(path, most=LARGEST)).hexdigest()} {path.name}"
+            (same if line in (*known, *now) else changed).append(line)
+    others = [line for line in lines if line not in known]
+    kept = [line for line in known if line in same or line.partition(" ")[2] not in contents]
+    write_atomic(mark, "".join(f"{line}\n" for line in dict.fromkeys([*others, *kept, *now])).encode())
+    for path in (folder / line.partition(" ")[2] for line in changed):
+        names = (path.with_stem(f"{path.stem}-changed-{number}") for number in itertools.count(1))
+        free = next(name for name in names if not os.path.lexists(name))
+        path.rename(free)
+        log.warning("%s is not as this project has written it: it is kept as %s", path, free.name)
+    for name, content in contents.items():
+        write_atomic(folder / name, content)
 
 
 def check_file(target: Path, name: str) -> None:

@@ -140,6 +140,18 @@ def check_inside(folder: Path, names: Iterable[str]) -> None:
             raise OSError(f"{path} is neither a file nor a folder: remove it")
 
 
+def check_links(folder: Path) -> None:
+    """Whether nothing in a folder that may be a stranger's leads out of it: its settings may name anything in
+    it to write to.
+
+    Raises:
+        OSError: see ``check_inside``.
+    """
+    for place, folders, files in os.walk(folder):
+        names = [os.path.join(place, name) for name in (*folders, *files)]
+        check_inside(folder, [os.path.relpath(name, folder) for name in names if os.path.islink(name)])
+
+
 def check_run(folder: Path) -> None:
     """Check that a run in this folder writes nowhere else.
 

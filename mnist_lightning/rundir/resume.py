@@ -29,7 +29,7 @@ from mnist_lightning.cli import quote
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check
 from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir.find import find_run, is_job
-from mnist_lightning.rundir.outside import check_run, expand_home, read_json, read_yaml
+from mnist_lightning.rundir.outside import check_links, check_run, expand_home, read_json, read_yaml
 from mnist_lightning.rundir.status import is_main_process, read
 from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import TARGET, find_targets
@@ -84,6 +84,7 @@ def resume_run(name: str, arguments: list[str]) -> list[str]:
     """
     folder = find_run(name, jobs=False).absolute()
     check_run(folder)
+    check_links(folder)
     number = max([0, *(int(path.name.partition("-")[2]) for path in find_resumptions(folder))]) + 1
     typed = [argument for argument in arguments if not argument.startswith((KEY, trust.KEY))]
     trusted = trust.typed_trust(arguments)

@@ -41,6 +41,7 @@ from mnist_lightning.trust import check_targets, typed_trust
 log = logging.getLogger(__name__)
 
 Job = list[str]  # a job's overrides
+NAMED = "a name with ${hydra.job.num} in it gives each its own"
 
 
 class RememberingLoader(ConfigLoaderImpl):
@@ -169,7 +170,11 @@ class GridSweeper(BasicSweeper):
         return returns
 
     def job_dir(self, number: int, job: Job) -> Path:
-        """Return the folder that Hydra gives to a job."""
+        """The folder that Hydra gives a job.
+
+        Raises:
+            ConfigError: it lies outside of the sweep's.
+        """
         assert self.config is not None
         subdir = OmegaConf.to_container(self.config.hydra.sweep)["subdir"]  # type: ignore[call-overload, index]
         if subdir == "${hydra.job.num}":
@@ -177,26 +182,27 @@ class GridSweeper(BasicSweeper):
         config = ConfigLoaderImpl.load_sweep_config(self.loader, self.config, list(job))
         with open_dict(config):
             config.hydra.job.num, config.hydra.job.id = number, str(number)
-        return self.sweep_dir / str(config.hydra.sweep.subdir)
+        folder = self.sweep_dir / str(config.hydra.sweep.subdir)
+        if ".." in folder.parts or self.sweep_dir not in folder.parents:
+            raise ConfigError(
+                f"hydra.sweep.subdir gives job {number} no folder within the sweep's ({folder}); {NAMED}"
+            )
+        return folder
 
     def check_folders(self, jobs: Sequence[tuple[int, Job]]) -> None:
         """Check that each job gets a folder of its own.
 
         Raises:
-            ConfigError: two jobs would share a folder, or one would write outside the sweep's folder.
+            ConfigError: two jobs would write to the same folder.
         """
         folders: dict[Path, int] = {}
         for number, job in jobs:
             folder = self.job_dir(number, job)
             other = folders.setdefault(folder, number)
-            inside = ".." not in folder.parts and self.sweep_dir in folder.parents
-            if other != number or not inside:
-                what = (
-                    f"the same folder as job {other}" if other != number else "a folder outside the sweep's"
-                )
+            if other != number:
                 raise ConfigError(
-                    f"hydra.sweep.subdir gives job {number} {what} ({folder}): a name with"
-                    " ${hydra.job.num} in it gives each job its own"
+                    f"hydra.sweep.subdir gives job {number} the same folder as job {other} ({folder});"
+                    f" {NAMED}"
                 )
 
     def is_finished(self, number: int, job: Job) -> bool:
@@ -338,7 +344,8 @@ def check_same(sweep_dir: Path, config: DictConfig) -> None:
     before = told, {k: v for k, v in saved.items() if k not in others}
     settings = OmegaConf.to_container(without_hydra(config))
     assert isinstance(settings, dict)
-    now = list(config.hydra.overrides.task), {k: v for k, v in settings.items() if k not in others}
+    typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    now = typed, {k: v for k, v in settings.items() if k not in others}
     params = saved["hydra"]["sweeper"].get("params"), config.hydra.sweeper.get("params")
     changed = [f"hydra.sweeper.params: {params[0]} -> {params[1]}"] * (params[0] != params[1])
     changed += [f"{argument} was not given" for argument in now[0] if argument not in before[0]]

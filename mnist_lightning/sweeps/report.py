@@ -16,8 +16,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
+from mnist_lightning.rundir.output import replace_unchanged
 from mnist_lightning.rundir.outside import (
     OF_A_SWEEP,
     as_cell,
@@ -102,7 +102,8 @@ def tell(job: Job, sweep: Sweep) -> str:
 
 
 def write_tables(folder: Path) -> Sweep:
-    """Write ``results.csv`` and ``report.md`` from the current files of the jobs.
+    """Write ``results.csv`` and ``report.md`` anew, from what the jobs' folders hold now; what somebody has
+    changed in them since is kept beside them.
 
     Raises:
         OSError: the sweep's folder can't be read or written.
@@ -112,8 +113,8 @@ def write_tables(folder: Path) -> Sweep:
     check_inside(folder, OF_A_SWEEP)
     with FileLock(folder / ".report.lock"):  # jobs in other processes write the tables, too
         sweep = read_sweep(folder)
-        write_atomic(folder / "results.csv", format_csv(sweep).encode())
-        write_atomic(folder / "report.md", format_markdown(sweep).encode())
+        told = {"results.csv": format_csv(sweep), "report.md": format_markdown(sweep)}
+        replace_unchanged(folder, {name: text.encode() for name, text in told.items()})
     return sweep
 
 

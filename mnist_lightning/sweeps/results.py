@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -166,8 +167,7 @@ def collect(records: Sequence[Record]) -> Results:
             fold, only the first counts.
     """
     jobs, typed = [], {EXPERIMENT: None}
-    parent = os.path.commonpath([os.path.dirname(os.path.abspath(record["run"])) for record in records])
-    for record in records:
+    for record, name in zip(records, shorten([record["run"] for record in records]), strict=True):
         status = read(Path(record["run"]))
         if status is not None:
             params = {
@@ -175,7 +175,6 @@ def collect(records: Sequence[Record]) -> Results:
                 for key, value in record.items()
                 if not is_measured(key) and not (value is None and key in (FOLD, NUM_FOLDS))
             }
-            name = os.path.relpath(record["run"], parent)
             jobs.append(Job(Path(record["run"]), status, params, as_text(name), as_text(record["changed"])))
             typed |= dict.fromkeys(key.lstrip("~") for key in split_overrides(status.overrides))
     chosen = [record for record in records if record["state"] == "completed"]
@@ -201,6 +200,20 @@ def collect(records: Sequence[Record]) -> Results:
     assert metric is not None
     maximize = mode == "max"
     return Results(metric, maximize, jobs, varied, _group(jobs, varied, metric, maximize))
+
+
+def shorten(folders: Sequence[str], *, paths: ModuleType = os.path) -> list[str]:
+    """Names of folders: their paths from the innermost one around all of them, where there is one.
+
+    Args:
+        paths: how they are read; a module like ``os.path``.
+    """
+    whole = [paths.abspath(folder) for folder in folders]
+    try:
+        parent = paths.commonpath([paths.dirname(folder) for folder in whole])
+    except ValueError:  # Windows has no folder around two drives
+        return whole
+    return [paths.relpath(folder, parent) for folder in whole]
 
 
 def show_setting(value: Any) -> str:

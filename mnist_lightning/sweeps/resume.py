@@ -18,7 +18,7 @@ from mnist_lightning.config import ConfigError
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.sources import find_source
 from mnist_lightning.rundir import reproduce
-from mnist_lightning.rundir.outside import expand_home
+from mnist_lightning.rundir.outside import check_links, expand_home
 from mnist_lightning.rundir.resume import BASE, KEY, load_settings, resume_run
 from mnist_lightning.sweeps.results import find_sweep, own_overrides, read_multirun, split_overrides
 from mnist_lightning.targets import KINDS, TARGET
@@ -125,6 +125,7 @@ def resume_sweep(name: str, arguments: list[str]) -> list[str]:
         TrustError: the saved command has an argument that must be typed.
     """
     folder = find_sweep(name)
+    check_links(folder)
     multirun = read_multirun(folder)
     if TARGET not in (multirun.get("model") or {}):
         raise ConfigError(
