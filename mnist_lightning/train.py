@@ -218,7 +218,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
         newest, checkpoint = find_newest(run_dir / "checkpoints")
         check_resumable(newest, checkpoint)
         resumed_at = checkpoint["global_step"] + 1  # in the curves' unit, optimizer steps
-        log.info("going on from %s, step %d", newest, checkpoint["global_step"])
+        log.info("resuming from %s, step %d", newest, checkpoint["global_step"])
         check_net(settings.model, newest, checkpoint, **sizes_of(datamodule))
         check_numbers(settings.metrics, newest)
         parts = {key: getattr(settings, key) for key in PARTS}
@@ -358,10 +358,10 @@ def check_memory(model: dict[str, Any], sizes: dict[str, Any]) -> None:
 def make_classifier(
     settings: Train, datamodule: "MNISTDataModule", *, bounds: "Bounded | None" = None
 ) -> "DigitClassifier":
-    """Net, loss, metrics and optimizer around them, tried on two blank images.
+    """Make a classifier of net, loss, metrics and optimizer, and try it on two blank images.
 
     Args:
-        bounds: within which a stranger's loss and metrics are made, and all of it is tried.
+        bounds: of memory and time in which a stranger's parts are made and tried; None: no bounds.
 
     Raises:
         TargetError: a ``_target_`` can't be used, or takes other arguments.

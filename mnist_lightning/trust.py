@@ -37,9 +37,9 @@ PLACES = (
     "filename",
 )
 WRITERS = ("trainer", "callbacks", "logger")  # groups whose classes write files
-ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # settings that may be a place anywhere: read, never written
-PROCESSES = ("data.num_workers", "trainer.devices")  # settings that start others on this machine
-OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that reach nothing outside
+ELSEWHERE = r"\$\{(data(\.data_dir)?|resume)\}"  # paths that may be anywhere, because they are only read
+PROCESSES = ("data.num_workers", "trainer.devices")  # settings that start processes on this machine
+OURS = r"\$\{(run_dir:|single_run:|[A-Za-z_][\w.]*)\}"  # interpolations that stay within the settings
 
 
 class TrustError(CompactHydraException):
@@ -119,9 +119,7 @@ def check_settings(
     assert isinstance(resolved, dict)
     for key, text in find_texts(resolved):
         if key.split(".")[0] in KINDS and key not in typed and not stays_inside(key, text, folder):
-            raise TrustError(
-                f"{folder}: {key}={text} is saved there and lies outside that folder; {say(key)}"
-            )
+            raise TrustError(f"{folder}: its saved {key}={text} is a path outside that folder; {say(key)}")
     flat, processors = flatten(resolved), os.cpu_count() or 1
     for key in (key for key in PROCESSES if key not in typed):
         if re.fullmatch(r"\d+", f"{flat.get(key)}") and int(flat[key]) > processors:

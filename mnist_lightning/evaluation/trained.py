@@ -196,7 +196,7 @@ def check_sizes(recipe: Mapping[str, Any], path: Path) -> None:
     """
     shape, names = recipe["image_shape"], recipe["class_names"]
     if find_fault({part: recipe[part] for part in (*PARTS, "preprocess")}, MOST_VALUES):
-        raise OSError(f"{path} is refused: its net has more settings than a person writes")
+        raise OSError(f"{path} is refused: its net has too many settings")
     check_numbers(recipe["metrics"], path)
     numbers = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     if not numbers or len(shape) != 3 or math.prod(shape) > MOST_PIXELS:

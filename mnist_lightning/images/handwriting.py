@@ -204,7 +204,7 @@ def _measure(residual: Floats, is_paper: Mask) -> tuple[Floats, float, float]:
     noise = 1.4826 * float(np.median(np.abs(strength[is_paper]))) if is_paper.any() else 0.0
     if noise > 0.08 * level:
         strength = _blur(strength)
-        noise /= 2.5  # a little less than the 3 of independent noise
+        noise /= 2.5  # averaging 9 pixels divides independent noise by 3
     return strength, level, noise
 
 
@@ -262,8 +262,11 @@ def _fit_robustly(basis: Floats, values: Floats, where: Mask) -> Floats:
 
 
 def _otsu(values: Floats) -> float:
-    """The threshold that parts two classes best: Otsu 1979, "A Threshold Selection Method from
-    Gray-Level Histograms", IEEE Transactions on Systems, Man, and Cybernetics 9(1)."""
+    """Choose the threshold that separates two classes of values best.
+
+    Otsu 1979, "A Threshold Selection Method from Gray-Level Histograms", IEEE Transactions on Systems, Man,
+    and Cybernetics 9(1).
+    """
     low, high = float(values.min()), float(values.max())
     edges = np.linspace(low, high, 257)
     numbers = ((values - low) * (256 / max(high - low, 1e-9))).astype(np.int64)  # np.histogram, but fast

@@ -14,11 +14,11 @@ from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
 log = logging.getLogger(__name__)
 
-LONGEST_NAME = 200  # bytes of a file's name, with room for what is put before and behind it
-LARGEST = 2**30  # bytes of a table that is written again and again
-WRITTEN = ".written"  # in such a folder: a line for each file that a command has written there
-MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of our pages
-LOGS = "logs"  # what lies there is this project's
+LONGEST_NAME = 200  # bytes of a file's name, with room for a prefix and a suffix
+LARGEST = 2**30  # bytes of the largest file that is compared with what was written
+WRITTEN = ".written"  # lists the files that commands have written in its folder, one in each line
+MADE_HERE = b'<meta name="generator" content="mnist_lightning'  # in the head of every page of ours
+LOGS = "logs"  # every file in this folder was written by this project
 
 
 def claim_output(output: str, command: str, names: Collection[str]) -> Path:
