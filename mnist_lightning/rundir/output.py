@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mnist_lightning.cli import CommandError
-from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.atomic import replace, write_atomic
 from mnist_lightning.rundir.outside import as_text, expand_home, read_file
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def replace_unchanged(folder: Path, contents: Mapping[str, bytes]) -> None:
     for path in (folder / line.partition(" ")[2] for line in changed):
         names = (path.with_stem(f"{path.stem}-changed-{number}") for number in itertools.count(1))
         free = next(name for name in names if not os.path.lexists(name))
-        path.rename(free)
+        replace(path, free)
         log.warning("%s is not as this project has written it: it is kept as %s", path, free.name)
     for name, content in contents.items():
         write_atomic(folder / name, content)
