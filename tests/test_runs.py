@@ -258,7 +258,7 @@ def test_read_only_logs(logs: Path, start: Start) -> None:
 def test_delete(logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = logs / "train" / "runs"
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # not a terminal
-    with pytest.raises(CommandError, match="say yes=true"):
+    with pytest.raises(CommandError, match="confirm with yes=true"):
         delete([str(runs / "a")], logs, yes=False)
     (runs / "link").symlink_to(runs / "a")
     (runs / "b" / "notes.txt").write_text("mine")
