@@ -60,6 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
             compileall.compile_dir(REPOSITORY / package, quiet=2)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one more than the number of cores: tests often wait for a process, and a core would be idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
