@@ -263,8 +263,8 @@ def test_delete(logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     (runs / "link").symlink_to(runs / "a")
     (runs / "b" / "notes.txt").write_text("mine")
     for name, told in (
-        ("link", "is a link"),
-        ("b", "holds what no run writes \\(notes.txt\\)"),
+        ("link", "lies behind, a link"),
+        ("b", "holds files that no run writes \\(notes.txt\\)"),
         ("nowhere", "is no run"),
         ("..", "is no run"),
         ("../../..", "is no run"),
