@@ -103,7 +103,7 @@ def check_net(model: Mapping[str, Any], path: Path, checkpoint: Mapping[str, Any
     held = {name: one.shape for name, one in checkpoint["state_dict"].items() if name.startswith("net.")}
     if described != held:
         raise OSError(
-            f"{path} can't be gone on with: it holds the weights of another net than its settings describe"
+            f"{path} can't be resumed: it holds the weights of another net than its settings describe"
         )
 
 
