@@ -163,7 +163,7 @@ def look(
     Args:
         file: the picture's file.
         image_shape: (C, H, W) of the net's images.
-        layout: see ``read_several``.
+        layout: "one", "many", or "auto", which decides by the picture.
         as_mnist: see ``read_pixels``.
 
     Returns:
@@ -176,15 +176,19 @@ def look(
     """
     import numpy as np
 
-    from mnist_lightning.images.handwriting import read_pixels
+    from mnist_lightning.images.handwriting import read_image, read_pixels, separate_ink, to_mnist
     from mnist_lightning.images.normalize import normalize
-    from mnist_lightning.images.several import read_several
+    from mnist_lightning.images.several import find_digits, holds_several
 
-    several = read_several(file, layout) if as_mnist else None
-    if several is None:
-        picture, pixels = read_pixels(file, image_shape, as_mnist=as_mnist)
+    if not as_mnist:
+        picture, pixels = read_pixels(file, image_shape, as_mnist=False)
         return picture, pixels[None], []
-    picture, digits = several
+    picture = read_image(file)
+    if layout != "many":
+        separated = separate_ink(picture)
+        if layout == "one" or not holds_several(separated):
+            return picture, to_mnist(picture, separated)[None], []
+    digits = find_digits(picture)
     return picture, np.stack([normalize(digit.ink) for digit in digits]), digits
 
 

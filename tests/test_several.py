@@ -11,6 +11,7 @@ import pytest
 from conftest import Run
 from PIL import Image, ImageDraw
 
+from mnist_lightning.images.handwriting import separate_ink
 from mnist_lightning.images.normalize import NoDigit
 from mnist_lightning.images.several import MOST_PARTS, find_digits, holds_several
 from mnist_lightning.rundir.signals import time_limit
@@ -33,7 +34,7 @@ def draw_sheet(lines: list[str], *, step: int = 70, pen: int = 6, size: int = 60
 )
 def test_each_digit_is_found_in_reading_order(lines: list[str]) -> None:
     picture = draw_sheet(lines)
-    assert holds_several(picture)
+    assert holds_several(separate_ink(picture))
     found = find_digits(picture)
     assert [sum(digit.row == row for digit in found) for row in range(len(lines))] == [*map(len, lines)]
     for digit in found:
@@ -60,7 +61,7 @@ def test_touching_digits_are_parted() -> None:
 @pytest.mark.parametrize("digit", STROKES)
 @pytest.mark.parametrize("kind", ["ballpoint", "small in wide", "four sides", "desk", "axes", "dashed"])
 def test_one_digit_is_not_taken_for_several(kind: str, digit: str) -> None:
-    assert not holds_several(PICTURES[kind](digit))
+    assert not holds_several(separate_ink(PICTURES[kind](digit)))
 
 
 def test_specks_alone_are_no_digits() -> None:

@@ -4,6 +4,7 @@ A net that was trained on MNIST misreads images that were made in another way, h
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from mnist_lightning.images.pictures import open_picture, read_picture
 from mnist_lightning.images.ruling import find_ruling
 
 WORK_SIDE = 256  # longer side, in pixels, to which a picture is reduced before finding its ink
+FIT_SIDE = 128  # longer side, in pixels, of the grid on which the background is fitted
+FIT_PIXELS = 2_000  # number of pixels for a fit; more make the surface no better, only slower
 MIN_CONTRAST = 4.0  # least difference between ink and paper, in grey levels of 255
 MIN_PICTURE = 64  # least shorter side, in pixels, of a picture on a page; smaller ones are thick strokes
 
@@ -56,16 +59,37 @@ def read_pixels(
     return picture, read_picture(file, size=(height, width), grey=channels == 1)
 
 
-def to_mnist(picture: Image.Image) -> NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Separated:
+    """The ink of a picture, whether it is a digit or not, and none of its background.
+
+    Attributes:
+        ink: (H, W) in [0, 1].
+        scale: the factor by which the picture was scaled, at most 1.
+        contrast: difference between ink and paper, in grey levels.
+        ruled: whether printed lines were erased.
+    """
+
+    ink: Floats
+    scale: float
+    contrast: float
+    ruled: bool
+
+
+def to_mnist(picture: Image.Image, separated: Separated | None = None) -> NDArray[np.uint8]:
     """Make an image like MNIST's of a picture's digit.  RGB, any size -> (28, 28) uint8, ink is high
+
+    Args:
+        picture: see ``find_ink``.
+        separated: see ``find_ink``.
 
     Raises:
         NoDigit: nothing stands out from the background.
     """
-    return normalize(find_ink(picture))
+    return normalize(find_ink(picture, separated))
 
 
-def find_ink(picture: Image.Image) -> Floats:
+def find_ink(picture: Image.Image, separated: Separated | None = None) -> Floats:
     """Compute how much each pixel is ink of the picture's digit.
 
     Background of any colour, shade and noise is 0, and so is everything else on the paper.  If the digit is
@@ -73,6 +97,7 @@ def find_ink(picture: Image.Image) -> Floats:
 
     Args:
         picture: RGB, any size.
+        separated: the result of ``separate_ink`` for it, if known.
 
     Returns:
         (H, W) in [0, 1]; no side is longer than ``WORK_SIDE``.
@@ -80,38 +105,37 @@ def find_ink(picture: Image.Image) -> Floats:
     Raises:
         NoDigit: nothing stands out from the background.
     """
-    return _find(picture, looks=3)[0]
+    return _choose(picture, separated or separate_ink(picture), looks=3)[0]
 
 
-def separate_ink(picture: Image.Image, side: int) -> tuple[Floats, float]:
-    """Find all ink of a picture, whether it is a digit or not.
+def separate_ink(picture: Image.Image, side: int = WORK_SIDE, *, ruled: bool = False) -> Separated:
+    """Separate all ink of a picture from its background.
 
     Args:
         picture: RGB, any size.
         side: longest side of the result, in pixels.
-
-    Returns:
-        (H, W) in [0, 1], and the factor by which the picture was scaled, at most 1.
+        ruled: whether the picture is known to be a part of ruled paper.
 
     Raises:
         NoDigit: nothing stands out from the background.
     """
     small = _shrink(picture, side)
-    return _separate(np.asarray(small, dtype=float))[0], max(small.size) / max(picture.size)
+    ink, contrast, ruled = _separate(np.asarray(small, dtype=float), ruled=ruled)
+    return Separated(ink, max(small.size) / max(picture.size), contrast, ruled)
 
 
-def _find(picture: Image.Image, *, looks: int, ruled: bool = False) -> tuple[Floats, float]:
-    """The ink, and how far it stands out, in grey levels.
+def _choose(picture: Image.Image, separated: Separated, *, looks: int) -> tuple[Floats, float]:
+    """Choose the ink of the digit, and return it with its contrast in grey levels.
 
     Args:
-        looks: how often it may be looked at, with those at parts of it.
-        ruled: whether it is a part of ruled paper.
+        picture: RGB, any size.
+        separated: all of its ink.
+        looks: how often ink may be separated, including crops of the picture.
     """
-    small = _shrink(picture)
-    ink, contrast, ruled = _separate(np.asarray(small, dtype=float), ruled=ruled)
+    ink, contrast = separated.ink, separated.contrast
     ink = ink * choose_digit(ink)
     rows, columns = _box(ink)
-    scale_x, scale_y = picture.width / small.width, picture.height / small.height
+    scale_x, scale_y = picture.width / ink.shape[1], picture.height / ink.shape[0]
 
     def look(rows: slice, columns: slice, margin: float) -> tuple[Floats, float]:
         surroundings = (
@@ -120,7 +144,8 @@ def _find(picture: Image.Image, *, looks: int, ruled: bool = False) -> tuple[Flo
             min(picture.width, int((columns.stop + margin) * scale_x)),
             min(picture.height, int((rows.stop + margin) * scale_y)),
         )
-        return _find(picture.crop(surroundings), looks=looks - 1, ruled=ruled)
+        part = picture.crop(surroundings)
+        return _choose(part, separate_ink(part, ruled=separated.ruled), looks=looks - 1)
 
     solid = find_solid(ink[rows, columns]) if looks > 1 else None
     if solid is not None:
@@ -137,7 +162,7 @@ def _find(picture: Image.Image, *, looks: int, ruled: bool = False) -> tuple[Flo
                 if inner_contrast >= 0.4 * contrast:
                     return inside, inner_contrast
     largest = max(rows.stop - rows.start, columns.stop - columns.start)
-    if looks > 1 and small.size != picture.size and largest < WORK_SIDE / 2:
+    if looks > 1 and separated.scale < 1 and largest < WORK_SIDE / 2:
         return look(rows, columns, max(4, largest // 3))
     return ink, contrast
 
@@ -150,6 +175,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if "A" not in picture.mode and "a" not in picture.mode and "transparency" not in picture.info:
         return picture.convert("RGB")
     layered = picture.convert("RGBA")
+    if layered.getextrema()[3] == (255, 255):  # opaque everywhere
+        return layered.convert("RGB")
     pixels = np.asarray(layered)
     opacity = pixels[..., 3] / 255
     brightness = float((pixels[..., :3].mean(axis=2) * opacity).sum() / max(float(opacity.sum()), 1e-6))
@@ -158,7 +185,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layered.size, paper), layered).convert("RGB")
 
 
-def _shrink(picture: Image.Image, side: int = WORK_SIDE) -> Image.Image:
+def _shrink(picture: Image.Image, side: int) -> Image.Image:
+    """Reduce a picture so that its longer side has at most ``side`` pixels."""
     scale = side / max(picture.size)
     if scale >= 1:
         return picture
@@ -167,11 +195,14 @@ def _shrink(picture: Image.Image, side: int = WORK_SIDE) -> Image.Image:
 
 
 def _separate(pixels: Floats, *, ruled: bool = False) -> tuple[Floats, float, bool]:
-    """Ink of a picture, (H, W, 3) in [0, 255] -> (H, W) in [0, 1], its contrast in grey levels, and whether
-    the paper is ruled.
+    """Separate ink from the background and from printed lines.
 
     Args:
-        ruled: whether this is known.
+        pixels: (H, W, 3) in [0, 255].
+        ruled: whether the paper is known to have printed lines.
+
+    Returns:
+        The ink, (H, W) in [0, 1]; its contrast in grey levels; and whether the paper has printed lines.
     """
     residual, is_paper = _subtract_background(pixels)
     strength, level, noise = _measure(residual, is_paper)
@@ -187,11 +218,16 @@ def _separate(pixels: Floats, *, ruled: bool = False) -> tuple[Floats, float, bo
 
 
 def _measure(residual: Floats, is_paper: Mask) -> tuple[Floats, float, float]:
-    """How far pixels are from the paper along the ink's own colour, how far ink is, and the paper's noise.
+    """Measure how far each pixel is from the paper, in the direction of the ink's colour.
 
-    Signed, so that noise cancels where pixels are averaged, as is done here where there is much of it.
+    The distances are signed, so that noise cancels where pixels are averaged.  A noisy picture is blurred.
 
-    (H, W, 3), (H, W) -> (H, W), two numbers, all of them lengths of colours
+    Args:
+        residual: (H, W, 3), the picture without its background.
+        is_paper: (H, W), the pixels that are known to be paper.
+
+    Returns:
+        The distances, (H, W); the distance of ink; and the standard deviation of the paper's noise.
     """
     distance = _length(residual)
     is_ink = distance > _otsu(distance)
@@ -209,10 +245,11 @@ def _measure(residual: Floats, is_paper: Mask) -> tuple[Floats, float, float]:
 
 
 def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    """Subtract a smooth background from a picture.
+    """Subtract a smooth background from a picture, (H, W, 3) in [0, 255].
 
     If most of the border has nearly one colour, the background is its median colour.  Otherwise it is a
-    quadratic surface for each channel, fitted first to the border and then to all pixels without ink.
+    quadratic surface for each channel, fitted to some of the pixels: first a plane to the border, then the
+    surface to all pixels without ink.
 
     Returns:
         The signed residual, (H, W, 3), and which pixels are paper, (H, W).
@@ -226,20 +263,27 @@ def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     distance = _length(residual)
     if np.mean(distance[on_border] <= 2) > 0.6:
         return residual, distance <= 2
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    plane = np.stack([np.ones_like(x), x, y], axis=-1)
-    surface = np.stack([*np.moveaxis(plane, -1, 0), x * x, x * y, y * y], axis=-1)
-    residual = pixels - plane @ _fit_robustly(plane, pixels, on_border)
-    is_paper = on_border
-    for _ in range(4):
-        distance = _length(residual)
-        is_ink = distance > _otsu(distance)
-        near_ink = widen(is_ink, 2)
-        is_paper = ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
-        if is_paper.sum() < surface.shape[-1]:
-            break
-        residual = pixels - surface @ _fit_robustly(surface, pixels, is_paper)
-    return residual, is_paper
+    step = -(-max(height, width) // FIT_SIDE)
+    down, right = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    y, x = np.meshgrid(down[::step], right[::step], indexing="ij")
+    grid, is_paper = pixels[::step, ::step], on_border[::step, ::step]
+    powers = ((0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0))  # of y and x
+    basis = np.stack([y**i * x**j for i, j in powers], axis=-1)
+    fitted = np.zeros((3, 3, 3))  # by the powers of y and x, and the channel
+    for count in (3, 6, 6, 6, 6):  # a plane at first
+        if count > 3:
+            distance = _length(grid - basis @ coefficients)
+            is_ink = distance > _otsu(distance)
+            near_ink = widen(is_ink, -(-2 // step))
+            is_paper = ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
+            if is_paper.sum() < len(powers):
+                break
+        coefficients = np.zeros((len(powers), 3))
+        coefficients[:count] = _fit_robustly(basis[..., :count], grid, is_paper)
+    fitted[tuple(zip(*powers))] = coefficients
+    surface = np.polynomial.polynomial.polygrid2d(down, right, fitted)
+    whole = is_paper.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
+    return pixels - np.moveaxis(surface, 0, -1), whole
 
 
 def _length(residual: Floats) -> Floats:
@@ -250,7 +294,7 @@ def _length(residual: Floats) -> Floats:
 def _fit_robustly(basis: Floats, values: Floats, where: Mask) -> Floats:
     """Least absolute deviations by reweighting.  (H, W, K), (H, W, C), (H, W) -> (K, C)"""
     places = np.nonzero(where)
-    every = -(-len(places[0]) // 4_000)  # more points make the surface no better, only slower
+    every = -(-len(places[0]) // FIT_PIXELS)
     chosen = places[0][::every], places[1][::every]
     basis, values = basis[chosen], values[chosen]
     weights = np.ones(len(values))

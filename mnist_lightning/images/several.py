@@ -1,12 +1,11 @@
 """Find the digits of a picture that holds several, in reading order."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mnist_lightning.images.handwriting import read_image, separate_ink
+from mnist_lightning.images.handwriting import Separated, separate_ink
 from mnist_lightning.images.normalize import Floats, NoDigit
 from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
 
@@ -31,7 +30,7 @@ class Found:
     row: int
 
 
-def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
+def find_digits(picture: Image.Image) -> list[Found]:
     """Find the digits of a picture, line by line and from left to right.
 
     A part of ink is a digit if it is about as high as the others.  Strokes that are close above each other
@@ -39,13 +38,16 @@ def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
 
     Args:
         picture: RGB, any size.
-        side: longer side, in pixels, to which the picture is reduced first.
 
     Raises:
         NoDigit: nothing as large as a digit stands out from the background.
     """
-    ink, scale = separate_ink(picture, side)
-    parts = find_parts(ink, gap=max(1, side // 512))
+    return _find_digits(separate_ink(picture, LARGE_SIDE), gap=2)
+
+
+def _find_digits(separated: Separated, *, gap: int) -> list[Found]:
+    ink, scale = separated.ink, separated.scale
+    parts = find_parts(ink, gap=gap)
     kept = np.flatnonzero(~find_foreign(parts) & (parts.amounts > 3))
     if not len(kept):
         raise NoDigit("blank: nothing as large as a digit stands out from the background")
@@ -74,32 +76,16 @@ def find_digits(picture: Image.Image, *, side: int = LARGE_SIDE) -> list[Found]:
     return sorted(found, key=lambda digit: (digit.row, digit.box[0]))
 
 
-def read_several(file: Path, layout: str) -> tuple[Image.Image, list[Found]] | None:
-    """Read a picture and its digits; None if the picture is to be read as a single digit.
-
-    Args:
-        file: the picture's file.
-        layout: "one", "many", or "auto", which decides by the picture.
-
-    Raises:
-        OSError: the file can't be read.
-        NoDigit: nothing stands out from the background.
-    """
-    if layout == "one":
-        return None
-    picture = read_image(file)
-    if layout == "auto" and not holds_several(picture):
-        return None
-    return picture, find_digits(picture)
-
-
-def holds_several(picture: Image.Image) -> bool:
+def holds_several(separated: Separated) -> bool:
     """Whether a picture holds more than one digit: at least two parts of similar height and ink.
 
-    Raises:
-        NoDigit: nothing stands out from the background.
+    Args:
+        separated: the ink of the picture, reduced to ``WORK_SIDE``.
     """
-    digits = find_digits(picture, side=256)
+    try:
+        digits = _find_digits(separated, gap=1)
+    except NoDigit:  # nothing of a size between others' and the picture's
+        return False
     heights = np.array([digit.ink.shape[0] for digit in digits])
     amounts = np.array([digit.ink.sum() for digit in digits])
     if len(digits) < 2 or len(digits) > 400:
