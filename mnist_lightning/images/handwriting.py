@@ -18,6 +18,7 @@ from mnist_lightning.images.ruling import find_ruling
 
 WORK_SIDE = 256  # longer side, in pixels, to which a picture is reduced before finding its ink
 FIT_SIDE = 128  # longer side, in pixels, of the grid on which the background is fitted
+SETTLED = 0.002  # share of pixels that change between ink and paper, below which the fit is finished
 FIT_PIXELS = 2_000  # number of pixels for a fit; more make the surface no better, only slower
 MIN_CONTRAST = 4.0  # least difference between ink and paper, in grey levels of 255
 MIN_PICTURE = 64  # least shorter side, in pixels, of a picture on a page; smaller ones are thick strokes
@@ -120,7 +121,7 @@ def separate_ink(picture: Image.Image, side: int = WORK_SIDE, *, ruled: bool = F
         NoDigit: nothing stands out from the background.
     """
     small = _shrink(picture, side)
-    ink, contrast, ruled = _separate(np.asarray(small, dtype=float), ruled=ruled)
+    ink, contrast, ruled = _separate(np.asarray(small, dtype=np.float32), ruled=ruled)
     return Separated(ink, max(small.size) / max(picture.size), contrast, ruled)
 
 
@@ -175,7 +176,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if "A" not in picture.mode and "a" not in picture.mode and "transparency" not in picture.info:
         return picture.convert("RGB")
     layered = picture.convert("RGBA")
-    if layered.getextrema()[3] == (255, 255):  # opaque everywhere
+    if layered.getchannel("A").getextrema()[0] == 255:  # opaque everywhere
         return layered.convert("RGB")
     pixels = np.asarray(layered)
     opacity = pixels[..., 3] / 255
@@ -259,40 +260,42 @@ def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     on_border = np.ones((height, width), dtype=bool)
     on_border[ring:-ring, ring:-ring] = False
     flat = np.median(pixels[on_border], axis=0)
-    residual = pixels - flat
-    distance = _length(residual)
-    if np.mean(distance[on_border] <= 2) > 0.6:
-        return residual, distance <= 2
+    if np.mean(_length(pixels[on_border] - flat) <= 2) > 0.6:
+        residual = pixels - flat
+        return residual, _length(residual) <= 2
     step = -(-max(height, width) // FIT_SIDE)
-    down, right = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    down, right = (np.linspace(-1, 1, size, dtype=pixels.dtype) for size in (height, width))
     y, x = np.meshgrid(down[::step], right[::step], indexing="ij")
     grid, is_paper = pixels[::step, ::step], on_border[::step, ::step]
     powers = ((0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0))  # of y and x
     basis = np.stack([y**i * x**j for i, j in powers], axis=-1)
-    fitted = np.zeros((3, 3, 3))  # by the powers of y and x, and the channel
-    for count in (3, 6, 6, 6, 6):  # a plane at first
-        if count > 3:
-            distance = _length(grid - basis @ coefficients)
-            is_ink = distance > _otsu(distance)
-            near_ink = widen(is_ink, -(-2 // step))
-            is_paper = ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
-            if is_paper.sum() < len(powers):
-                break
-        coefficients = np.zeros((len(powers), 3))
-        coefficients[:count] = _fit_robustly(basis[..., :count], grid, is_paper)
-    fitted[tuple(zip(*powers))] = coefficients
-    surface = np.polynomial.polynomial.polygrid2d(down, right, fitted)
-    whole = is_paper.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
-    return pixels - np.moveaxis(surface, 0, -1), whole
+    count = 3  # a plane
+    for _ in range(5):
+        coefficients = _fit_robustly(basis[..., :count], grid, is_paper)
+        distance = _length(grid - basis[..., :count] @ coefficients)
+        is_ink = distance > _otsu(distance)
+        near_ink = widen(is_ink, -(-2 // step))
+        last, is_paper = is_paper, ~near_ink if np.mean(~near_ink) > 0.1 else ~is_ink
+        if is_paper.sum() < len(powers) or np.mean(is_paper != last) < SETTLED:
+            break
+        count = len(powers)
+    fitted = np.zeros((3, 3, 3), dtype=pixels.dtype)  # by the channel and the powers of y and x
+    for power, coefficient in zip(powers, coefficients, strict=False):
+        fitted[:, *power] = coefficient
+    by_y, by_x = (np.stack([place**0, place, place**2], axis=1) for place in (down, right))
+    residual = pixels.copy()
+    for channel in range(3):
+        residual[..., channel] -= by_y @ fitted[channel] @ by_x.T
+    return residual, is_paper.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
 
 
 def _length(residual: Floats) -> Floats:
-    """The root of the mean square over the channels.  (H, W, 3) -> (H, W)"""
-    return np.asarray(np.sqrt(np.einsum("hwc,hwc->hw", residual, residual) / residual.shape[2]))
+    """Compute the root of the mean square over the channels.  (..., 3) -> (...)"""
+    return np.asarray(np.sqrt(np.einsum("...c,...c->...", residual, residual) / residual.shape[-1]))
 
 
 def _fit_robustly(basis: Floats, values: Floats, where: Mask) -> Floats:
-    """Least absolute deviations by reweighting.  (H, W, K), (H, W, C), (H, W) -> (K, C)"""
+    """Fit least absolute deviations by reweighting.  (H, W, K), (H, W, C), (H, W) -> (K, C)"""
     places = np.nonzero(where)
     every = -(-len(places[0]) // FIT_PIXELS)
     chosen = places[0][::every], places[1][::every]

@@ -100,10 +100,14 @@ def find_runs(mask: Mask) -> tuple[Ints, Ints, Ints]:
 
 def widen(mask: Mask, reach: int) -> Mask:
     """Widen a mask by so many pixels along rows and columns.  (H, W) -> (H, W)"""
-    for _ in range(2):  # rows, then columns
-        if reach:
-            sums = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))).astype(np.int64), axis=1)
-            mask = sums[:, 2 * reach + 1 :] > sums[:, : -2 * reach - 1]
+    for _ in range(2):  # along columns, then rows
+        done = 0
+        while done < reach:
+            step = min(2 * done + 1, reach - done)  # longer steps would leave gaps
+            wide = mask.copy(order="K")
+            wide[step:] |= mask[:-step]
+            wide[:-step] |= mask[step:]
+            mask, done = wide, done + step
         mask = mask.T
     return mask
 

@@ -100,14 +100,11 @@ def _find_lines(strength: Floats, is_ink: Mask, *, ruled: bool) -> list[Line]:
     places = np.round(middles - slopes[:, None] * (rows - height / 2)).astype(np.int64) + aside
     keys = places + span * np.arange(len(slopes))[:, None]
     counts = np.bincount(keys.ravel(), minlength=len(slopes) * span).reshape(len(slopes), span)
-    # how much of each line lies within the picture
-    steps = np.arange(height) - height / 2
-    visible = np.zeros(counts.shape)
-    for number, slope in enumerate(slopes):
-        reach = np.round(slope * steps[::4]).astype(np.int64)
-        begun = np.bincount(np.clip(aside - reach, 0, span), minlength=span + 1)
-        ended = np.bincount(np.clip(aside + width - reach, 0, span), minlength=span + 1)
-        visible[number] = 4 * np.cumsum(begun - ended)[:-1]
+    # in how many rows each line lies within the picture, between the rows where it meets its sides
+    lean = np.where(np.abs(slopes) < 1e-6, 1e-6, slopes)[:, None]
+    sides = np.stack([aside - np.arange(span), aside + width - np.arange(span)])[:, None] / lean
+    first, last = np.clip(sides, -height / 2, height / 2)
+    visible = np.abs(last - first)
     wanted = np.where(visible >= SHORTEST * height, covered * visible, np.inf)[:, 1:-1]
     free = np.ones(len(rows), dtype=bool)
     found: list[Line] = []
