@@ -77,8 +77,9 @@ def test_a_run_keeps_it_in_its_best_checkpoint_and_old_files_are_at_1(
     images = load_split(path, checkpoint, "val", data_dir=None)
     outputs = compute_outputs(classifier, images.images)
     kept = checkpoint["confidence"]
-    for name, value in confidence.fit(outputs, images.labels).items():
-        assert value == pytest.approx(kept[name], rel=1e-3)
+    assert confidence.fit(outputs, images.labels)["temperature"] == pytest.approx(
+        kept["temperature"], rel=1e-3
+    )
     probabilities = classifier.to_probabilities(outputs)
     torch.testing.assert_close(probabilities, (outputs / classifier.temperature).softmax(dim=1))
     old = {name: value for name, value in load(path).items() if name != "confidence"}
@@ -108,8 +109,8 @@ def test_letters_are_told_and_digits_are_not(trained_run: Path) -> None:
     said = confidence.answer(classifier, images.images)
     right = said.probabilities.argmax(axis=1) == images.labels.numpy()
     assert said.distances is not None
-    assert (said.distances <= 1)[right].mean() == pytest.approx(confidence.KEPT, abs=0.001)
-    assert (np.array(said.told) == "sure")[right].mean() > 0.98
+    assert (np.array(said.told) == "sure")[right].mean() == pytest.approx(confidence.KEPT, abs=0.001)
+    assert (np.array(said.told) != "not sure")[right].mean() == pytest.approx(confidence.ANSWERED, abs=0.001)
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     letters = np.stack([to_mnist(picture) for picture in draw_letters(fonts / "DejaVuSans.ttf")])
     told = confidence.answer(classifier, torch.from_numpy(letters)).told
@@ -123,9 +124,12 @@ def test_a_net_without_training_images_of_a_class_still_tells() -> None:
     images = torch.randint(0, 256, (60, 28, 28), dtype=torch.uint8)
     labels = classifier.eval()(images).argmax(dim=1)
     few = labels != labels[0]
-    found = likeness.fit(classifier, Images(images[few], labels[few]), Images(images, labels), 1.0, 0.99)
-    assert found
+    shares = {"temperature": 1.0, "kept": 0.99, "answered": 0.999}
+    fitted = likeness.fit(classifier, Images(images[few], labels[few]), Images(images, labels), **shares)
+    assert fitted
+    found, least = fitted
+    assert 0 < least < 1
     assert found.directions.isfinite().all()
     assert likeness.unpack(found.pack(), classifier).limit == found.limit
     wrong = Images(images, (labels + 1) % 10)
-    assert likeness.fit(classifier, Images(images, labels), wrong, 1.0, 0.99) is None
+    assert likeness.fit(classifier, Images(images, labels), wrong, **shares) is None

@@ -322,9 +322,10 @@ def test_any_net_of_grey_images_runs(
     images = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
     drawn = Images(images, classifier.eval()(images).argmax(dim=1))
     others = torch.randint(0, 256, (40, 12, 9), dtype=torch.uint8)
-    found = likeness.fit(classifier, Images(others, torch.arange(40) % 3), drawn, 1.0, 0.9)
-    assert found
-    classifier.likeness = dataclasses.replace(found, limit=100 * found.limit)  # all are far within it
+    shares = {"temperature": 1.0, "kept": 0.9, "answered": 1.0}
+    fitted = likeness.fit(classifier, Images(others, torch.arange(40) % 3), drawn, **shares)
+    assert fitted
+    classifier.likeness = dataclasses.replace(fitted[0], limit=100 * fitted[0].limit)  # all are far within it
     page = show(write_page(tmp_path / "page.html", classifier, images))
     with torch.inference_mode():
         wanted = classifier.to_probabilities(classifier(images)).numpy()
@@ -383,9 +384,10 @@ def test_what_is_no_digit_is_told(
     classifier, images = small
     labels = classifier(images).argmax(dim=1)
     others = torch.randint(0, 256, (9, 9, 7), dtype=torch.uint8)
-    found = likeness.fit(classifier, Images(others, torch.arange(9) % 3), Images(images, labels), 1.0, 0.9)
-    assert found
-    classifier.likeness = dataclasses.replace(found, limit=1e-3 * found.limit)
+    shares = {"temperature": 1.0, "kept": 0.9, "answered": 1.0}
+    fitted = likeness.fit(classifier, Images(others, torch.arange(9) % 3), Images(images, labels), **shares)
+    assert fitted
+    classifier.likeness = dataclasses.replace(fitted[0], limit=1e-3 * fitted[0].limit)
     page = show(write_page(tmp_path / "page.html", classifier, images))
     page.locator("#samples button").nth(0).click()
     assert page.locator("#answer").text_content().startswith("No character: ")

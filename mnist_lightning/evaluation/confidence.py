@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-KEPT = 0.99  # share of the correctly read validation images that still count as answered
+KEPT = 0.99  # share of the correctly read validation images that get no mark
+ANSWERED = 0.999  # share of them that are not "not sure", if a likeness tells the others
 LIMITS = (0.05, 20.0)  # least and largest temperature
 
 
@@ -100,13 +101,15 @@ def fit(outputs: Tensor, labels: Tensor) -> dict[str, Any]:
 def fit_likeness(
     classifier: DigitClassifier, training: Images, validation: Images, temperature: float
 ) -> dict[str, Any]:
-    """Fit ``likeness``, which the checkpoint of a net for handwriting also keeps under "confidence".
+    """Fit ``likeness`` and with it ``sure``, for the checkpoint of a net for handwriting.
 
-    Its limit lets pass the share ``KEPT`` of the correctly read validation images.  The result is empty if
-    no validation image is read correctly.
+    The share ``KEPT`` of the correctly read validation images is neither "no digit" nor "not sure".  The
+    result is empty if no validation image is read correctly.
     """
-    found = likeness.fit(classifier, training, validation, temperature, KEPT)
-    return {} if found is None else {"likeness": found.pack()}
+    found = likeness.fit(
+        classifier, training, validation, temperature=temperature, kept=KEPT, answered=ANSWERED
+    )
+    return {} if found is None else {"likeness": found[0].pack(), "sure": found[1]}
 
 
 def apply(classifier: DigitClassifier, checkpoint: dict[str, Any]) -> None:

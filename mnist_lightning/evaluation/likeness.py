@@ -16,7 +16,7 @@ UNITS = 128  # most features from the last hidden layer; a larger layer is folde
 IMAGES = 1_000  # number of training images of each class to fit
 DIRECTIONS = 32  # number of directions in which images of a class may differ from their mean
 ROUNDS = 6  # iterations of the subspace method; more change no digit of the limit
-DOUBT = 1 / 3  # weight of the answer's probability in the distance
+DOUBT = 1 / 4  # weight of the answer's probability in the distance
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,29 @@ def unpack(kept: Mapping[str, Any], classifier: DigitClassifier) -> Likeness:
 
 
 def fit(
-    classifier: DigitClassifier, training: Images, validation: Images, temperature: float, kept: float
-) -> Likeness | None:
-    """Fit what images of each class look like; None if no validation image is read correctly.
+    classifier: DigitClassifier,
+    training: Images,
+    validation: Images,
+    *,
+    temperature: float,
+    kept: float,
+    answered: float,
+) -> tuple[Likeness, float] | None:
+    """Fit what images of each class look like, and the least probability that counts as an answer.
+
+    Both are fitted together: the share ``kept`` of the correctly read validation images has a probability that
+    is high enough and a distance within the limit.
 
     Args:
         classifier: the trained net.
         training: the first ``IMAGES`` images of each class are used.
         validation: the images that set the limit.
         temperature: temperature of the probabilities.
-        kept: share of the correctly read validation images within the limit.
+        kept: share of the correctly read validation images that pass both tests.
+        answered: share of them that have the least probability, at least ``kept``.
+
+    Returns:
+        The likeness and the least probability; None if no validation image is read correctly.
     """
     chosen = torch.cat([(training.labels == k).nonzero()[:IMAGES, 0] for k in range(classifier.num_classes)])
     images, labels = training.images[chosen], training.labels[chosen]
@@ -144,11 +157,14 @@ def fit(
     if not right.any():
         return None
     away = likeness.measure(likeness.describe(classifier, validation.images, hidden), probabilities)[right]
-    doubts = -probabilities[right].amax(dim=1).clamp(min=1e-12).log()
+    highest = probabilities[right].amax(dim=1)
+    doubts = -highest.clamp(min=1e-12).log()
     span, its = (float(values.quantile(kept) - values.median()) for values in (away, doubts))
     doubt = DOUBT * span / max(its, 1e-6)
-    limit = float((away + doubt * doubts).quantile(kept))
-    return Likeness((first, second), means, directions, doubt, max(limit, 1e-6), nothing)
+    least = float(highest.quantile(1 - answered))
+    sure = highest >= least
+    limit = float((away + doubt * doubts)[sure].quantile(kept / float(sure.double().mean())))
+    return Likeness((first, second), means, directions, doubt, max(limit, 1e-6), nothing), least
 
 
 def name_nothing(classifier: DigitClassifier) -> str:
