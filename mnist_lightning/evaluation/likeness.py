@@ -122,8 +122,8 @@ def fit(
 ) -> tuple[Likeness, float] | None:
     """Fit what images of each class look like, and the least probability that counts as an answer.
 
-    Both are fitted together: the share ``kept`` of the correctly read validation images has a probability that
-    is high enough and a distance within the limit.
+    Both are fitted together: the share ``kept`` of the correctly read validation images has a high enough
+    probability and a distance within the limit.
 
     Args:
         classifier: the trained net.

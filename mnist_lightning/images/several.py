@@ -60,8 +60,8 @@ def _find_digits(separated: Separated, *, gap: int) -> list[Found]:
         members = kept[groups == group]
         box = _enclose(parts.boxes[members])
         top, left, bottom, right = box
-        if max(bottom - top, right - left) < max(LEAST_HEIGHT * usual, MIN_SIDE):
-            continue
+        if bottom - top < LEAST_HEIGHT * usual or max(bottom - top, right - left) < MIN_SIDE:
+            continue  # dashes and pieces of printed lines are wide, but low
         mask = np.isin(parts.labels[top:bottom, left:right], members)
         digits += _split(box, mask, ink[top:bottom, left:right], usual)
     if not digits:
