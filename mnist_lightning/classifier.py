@@ -109,6 +109,7 @@ class DigitClassifier(L.LightningModule):
         self.net = net
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.loss = CrossEntropy() if loss is None else loss
+        self._penalty = getattr(self.loss, "penalty", None)
         self.class_names = [str(digit) for digit in range(10)] if class_names is None else list(class_names)
         self.num_classes = num_classes = len(self.class_names)
         if metrics is None:
@@ -267,9 +268,12 @@ class DigitClassifier(L.LightningModule):
 
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images, key, labels))
+        inputs = self.preprocess(images, key, labels)
+        outputs = self.net(inputs)
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
+        if self._penalty and self.training:
+            return loss + self._penalty(self.net, inputs, outputs)
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
