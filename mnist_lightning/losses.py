@@ -44,7 +44,7 @@ class VirtualAdversarial(CrossEntropy):
     The change is the one, of all that are as small, that moves the answer for an image most: the direction
     comes from one step of power iteration.  It needs no label, and it knows nothing of where a pixel lies.
     The measure is the Kullback-Leibler divergence between the answers without and with the change (Miyato et
-    al. 2016, arXiv 1507.00677, sections 3.1 and 3.2).  A training step takes about three times as long.
+    al. 2016, arXiv 1507.00677, sections 3.1 and 3.2).  A training step takes some three times as long.
 
     Args:
         epsilon: the Euclidean norm of the change of an image's normalised pixels, > 0.  The authors' 2.1 for
@@ -58,25 +58,26 @@ class VirtualAdversarial(CrossEntropy):
         self.epsilon = epsilon
         self.weight = weight
 
-    def penalty(self, net: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
+    def penalize_net(self, net: nn.Module, images: Tensor, outputs: Tensor) -> Tensor:
         """Compute what is added to the loss of a training batch.
 
         Args:
-            net: in training mode.  Batch norm uses each batch's statistics and does not keep those of changed
-                images.
+            net: in training mode.  Its noise and dropout rest here; its batch norm uses the batch's
+                statistics, and does not add those of changed images to its running ones.
             images: (B, …) float, the net's input.
-            logits: (B, num_classes) float, its outputs.
+            outputs: (B, num_classes) float.  They are not used, because they contain the net's noise.
 
         Returns:
             () float.
         """
-        log_answers = logits.detach().log_softmax(dim=1)
 
         def move(changes: Tensor) -> Tensor:
             moved = net(images + changes).log_softmax(dim=1)
-            return F.kl_div(moved, log_answers, reduction="batchmean", log_target=True)
+            return F.kl_div(moved, answers, reduction="batchmean", log_target=True)
 
-        with unchanged_statistics(net):
+        with without_noise(net):
+            with torch.no_grad():
+                answers = net(images).log_softmax(dim=1)
             trial = (TRIAL_NORM * to_unit(torch.randn_like(images))).requires_grad_()
             (direction,) = torch.autograd.grad(move(trial), trial)
             return self.weight * move(self.epsilon * to_unit(direction))
@@ -92,13 +93,20 @@ def to_unit(changes: Tensor) -> Tensor:
 
 
 @contextmanager
-def unchanged_statistics(net: nn.Module) -> Iterator[None]:
-    """Let batch norm use only a batch's own statistics within the block, and keep its running ones."""
-    norms = [part for part in net.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+def without_noise(net: nn.Module) -> Iterator[None]:
+    """Use a net in training within the block, without its noise and its dropout.
+
+    Batch norm uses the statistics of the batch, as in training, and leaves its running ones as they are.
+    """
+    training = [part for part in net.modules() if part.training]
+    norms = [part for part in training if isinstance(part, _BatchNorm) and part.track_running_stats]
+    net.eval()
     for norm in norms:
-        norm.track_running_stats = False
+        norm.training, norm.track_running_stats = True, False
     try:
         yield
     finally:
         for norm in norms:
             norm.track_running_stats = True
+        for part in training:
+            part.training = True

@@ -1,5 +1,7 @@
 """Tests of losses that add something in training."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,9 @@ from mnist_lightning.losses import VirtualAdversarial
 from mnist_lightning.network import FeedForward
 
 
-def make_net(norm: str = "none") -> FeedForward:
+def make_net(**settings: Any) -> FeedForward:
     torch.manual_seed(1)
-    return FeedForward(64, norm=norm)
+    return FeedForward(64, **settings)
 
 
 def measure_move(net: nn.Module, images: Tensor, changes: Tensor) -> float:
@@ -22,7 +24,7 @@ def measure_move(net: nn.Module, images: Tensor, changes: Tensor) -> float:
 
 def test_virtual_adversarial_change_moves_the_answers_more_than_random_ones() -> None:
     net, images = make_net(), torch.randn(20, 1, 28, 28)
-    found = VirtualAdversarial(epsilon=0.5).penalty(net, images, net(images)).item()
+    found = VirtualAdversarial(epsilon=0.5).penalize_net(net, images, net(images)).item()
     for _ in range(20):
         noise = torch.randn_like(images)
         noise *= 0.5 / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -36,7 +38,7 @@ def test_virtual_adversarial_change_is_the_worst_where_that_is_known() -> None:
     worst = (weight[0] - weight[1]) / (weight[0] - weight[1]).norm()
     worst = 0.3 * worst.view(1, 1, 28, 28)
     for image in images.split(1):
-        found = VirtualAdversarial(epsilon=0.3).penalty(net, image, net(image)).item()
+        found = VirtualAdversarial(epsilon=0.3).penalize_net(net, image, net(image)).item()
         either = [measure_move(net, image, change) for change in (worst, -worst)]
         assert min(abs(found - value) for value in either) < 1e-3 * found
 
@@ -46,20 +48,32 @@ def test_virtual_adversarial_weight_and_gradient() -> None:
     values = []
     for weight in (1.0, 2.5):
         torch.manual_seed(2)
-        values.append(VirtualAdversarial(weight=weight).penalty(net, images, net(images)))
+        values.append(VirtualAdversarial(weight=weight).penalize_net(net, images, net(images)))
     assert values[1].item() == pytest.approx(2.5 * values[0].item())
     values[0].backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
 
 
 def test_virtual_adversarial_leaves_the_running_statistics_alone() -> None:
-    net, images = make_net("batch"), torch.randn(8, 1, 28, 28)
+    net, images = make_net(norm="batch"), torch.randn(8, 1, 28, 28)
     logits = net(images)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    VirtualAdversarial().penalty(net, images, logits).backward()
+    VirtualAdversarial().penalize_net(net, images, logits).backward()
     assert all(buffer.equal(before[name]) for name, buffer in net.named_buffers())
     net(images)  # the next step counts again
     assert not all(buffer.equal(before[name]) for name, buffer in net.named_buffers())
+
+
+def test_virtual_adversarial_lets_noise_and_dropout_rest() -> None:
+    """The noise would be taken for the worst change: the same net without it must give the same penalty."""
+    images, values = torch.randn(8, 1, 28, 28), []
+    for settings in ({}, {"noise": 0.5, "input_noise": 1.0, "dropout": 0.5}):
+        net = make_net(norm="batch", **settings)
+        logits = net(images)
+        torch.manual_seed(3)  # the direction begins at random
+        values.append(VirtualAdversarial(epsilon=0.1).penalize_net(net, images, logits).item())
+        assert all(part.training for part in net.modules())
+    assert values[0] == pytest.approx(values[1])
 
 
 def test_virtual_adversarial_is_cross_entropy_itself() -> None:
