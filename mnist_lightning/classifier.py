@@ -110,7 +110,9 @@ class DigitClassifier(L.LightningModule):
         self.net = net
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.loss = CrossEntropy() if loss is None else loss
-        self._penalize_net = getattr(self.loss, "penalize_net", None)
+        self._penalize_net: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = getattr(
+            self.loss, "penalize_net", None
+        )
         self.class_names = [str(digit) for digit in range(10)] if class_names is None else list(class_names)
         self.num_classes = num_classes = len(self.class_names)
         if metrics is None:

@@ -88,7 +88,7 @@ class VirtualAdversarial(CrossEntropy):
 
 def to_unit(changes: Tensor) -> Tensor:
     """Scale the change of each image to the Euclidean norm 1.  (B, …) float -> the same"""
-    norms = changes.flatten(1).norm(dim=1).clamp_min(1e-12)
+    norms: Tensor = changes.flatten(1).norm(dim=1).clamp_min(1e-12)
     return changes / norms.view(-1, *[1] * (changes.ndim - 1))
 
 
