@@ -177,6 +177,17 @@ def ruled(
     return picture
 
 
+def coloured_lines(digit: str, *, line: tuple[int, int, int], apart: int, turn: float) -> Image.Image:
+    """Draw with a blue pen on paper with printed lines of a colour and a red margin."""
+    picture = Image.new("RGB", (400, 360), (250, 248, 240))
+    draw = ImageDraw.Draw(picture)
+    for place in range(-400, 800, apart):
+        draw.line((0, place + 9, 400, place + 9 + 400 * turn), fill=line, width=2)
+    draw.line((60, 0, 60 - 360 * turn, 360), fill=(210, 90, 90), width=2)
+    write(draw, digit, (150, 105, 260, 265), 8, (30, 40, 130))
+    return picture
+
+
 PICTURES: dict[str, Callable[[str], Image.Image]] = {
     "ballpoint": ballpoint,
     "mouse line": mouse_line,
@@ -197,6 +208,10 @@ PICTURES: dict[str, Callable[[str], Image.Image]] = {
     "squared": lambda digit: ruled(digit, line=150, apart=30, across=True),
     "squared, level": lambda digit: ruled(digit, line=60, apart=52, turn=0, across=True),
     "squared, as dark as the pen": lambda digit: ruled(digit, line=20, width=3, turn=-0.05, across=True),
+    "narrowly ruled": lambda digit: ruled(digit, apart=24, turn=0.06),
+    "widely ruled, steep": lambda digit: ruled(digit, line=90, apart=95, turn=-0.12),
+    "blue lines, a margin": lambda digit: coloured_lines(digit, line=(150, 185, 230), apart=38, turn=0.02),
+    "green lines, a margin": lambda digit: coloured_lines(digit, line=(120, 200, 140), apart=60, turn=-0.06),
     "squared, light on dark": lambda digit: ImageOps.invert(ruled(digit, line=90, across=True)),
 }
 
@@ -211,6 +226,21 @@ def test_the_digit_alone_is_found(kind: str, digit: str) -> None:
 @pytest.mark.parametrize("kind", ["ballpoint", "mouse line", "axes", "squared"])
 def test_other_forms_of_digits_are_found_alike(kind: str, digit: str) -> None:
     assert likeness(PICTURES[kind](digit), digit) > 0.75
+
+
+@pytest.mark.parametrize("pen", [4, 8])
+def test_a_stem_along_a_printed_line_stays(pen: int) -> None:
+    """A 1 on squared paper, whose stem lies on a line."""
+    picture = Image.new("RGB", (300, 300), "white")
+    draw = ImageDraw.Draw(picture)
+    for place in range(25, 300, 50):
+        draw.line((0, place, 300, place), fill=(120, 120, 140), width=2)
+        draw.line((place, 0, place, 300), fill=(120, 120, 140), width=2)
+    draw.line([(115, 115), (176, 70), (176, 230)], fill=(20, 22, 40), width=pen)
+    alone = Image.new("RGB", (300, 300), "white")
+    ImageDraw.Draw(alone).line([(115, 115), (176, 70), (176, 230)], fill=(20, 22, 40), width=pen)
+    seen, wanted = to_mnist(picture).astype(float), to_mnist(alone).astype(float)
+    assert np.corrcoef(seen.ravel(), wanted.ravel())[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("pen", [3, 8])

@@ -136,7 +136,7 @@ def _find_lines(strength: Floats, is_ink: Mask, *, ruled: bool) -> list[Line]:
         thickness = float(np.quantile(lengths[own], ALONE))
         levels = strength[rows[own], middles[own].astype(np.int64)]
         bare = lengths[own] <= thickness + max(1, 0.5 * thickness)
-        bare &= levels <= 1.4 * np.median(levels)
+        bare &= levels <= 1.4 * np.median(levels[bare])  # a stroke may hide most of the line
         line = rows[own][bare], starts[own][bare], ends[own][bare]
         found.append(Line(*line, middles=course, thickness=thickness))
     return found

@@ -12,6 +12,8 @@ from mnist_lightning.images.parts import Ints, Mask, find_foreign, find_parts
 LARGE_SIDE = 1024  # longer side, in pixels, to which a picture is reduced before finding several digits
 LEAST_HEIGHT = 0.35  # least height of a digit, as a share of the usual height in the picture
 MIN_SIDE = 8  # least longer side of a digit among several, in pixels
+WIDE_PAIR = 1.35  # width of two touching digits, at least, as a share of the height
+NARROW_PAIR = 1.1  # the same, if a single stroke joins them, and the picture is known to hold several digits
 MOST_PARTS = 500  # number of parts of ink to consider, the largest ones
 
 
@@ -42,10 +44,17 @@ def find_digits(picture: Image.Image) -> list[Found]:
     Raises:
         NoDigit: nothing as large as a digit stands out from the background.
     """
-    return _find_digits(separate_ink(picture, LARGE_SIDE), gap=2)
+    return _find_digits(separate_ink(picture, LARGE_SIDE), gap=2, pair=NARROW_PAIR)
 
 
-def _find_digits(separated: Separated, *, gap: int) -> list[Found]:
+def _find_digits(separated: Separated, *, gap: int, pair: float) -> list[Found]:
+    """Find the digits among the parts of ink, see ``find_digits``.
+
+    Args:
+        separated: the ink.
+        gap: see ``find_parts``.
+        pair: least width, as a share of the height, of two digits that a single stroke joins.
+    """
     ink, scale = separated.ink, separated.scale
     parts = find_parts(ink, gap=gap)
     kept = np.flatnonzero(~find_foreign(parts) & (parts.amounts > 3))
@@ -63,7 +72,7 @@ def _find_digits(separated: Separated, *, gap: int) -> list[Found]:
         if bottom - top < LEAST_HEIGHT * usual or max(bottom - top, right - left) < MIN_SIDE:
             continue  # dashes and pieces of printed lines are wide, but low
         mask = np.isin(parts.labels[top:bottom, left:right], members)
-        digits += _split(box, mask, ink[top:bottom, left:right], usual)
+        digits += _split(box, mask, ink[top:bottom, left:right], usual, pair)
     if not digits:
         raise NoDigit("blank: nothing as large as a digit stands out from the background")
     lines = _find_lines([box for box, _ in digits])
@@ -83,8 +92,8 @@ def holds_several(separated: Separated) -> bool:
         separated: the ink of the picture, reduced to ``WORK_SIDE``.
     """
     try:
-        digits = _find_digits(separated, gap=1)
-    except NoDigit:  # nothing of a size between others' and the picture's
+        digits = _find_digits(separated, gap=1, pair=WIDE_PAIR)
+    except NoDigit:  # nothing is as large as a digit among several; a single one may be small
         return False
     heights = np.array([digit.ink.shape[0] for digit in digits])
     amounts = np.array([digit.ink.sum() for digit in digits])
@@ -135,14 +144,17 @@ def _are_one(a: Ints, b: Ints, usual: float) -> bool:
     )
 
 
-def _split(box: Ints, mask: Mask, ink: Floats, usual: float) -> list[tuple[Ints, Mask]]:
+def _split(box: Ints, mask: Mask, ink: Floats, usual: float, pair: float) -> list[tuple[Ints, Mask]]:
     """Split touching digits at the columns with the least ink."""
     top, left, bottom, right = (int(edge) for edge in box)
     height, width = bottom - top, right - left
-    if width < 1.35 * max(height, 0.8 * usual):
+    profile = (ink * mask).sum(axis=0)
+    middle = slice(int(0.35 * width), int(0.65 * width) + 1)
+    crossings = np.diff(np.pad(mask[:, middle], ((1, 0), (0, 0))).astype(np.int8), axis=0) == 1
+    joined = bool((crossings.sum(axis=0) <= 1).any())  # two strokes or more cross the middle of most digits
+    if width < (pair if joined else WIDE_PAIR) * max(height, 0.8 * usual):
         return [(box, mask)]
     count = max(2, round(width / (0.65 * height)))
-    profile = (ink * mask).sum(axis=0)
     cuts = [0]
     for number in range(1, count):
         middle = number * width / count
