@@ -124,6 +124,20 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize(("width", "height"), [(0, 20), (20, 0)])
+def test_pictures_without_pixels_are_refused(width: int, height: int, tmp_path: Path) -> None:
+    path = tmp_path / "nothing.png"
+    path.write_bytes(png(width, height))
+    with pytest.raises(OSError, match="picture"):
+        read_image(path)
+    bitmap = struct.pack(
+        "<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0
+    )
+    path.write_bytes(bitmap)
+    with pytest.raises(OSError, match="picture"):
+        read_image(path)
+
+
 @pytest.mark.parametrize(("width", "height"), [(8_000, 8_000), (60_000, 60_000), (2**31 - 1, 1)])
 def test_bombs_are_refused_before_they_are_decoded(width: int, height: int, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
