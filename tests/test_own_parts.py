@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NO_PICTURES, REPOSITORY, Run, Start
+from conftest import NO_PICTURES, REPOSITORY, Run, Start, few
 from PIL import Image, ImageDraw
 from processes import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -210,7 +210,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", few(WRONG, 2))
 def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run) -> None:
     """The message comes before any data is read, and in a sweep before the first job, without importing torch."""
     arguments, line = WRONG[what]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DefaultRun, Once, Run
+from conftest import DefaultRun, Once, Run, few
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from test_own_parts import CONF, OWN, TINY, retyped
@@ -295,7 +295,7 @@ def swept(once: Once, command: Run, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.parametrize("override", OVERRIDES)
+@pytest.mark.parametrize("override", few(OVERRIDES, 3))
 def test_a_sweeps_saved_command_runs_nothing(override: str, swept: Path, command: Run) -> None:
     path = swept / "sweep" / "multirun.yaml"
     content = yaml.safe_load(path.read_text())
