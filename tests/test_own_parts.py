@@ -57,7 +57,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     settings = [*CONF, *chosen, *TINY, "checkpoint.every_n_steps=2"]
     settings += ["data.val_size=500", "+trainer.limit_test_batches=4"]
     if name == "resnet":
-        settings += ["+trainer.limit_val_batches=1", "data.val_size=8", "test=false"]
+        settings += ["+trainer.limit_val_batches=1", "data.val_size=8", "test=false", "data.train_size=200"]
         settings = [one.replace("train_batches=12", "train_batches=4") for one in settings]
     done = command("train", *settings, "hydra.run.dir=twin", cwd=work)
     assert done.returncode == 0, done.stderr

@@ -181,7 +181,7 @@ def strange(default_run: DefaultRun, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize("what", few(SETTINGS, 2))
 def test_saved_settings_run_nothing_write_nowhere_and_learn_nothing(
     what: str, strange: Path, command: Run
 ) -> None:
