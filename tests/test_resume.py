@@ -163,7 +163,7 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
     [
         pytest.param((), id="plain"),
         pytest.param(
-            ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch"),
+            ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch", "loss=virtual_adversarial"),
             id="deformed",
             marks=pytest.mark.slow,
         ),
