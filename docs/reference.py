@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, SCHEMAS, ConfigError, check, register
 from mnist_lightning.settings_help import find_base, flatten, read_comments, show
+from mnist_lightning.workarounds import read_yaml_by_libyaml
 
 CONF = Path(CONF_DIR)
 REFERENCE = Path(__file__).with_name("reference.md")
@@ -46,6 +47,7 @@ def main() -> None:
 
 
 def generate() -> str:
+    read_yaml_by_libyaml()  # composing settings for each choice takes most of the time
     commands = sorted(
         path.stem for path in CONF.glob("*.yaml") if "_schema" in path.read_text(encoding="utf-8")
     )
@@ -132,6 +134,7 @@ def table_of_presets(choices: list[Path]) -> list[str]:
     return table(["choice", "what it is", "what it sets"], rows)
 
 
+@functools.cache  # each key asks for it
 def schema_of(command: str) -> Any:
     register()
     node = ConfigStore.instance().load(f"{command}_schema.yaml").node

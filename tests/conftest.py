@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # the workers of pytest-xdist share the cores
 os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**30)  # glibc keeps and reuses memory; otherwise a
 os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**30)  # short training spends a fifth of its time on it
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # and asks for it in larger pieces
 
 import compileall
 import gc
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         for package in ("mnist_lightning", "hydra_plugins", "benchmarks", "tests"):
             compileall.compile_dir(REPOSITORY / package, quiet=2)
+
+
+def few(cases: Iterable[Any], every: int) -> list[Any]:
+    """Mark all cases slow but each ``every``-th one: others that test the same with another value."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*value, marks=pytest.mark.slow if number % every else [])
+        for number, value in enumerate(values)
+    ]
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -195,6 +195,8 @@ HEAVY = (
     *("matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_agg", "PIL.Image"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
     *("tensorboard.plugins.hparams.metadata", "torch.utils.serialization.config"),
+    *("torch.onnx._internal.exporter._core", "torch._functorch.partitioners"),  # the rest is for an export
+    *("onnxscript.function_libs.torch_lib.ops", "torch._export.passes", "sympy.tensor.tensor", "onnxruntime"),
     *(*LIGHT, "tqdm", "sqlalchemy", "submitit"),
 )
 

@@ -47,6 +47,7 @@ def read(path: Path) -> dict[str, float]:
     return content
 
 
+@pytest.mark.slow
 def test_several_runs_are_averaged(workplace: Path, command: Run, data_dir: Path) -> None:
     done = command("evaluate", "runs=[a,b]", "output=pair", cwd=workplace)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run, settle
+from conftest import Run, few, settle
 from processes import LIGHT, Fresh, Preloaded
 
 from mnist_lightning import config, network
@@ -106,7 +106,9 @@ def test_hydra_imports_no_torch(tmp_path: Path, environment: dict[str, str]) -> 
     assert Fresh("-c", code, cwd=tmp_path, env=environment).wait() == 0
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(
+    ("arguments", "message"), few(MISTAKES.items(), 4), ids=lambda value: " ".join(value)
+)
 def test_mistake_is_told_before_torch_is_imported(
     arguments: tuple[str, ...],
     message: str,
@@ -218,13 +220,13 @@ finally:
     ("arguments", "returncode", "usually", "once"),
     [
         (("a=2", "group=one"), 0, 2, 1),
-        (("a=2", "hydra.mode=RUN"), 0, 2, 1),
+        pytest.param(("a=2", "hydra.mode=RUN"), 0, 2, 1, marks=pytest.mark.slow),
         (("-m", "a=2,3"), 0, 6, 5),
         (("a=2,3", "hydra.mode=MULTIRUN"), 0, 6, 7),
-        (("a=2,3", "group=sweep"), 0, 6, 7),  # the mode is in the file
-        (("group=sweep",), 0, 4, 4),
+        pytest.param(("a=2,3", "group=sweep"), 0, 6, 7, marks=pytest.mark.slow),  # the mode is in the file
+        pytest.param(("group=sweep",), 0, 4, 4, marks=pytest.mark.slow),
         (("a=2,3",), 1, 2, 2),
-        (("b=2",), 1, 2, 2),
+        pytest.param(("b=2",), 1, 2, 2, marks=pytest.mark.slow),
         (("group=none",), 1, 2, 2),
     ],
 )

@@ -160,6 +160,7 @@ def test_a_short_training_reads_deformed_digits(fit: Fit, tmp_path: Path) -> Non
     assert plain["last/train/acc"] > metrics["last/train/acc"] + 0.03, "validation is on whole digits"  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_net_of_upright_digits_reads_leaning_ones(fit: Fit, tmp_path: Path) -> None:
     """Images are set upright in front of the net, without any further argument."""
     arguments = ("data.deskew=true", "trainer.max_epochs=1", "logger=none")

@@ -48,7 +48,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "norm", "deskew"),
     [
-        ("gelu", "batch", False),
+        pytest.param("gelu", "batch", False, marks=SLOW),
         ("leaky_relu", "layer", True),
         pytest.param("elu", "batch", False, marks=SLOW),
         pytest.param("tanh", "layer", True, marks=SLOW),

@@ -179,7 +179,11 @@ def overlaps(texts: list[Text]) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("count", "shape"), [(2, (20, 40)), (26, (16, 16, 3)), (100, (12, 12))], ids=str)
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [(2, (20, 40)), (26, (16, 16, 3)), pytest.param(100, (12, 12), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_any_number_of_classes_of_any_shape_stays_legible(count: int, shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(1)
     names = CLASSES[count]

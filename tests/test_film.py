@@ -137,7 +137,7 @@ def test_a_damaged_film_costs_a_line(kind: str, tmp_path: Path) -> None:
         read_film(tmp_path)
 
 
-def test_watch_writes_the_page_and_ends_it(fit: Fit, tmp_path: Path, command: Run) -> None:
+def test_watch_writes_the_page_and_ends_it(fit: Fit, tmp_path: Path) -> None:
     fit(*FILMED, "watch=true", "trainer.max_epochs=1")
     text = (tmp_path / "run" / "page.html").read_text()
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
@@ -146,10 +146,15 @@ def test_watch_writes_the_page_and_ends_it(fit: Fit, tmp_path: Path, command: Ru
     assert data["film"]["steps"][-1] == 40
     assert len(data["samples"]["labels"]) == 100
 
+
+@pytest.mark.slow
+def test_a_film_is_drawn_and_exported(fit: Fit, tmp_path: Path, command: Run) -> None:
+    fit(*FILMED, "trainer.max_epochs=1")
+    film = read_film(tmp_path / "run")
     done = command("visualize", "film=run", "output=pictures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "pictures" / "film.gif") as picture:
-        assert picture.n_frames == len(data["film"]["steps"])  # type: ignore[attr-defined]
+        assert picture.n_frames == len(film.steps)  # type: ignore[attr-defined]
         first = np.asarray(picture.convert("L"))
         picture.seek(picture.n_frames - 1)  # type: ignore[attr-defined]
         assert first.std() > 10

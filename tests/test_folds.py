@@ -275,8 +275,12 @@ def test_a_search_takes_the_mean_over_folds(tmp_path: Path, command: Run) -> Non
 
     from mnist_lightning.sweeps.study import open_storage
 
-    arguments = ("-m", "search=mlp", "folds=2", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=s", *SHORT)
-    done = command("train", *arguments, "data.batch_size=128", cwd=tmp_path)
+    generator = np.random.default_rng(1)
+    images, labels = generator.integers(0, 256, (200, 8, 8), dtype=np.uint8), np.arange(200) % 4
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    arguments = ("-m", "search=mlp", "folds=2", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=s")
+    arguments += ("data=npz", "data.path=set.npz", "data.batch_size=20", *SHORT[:3], "model.hidden=16")
+    done = command("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sweep = read_sweep(tmp_path / "s")
     assert [job.name for job in sweep.jobs] == ["0", "1", "2", "3"]

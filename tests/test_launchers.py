@@ -211,7 +211,7 @@ def test_a_job_that_hangs_is_given_up(command: Run, tmp_path: Path) -> None:
         ("timeout_s=.inf", "hydra.launcher.timeout_s must be a finite number > 0, got .inf"),
     ],
 )
-@pytest.mark.parametrize("launcher", ["auto", "processes"])
+@pytest.mark.parametrize("launcher", ["auto", pytest.param("processes", marks=pytest.mark.slow)])
 def test_wrong_numbers_are_told_in_a_line(
     argument: str, line: str, launcher: str, command: Run, tmp_path: Path
 ) -> None:
@@ -221,6 +221,9 @@ def test_wrong_numbers_are_told_in_a_line(
     assert done.stderr.splitlines()[0] == line
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("logs/train/multiruns/*"))
+
+
+ONE_WORKER = ("hydra.launcher.n_jobs=1", "hydra.launcher.timeout_s=600")  # each worker imports torch
 
 
 def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) -> tuple[int, str]:
@@ -261,7 +264,7 @@ def sweep_on_a_terminal(cwd: Path, environment: dict[str, str], *settings: str) 
 @pytest.fixture
 def grid_on_a_terminal(once: Once, environment: dict[str, str]) -> tuple[int, str]:
     def make(cwd: Path) -> None:
-        told = sweep_on_a_terminal(cwd, environment, "seed=1,2", "hydra.launcher.n_jobs=2")
+        told = sweep_on_a_terminal(cwd, environment, "seed=1,2", *ONE_WORKER)
         (cwd / "told.json").write_text(json.dumps(told))
 
     code, shown = json.loads((once("terminal", make) / "told.json").read_text())
@@ -279,7 +282,7 @@ def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int
 @pytest.mark.posix("pseudo-terminals")
 @pytest.mark.slow
 def test_the_parent_of_a_search_never_imports_torch(environment: dict[str, str], tmp_path: Path) -> None:
-    settings = ("search=mlp", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2", "hydra.launcher.n_jobs=2")
+    settings = ("search=mlp", "hydra.sweeper.n_trials=2", *ONE_WORKER)
     code, shown = sweep_on_a_terminal(tmp_path, environment, *settings)
     assert code == 0, shown
     assert shown.splitlines()[-1] == "imported []"

@@ -121,10 +121,17 @@ MOMENTS = {
         *("+callbacks.g.scheduling={1:3}", "checkpoint.every_n_steps=2"),
     ),
 }
+QUICK = ("validated within epochs", "accumulation that changes")
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.reliability)])
-@pytest.mark.parametrize("settings", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, settings in MOMENTS.items()
+    ],
+)
 def test_resumed_from_any_checkpoint_it_ends_the_same(
     settings: tuple[str, ...], every: int, fit: Fit, tmp_path: Path
 ) -> None:

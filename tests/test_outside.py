@@ -841,7 +841,9 @@ def test_a_resumption_writes_through_no_link(trained_run: Path, tmp_path: Path, 
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1251", "cp932"))]
+)
 def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_command: Run) -> None:
     done = fresh_command("report", f"run={folder}", cwd=folder.parent, PYTHONIOENCODING=encoding)
     assert done.returncode == 0, done.stderr

@@ -146,7 +146,7 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "CIFAR-10": (unpack_cifar, ("data=cifar10", "data.val_size=30", "data/augment=affine")),
 }  # fmt: skip
 QUICK = ("a folder of pictures",)
-GATE = ("a function", "26 classes in colour", "CIFAR-10")
+GATE = ("a function", "CIFAR-10")
 
 
 def write_pictures(folder: Path, content: Arrays, *, parts: bool = True) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NO_PICTURES, REPOSITORY, Run, Start
+from conftest import NO_PICTURES, REPOSITORY, Run, Start, few
 from PIL import Image, ImageDraw
 from processes import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,7 +57,7 @@ def test_from_training_to_report(name: str, work: Path, python: Run, command: Ru
     settings = [*CONF, *chosen, *TINY, "checkpoint.every_n_steps=2"]
     settings += ["data.val_size=500", "+trainer.limit_test_batches=4"]
     if name == "resnet":
-        settings += ["+trainer.limit_val_batches=1", "data.val_size=8", "test=false"]
+        settings += ["+trainer.limit_val_batches=1", "data.val_size=8", "test=false", "data.train_size=200"]
         settings = [one.replace("train_batches=12", "train_batches=4") for one in settings]
     done = command("train", *settings, "hydra.run.dir=twin", cwd=work)
     assert done.returncode == 0, done.stderr
@@ -214,7 +214,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", few(WRONG, 2))
 def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run) -> None:
     """The message comes before any data is read, and in a sweep before the first job, without importing torch."""
     arguments, line = WRONG[what]

@@ -17,6 +17,14 @@ from mnist_lightning.images.normalize import NoDigit
 from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES
 
 NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py uses more, with a goal of 97 % for most kinds
+QUICK = (
+    "plain",
+    "tiny",
+    "rotated",
+    "inverted",
+    "transparent",
+    "squared",
+)  # tests of the others are marked slow
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,9 @@ def test_digits(trained_run: Path, data_dir: Path) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(NUM_DIGITS, marks=pytest.mark.reliability)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_pictures_of_digits_are_read_as_the_digits_are(
     kind: str, count: int, trained_run: Path, test_digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:

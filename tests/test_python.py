@@ -211,6 +211,7 @@ def test_normalised_images_are_told(data_dir: Path) -> None:
         DigitClassifier(FeedForward([8]))(images)
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path, python: Run) -> None:
     """The code of docs/python.md runs as for a user, with Lightning's own defaults."""
     page = (REPOSITORY / "docs" / "python.md").read_text()

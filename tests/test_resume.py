@@ -160,8 +160,14 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
 @pytest.mark.parametrize("apart", [90, pytest.param(7, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize(
     "deformed",
-    [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch", "loss=virtual_adversarial")],
-    ids=["plain", "deformed"],
+    [
+        pytest.param((), id="plain"),
+        pytest.param(
+            ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch", "loss=virtual_adversarial"),
+            id="deformed",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_ended_within_any_phase_resumes_exactly(
     deformed: tuple[str, ...], apart: int, tmp_path: Path, data_dir: Path

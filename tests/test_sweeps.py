@@ -58,7 +58,7 @@ ERRORS = {
 
 
 @pytest.mark.posix("SIGKILL and /dev/full")
-@pytest.mark.parametrize("launcher", ["basic", "processes"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "processes"])
 def test_a_failure_is_its_jobs_own(command: Run, tmp_path: Path, launcher: str) -> None:
     kinds = ["raise", "exit", "diverge", "disk", "memory", "none"]
     if launcher == "processes":
@@ -248,6 +248,7 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
 
+@pytest.mark.slow
 def test_seeds_alone_need_no_validation_images(command: Run, tmp_path: Path) -> None:
     """experiment=record_ensemble is a sweep, and its nets are evaluated together by the command in its report."""
     small = ("model.hidden=[16]", "trainer.max_epochs=1", "+trainer.limit_train_batches=8")
@@ -361,18 +362,18 @@ def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path:
     """Finished jobs are found there, reported and not trained again; a missing job is trained."""
     short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
     folders = (f"hydra.sweep.subdir={subdir}", "hydra.sweep.dir=sweep")
-    settings = ("seed=1,2,3", "hydra/launcher=basic")
+    settings = ("seed=1,2", "hydra/launcher=basic")
     done = command("train", "-m", *settings, *short, *folders, cwd=tmp_path)
-    names = ["0_x", "1_x", "2_x"] if "_x" in subdir else ["1/0/run", "2/1/run", "3/2/run"]
+    names = ["0_x", "1_x"] if "_x" in subdir else ["1/0/run", "2/1/run"]
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     sweep = read_sweep(tmp_path / "sweep")
     assert [job.name for job in sweep.jobs] == names
     assert {job.status.state for job in sweep.jobs} == {"completed"}
     assert "failed" not in done.stdout
-    shutil.rmtree(tmp_path / "sweep" / names[1])
+    shutil.rmtree(tmp_path / "sweep" / names[0])
     again = command("train", "-m", "resume=sweep", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "2 of 3 jobs have already finished" in again.stdout
+    assert "1 of 2 jobs have already finished" in again.stdout
     assert [job.name for job in read_sweep(tmp_path / "sweep").jobs] == names
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, few
 from torch import nn
 
 from mnist_lightning import threads
@@ -177,7 +177,7 @@ class Probe(SearchPathPlugin):
 """
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", few(COMMANDS, 3))
 def test_threads_wait_passively_before_hydra_loads_a_plugin(
     name: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -202,7 +202,7 @@ def test_threads_wait_passively_before_hydra_loads_a_plugin(
         assert (tmp_path / "seen").read_text() == seen
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", few(COMMANDS, 3))
 @pytest.mark.parametrize("value", ["0", "2000", "two"])
 def test_wrong_numbers_are_told_in_a_line(name: str, value: str, command: Run, tmp_path: Path) -> None:
     needed = {"predict": ["images=x.png"], "compare": ["runs=[a,b]"]}.get(name, [])
@@ -224,6 +224,8 @@ def test_the_default_net_is_the_same_whatever_the_number_of_cores(python: Run, t
         "+trainer.limit_train_batches=20",
         "logger=none",
         "callbacks.pictures=null",
+        "data.val_size=500",
+        "test=false",
     )
     cores = sorted(os.sched_getaffinity(0))
 

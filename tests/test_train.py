@@ -153,6 +153,9 @@ def test_a_run_is_named_by_what_was_typed(command: Run, tmp_path: Path) -> None:
     ], "no TensorBoard, no checkpoint"
 
 
+QUICK_PRESETS = ("strong", "handwriting", "record_ensemble")  # tests of the others are marked slow
+
+
 def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
     metrics = fit("experiment=tutorial", "trainer.max_epochs=1", test=True)
     assert metrics["num_parameters"] == 109_386
@@ -168,7 +171,11 @@ def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(REPOSITORY.glob("conf/experiment/*.yaml")), ids=lambda path: path.stem
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK_PRESETS else pytest.mark.slow)
+        for path in sorted(REPOSITORY.glob("conf/experiment/*.yaml"))
+    ],
 )
 @pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.reliability)])
 def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | None, fit: Fit) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import DefaultRun, Once, Run
+from conftest import DefaultRun, Once, Run, few
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from test_own_parts import CONF, OWN, TINY, retyped
@@ -181,7 +181,7 @@ def strange(default_run: DefaultRun, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize("what", few(SETTINGS, 2))
 def test_saved_settings_run_nothing_write_nowhere_and_learn_nothing(
     what: str, strange: Path, command: Run
 ) -> None:
@@ -295,7 +295,7 @@ def swept(once: Once, command: Run, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.parametrize("override", OVERRIDES)
+@pytest.mark.parametrize("override", few(OVERRIDES, 3))
 def test_a_sweeps_saved_command_runs_nothing(override: str, swept: Path, command: Run) -> None:
     path = swept / "sweep" / "multirun.yaml"
     content = yaml.safe_load(path.read_text())
