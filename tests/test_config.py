@@ -84,6 +84,12 @@ MISTAKES = {
     ("optimizer=lion",): "Could not find 'optimizer/lion'",
     # in a multirun, all jobs are checked before the first one starts
     ("-m", "model.hidden=64,0"): "job model.hidden=0: model.hidden must be",
+    (
+        "-m",
+        "seed=range(1000000000)",
+    ): "seed=range(1000000000) makes more than 100,000 jobs, the most of a sweep",
+    ("-m", "seed=range(1,9,0)"): "seed=range(1,9,0) makes more than 100,000 jobs",
+    ("-m", "seed=range(1000)", "data.split_seed=range(1000)"): "data.split_seed=range(1000) makes more than",
     ("-m", "trainer=ddp", "seed=1,2"): "trainer=ddp can't be part of a multirun",
 }
 

@@ -7,6 +7,7 @@ failed job does not stop the others, and the sweep ends with a report.
 import contextlib
 import json
 import logging
+import math
 import pickle
 import sys
 import time
@@ -20,6 +21,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -41,6 +43,7 @@ from mnist_lightning.trust import check_targets, typed_trust
 log = logging.getLogger(__name__)
 
 Job = list[str]  # a job's overrides
+MOST_JOBS = 100_000
 NAMED = "a name with ${hydra.job.num} in it gives each its own"
 
 
@@ -131,6 +134,7 @@ class GridSweeper(BasicSweeper):
             check_same(self.sweep_dir, self.config)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        check_size(overrides)
         (self.jobs,) = self.split_arguments(overrides, None)
         self.check_jobs(self.jobs)
         self.check_folders(list(enumerate(self.jobs)))
@@ -296,6 +300,25 @@ class GridSweeper(BasicSweeper):
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
         if unwritten:
             sys.exit(1)
+
+
+def check_size(overrides: Sequence[Override]) -> None:
+    """Check that a sweep's values can be listed, before they are.
+
+    Raises:
+        ConfigError: they make more than ``MOST_JOBS`` jobs.
+    """
+    jobs = 1.0
+    for override in overrides:
+        sweep: Any = override.value()
+        if override.is_range_sweep():
+            jobs *= abs((sweep.stop - sweep.start) / sweep.step) if sweep.step else math.inf
+        elif override.is_discrete_sweep():
+            jobs *= len(list(override.sweep_string_iterator()))
+        if not jobs <= MOST_JOBS:
+            raise ConfigError(
+                f"{override.input_line} makes more than {MOST_JOBS:,} jobs, the most of a sweep"
+            )
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:
