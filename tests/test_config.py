@@ -87,8 +87,8 @@ MISTAKES = {
     (
         "-m",
         "seed=range(1000000000)",
-    ): "seed=range(1000000000) makes more than 100,000 jobs, the most of a sweep",
-    ("-m", "seed=range(1,9,0)"): "seed=range(1,9,0) makes more than 100,000 jobs",
+    ): "seed=range(1000000000) has more than 100,000 values, the most of a sweep",
+    ("-m", "seed=range(1,9,0)"): "seed=range(1,9,0) has more than 100,000 values",
     ("-m", "seed=range(1000)", "data.split_seed=range(1000)"): "data.split_seed=range(1000) makes more than",
     ("-m", "trainer=ddp", "seed=1,2"): "trainer=ddp can't be part of a multirun",
 }

@@ -7,7 +7,6 @@ failed job does not stop the others, and the sweep ends with a report.
 import contextlib
 import json
 import logging
-import math
 import pickle
 import sys
 import time
@@ -36,14 +35,13 @@ from mnist_lightning.rundir.status import GONE, Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import SEED, read_multirun, read_sweep
+from mnist_lightning.sweeps.results import MOST_JOBS, SEED, count_values, read_multirun, read_sweep
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
 log = logging.getLogger(__name__)
 
 Job = list[str]  # a job's overrides
-MOST_JOBS = 100_000
 NAMED = "a name with ${hydra.job.num} in it gives each its own"
 
 
@@ -308,14 +306,13 @@ def check_size(overrides: Sequence[Override]) -> None:
     Raises:
         ConfigError: they make more than ``MOST_JOBS`` jobs.
     """
-    jobs = 1.0
+    jobs = 1
     for override in overrides:
-        sweep: Any = override.value()
-        if override.is_range_sweep():
-            jobs *= abs((sweep.stop - sweep.start) / sweep.step) if sweep.step else math.inf
-        elif override.is_discrete_sweep():
-            jobs *= len(list(override.sweep_string_iterator()))
-        if not jobs <= MOST_JOBS:
+        try:
+            jobs *= count_values(override) if override.is_discrete_sweep() else 1
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if jobs > MOST_JOBS:
             raise ConfigError(
                 f"{override.input_line} makes more than {MOST_JOBS:,} jobs, the most of a sweep"
             )
