@@ -68,7 +68,8 @@ class DigitClassifier(L.LightningModule):
     Args:
         net: maps (B, C, H, W) float32, normalised, to logits (B, num_classes) or, for a regression, (B, 1).
         preprocess: maps stored images to the net's input; None: ``Preprocess()``.
-        loss: maps outputs and labels to a single number; None: ``CrossEntropy()``.
+        loss: maps outputs and labels to a single number; None: ``CrossEntropy()``.  If it has a method
+            ``penalize_net(net, images, outputs)``, training adds the number that it returns.
         metrics: metrics by name; training, validation and test get a copy of each.  None: "acc", the share
             of correctly classified images.
         image_shape: (C, H, W).
@@ -111,6 +112,9 @@ class DigitClassifier(L.LightningModule):
         self.net = net
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.loss = CrossEntropy() if loss is None else loss
+        self._penalize_net: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = getattr(
+            self.loss, "penalize_net", None
+        )
         self.class_names = [str(digit) for digit in range(10)] if class_names is None else list(class_names)
         self.num_classes = num_classes = len(self.class_names)
         if metrics is None:
@@ -191,10 +195,18 @@ class DigitClassifier(L.LightningModule):
             )
         told = f"{name} can't take outputs {shape} and labels (2,)"
         with on_trial(self), _one_line(told):
-            value = self.loss(*_fit(self.loss, outputs, labels))
-        if not isinstance(value, Tensor) or value.ndim:
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise MisconfigurationException(f"{name} gives {what} for a batch, and must give one number, ()")
+            values = {name: self.loss(*_fit(self.loss, outputs, labels))}
+        if self._penalize_net:
+            name += ".penalize_net"
+            told = f"{name} can't take the net, images {tuple(images.shape)} and outputs {shape}"
+            with on_trial(self), torch.enable_grad(), _one_line(told):
+                values[name] = self._penalize_net(self.net, images, outputs)
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.ndim:
+                what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise MisconfigurationException(
+                    f"{name} gives {what} for a batch, and must give one number, ()"
+                )
         for key, metric in self.val_metrics.items(keep_base=True):
             if key == LOSS:
                 continue
@@ -289,9 +301,12 @@ class DigitClassifier(L.LightningModule):
 
     def _step(self, batch: Batch, key: tuple[int, ...] | None = None) -> Tensor:
         images, labels = batch
-        outputs = self.net(self.preprocess(images, key, labels))
+        inputs = self.preprocess(images, key, labels)
+        outputs = self.net(inputs)
         loss = self.loss(*_fit(self.loss, outputs, labels))
         self._outputs.append((loss.detach(), outputs.detach(), labels))
+        if self._penalize_net and self.training:
+            return loss + self._penalize_net(self.net, inputs, outputs)
         return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
 
-CROSS_ENTROPY = "mnist_lightning.losses.CrossEntropy"
 LEVEL = 0.05  # significance level of McNemar's test
 METRICS = ("epochs", "train_seconds", "num_parameters")  # shown from metrics.json, after the scores
 
@@ -164,6 +163,8 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
 
     Scores on the test images appear only with split="test".
     """
+    from mnist_lightning.targets import CROSS_ENTROPIES
+
     evaluations = [contestant.evaluation for contestant in contestants]
     rows: dict[str, list[Any]] = {}
     if any(evaluations):
@@ -174,7 +175,7 @@ def side_by_side(contestants: Sequence[Contestant], split: str) -> dict[str, lis
                 for one in evaluations
             ],
         }
-    if any(one.loss_name != CROSS_ENTROPY for one in contestants) and any(evaluations):
+    if not all(one.loss_name.startswith(CROSS_ENTROPIES) for one in contestants) and any(evaluations):
         rows["cross-entropy"] = [f"{one.loss:.4f}" if one else "–" for one in evaluations]
     names = [f"{split}/{name}" for contestant in contestants for name in contestant.own]
     for name in dict.fromkeys(names):

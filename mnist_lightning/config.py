@@ -267,10 +267,24 @@ class CrossEntropy:
         )
 
 
+@dataclass
+class VirtualAdversarial(CrossEntropy):
+    """The settings of ``losses.VirtualAdversarial`` (``loss=virtual_adversarial``)."""
+
+    epsilon: float
+    weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("epsilon", "weight"):
+            check_number(f"loss.{key}", getattr(self, key), *POSITIVE)
+
+
 # Our classes that a _target_ may name -> the types and limits of their arguments
 SCHEMAS: dict[str, type[Any]] = {
     "mnist_lightning.network.FeedForward": FeedForward,
     "mnist_lightning.losses.CrossEntropy": CrossEntropy,
+    "mnist_lightning.losses.VirtualAdversarial": VirtualAdversarial,
 }
 
 

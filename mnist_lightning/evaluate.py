@@ -83,7 +83,7 @@ def evaluate(settings: Evaluate) -> None:
         log_probabilities,
         measure,
     )
-    from mnist_lightning.targets import name_of
+    from mnist_lightning.targets import CROSS_ENTROPIES, name_of
 
     loaded = [load_classifier(path, trust=settings.trust) for path in paths]
     first = loaded[0][0]
@@ -136,7 +136,7 @@ def evaluate(settings: Evaluate) -> None:
     name = str(loaded[0][1]["datamodule_hyper_parameters"]["name"])
     names = first.class_names
     own["loss"], loss_name = own.pop("loss"), name_of(first.loss)
-    if evaluation and (averaged or loss_name == "mnist_lightning.losses.CrossEntropy"):
+    if evaluation and (averaged or loss_name.startswith(CROSS_ENTROPIES)):
         del own["loss"]  # an average of nets has none, and cross-entropy is among the scores
     if evaluation:
         own.pop("acc", None)

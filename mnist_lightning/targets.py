@@ -91,6 +91,7 @@ KINDS = {
 }
 PARTS = ("model", "loss", "metrics")  # groups that a checkpoint keeps, to build the trained net again
 SEVERAL = ("metrics", "callbacks", "logger")  # groups of several named entries
+CROSS_ENTROPIES = "mnist_lightning.losses."  # each loss of this module is cross-entropy outside training
 SIZES = ("image_shape", "num_classes")  # given to nets, losses and metrics that have such arguments
 
 

@@ -179,6 +179,10 @@ WRONG = {
         ("loss=focal", "~loss.gamma", "loss._target_=my_parts.per_image"),
         r"loss: my_parts\.per_image gives \(2,\) for a batch, and must give one number",
     ),
+    "a table added in training": (
+        ("model=cnn", "loss=focal", "~loss.gamma", "loss._target_=my_parts.Lost"),
+        r"loss: my_parts\.Lost\.penalize_net gives \(2, 10\) for a batch, and must give one number",
+    ),
     "pairs": (
         (*REGRESSION, "loss._target_=my_parts.focal", "~loss.factor", "+loss.gamma=1"),
         r"loss: my_parts\.focal can't take outputs \(2, 1\)",

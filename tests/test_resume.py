@@ -159,7 +159,9 @@ def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
 
 @pytest.mark.parametrize("apart", [90, pytest.param(7, marks=pytest.mark.reliability)])
 @pytest.mark.parametrize(
-    "deformed", [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch")], ids=["plain", "deformed"]
+    "deformed",
+    [(), ("data/augment=elastic", "ema_decay=0.9", "model.norm=batch", "loss=virtual_adversarial")],
+    ids=["plain", "deformed"],
 )
 def test_ended_within_any_phase_resumes_exactly(
     deformed: tuple[str, ...], apart: int, tmp_path: Path, data_dir: Path
