@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images (B, H, W) or (B, H, W, C) uint8, labels (B,) int64
 TOTAL_STEPS = "total_steps"  # stands for the run's number of optimizer steps in a scheduler's arguments
+TRIAL_STEPS = 10**6  # stands for it on trial: a schedule may refuse a very short run
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.004, weight_decay=0.01, fused=True)
 COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=TOTAL_STEPS)  # type: ignore[arg-type]
 LOSS = "loss"  # key of the loss among the metrics
@@ -167,7 +169,8 @@ class DigitClassifier(L.LightningModule):
         return False if name.endswith(f"/{LOSS}") else self.val_metrics[name].higher_is_better
 
     def check(self) -> None:
-        """Try net, loss and metrics on two blank images, and set ``num_outputs``.
+        """Try net, loss and metrics on two blank images, and optimizer and schedule for a step without
+        gradients; set ``num_outputs``.
 
         Raises:
             MisconfigurationException: a part does not fit the images, the labels or another part.
@@ -215,7 +218,26 @@ class DigitClassifier(L.LightningModule):
             if not isinstance(value, Tensor) or value.numel() != 1:
                 what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise MisconfigurationException(f"{name} gives {what}, and must give one number")
+        self._check_schedule()
         self._is_checked = True
+
+    def _check_schedule(self) -> None:
+        """Build the optimizer and its schedule on trial.
+
+        Raises:
+            MisconfigurationException: they can't be built or used, or a rate is negative or infinite.
+        """
+        with on_trial(self), _one_line(f"optimizer: {name_of(self.make_optimizer)} can't be built"):
+            optimizer = self._build_optimizer()
+        if self.make_scheduler is None:
+            return
+        name = f"scheduler: {name_of(self.make_scheduler)}"
+        with on_trial(self), _one_line(f"{name} can't be used"):
+            scheduler = self.make_scheduler(optimizer, **dict.fromkeys(self._find_planned(), TRIAL_STEPS))
+            scheduler.step(*[1.0] * isinstance(scheduler, ReduceLROnPlateau))
+        for rate in (float(group["lr"]) for group in optimizer.param_groups):
+            if not 0 <= rate < math.inf:
+                raise MisconfigurationException(f"{name} gives the learning rate {rate:g}")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -570,11 +592,19 @@ class DigitClassifier(L.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def _build_optimizer(self) -> Optimizer:
+        return self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
+
+    def _find_planned(self) -> list[str]:
+        """Return the names of the schedule's arguments that the run's number of steps replaces."""
+        keywords = self.make_scheduler.keywords if self.make_scheduler else {}
+        return [name for name, value in keywords.items() if value == TOTAL_STEPS]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.parameters() if self.decay_biases else group_by_decay(self))
+        optimizer = self._build_optimizer()
         if self.make_scheduler is None:
             return optimizer
-        per_step = [name for name, value in self.make_scheduler.keywords.items() if value == TOTAL_STEPS]
+        per_step = self._find_planned()
         total_steps = (
             dict.fromkeys(per_step, int(self.trainer.estimated_stepping_batches)) if per_step else {}
         )

@@ -85,6 +85,7 @@ def paint(text: str, code: str) -> str:
 
 def begin() -> None:
     """Prepare the process of a command, before Hydra looks for plugins and before torch is imported."""
+    signals.install()  # Ctrl-C ends a command without a traceback
     threads.wait_passively()
     gc.set_threshold(20_000)  # with Python's 700, a short command spends a tenth of its time on collections
     workarounds.share_config_store()
@@ -222,14 +223,14 @@ def quote(value: str, *, literal: bool = True) -> str:
     return f"'{escaped}'"
 
 
-def is_of_lightning(error: Exception) -> bool:
-    """Whether Lightning's own code has raised an error.
+def is_of_library(error: Exception) -> bool:
+    """Whether the code of Lightning or of torch.optim has raised an error.
 
-    Lightning tells of unusable settings by a ValueError, a RuntimeError or an AttributeError.
+    They tell of unusable settings by a ValueError, a RuntimeError or an AttributeError.
     """
     frames = traceback.walk_tb(error.__traceback__)
     names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
-    return bool(names) and names[-1].split(".")[0] == "lightning"
+    return bool(names) and names[-1].startswith(("lightning.", "torch.optim."))
 
 
 @contextmanager
@@ -257,7 +258,7 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
             from lightning.fabric.utilities.exceptions import MisconfigurationException
 
             kinds += (MisconfigurationException,)
-        known = isinstance(error, kinds) or is_of_lightning(error)
+        known = isinstance(error, kinds) or is_of_library(error)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         line = as_text(

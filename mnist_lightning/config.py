@@ -409,12 +409,16 @@ class Train:
                 )
 
     def _check_limits(self) -> None:
-        for key, (holds, wanted) in OPTIMIZER_LIMITS.items():
-            if key in self.optimizer:
-                check_number(f"optimizer.{key}", self.optimizer[key], holds, wanted)
-        for key, (holds, wanted) in TRAINER_LIMITS.items():
-            if self.trainer.get(key) is not None:
-                check_number(f"trainer.{key}", self.trainer[key], holds, wanted, whole=True)
+        given = {key: value for key, value in self.trainer.items() if value is not None}
+        for group, settings, limits in (
+            ("optimizer", self.optimizer, OPTIMIZER_LIMITS),
+            ("scheduler", self.scheduler, SCHEDULER_LIMITS),
+            ("trainer", given, TRAINER_LIMITS),
+        ):
+            for key in sorted(settings.keys() & limits.keys()):
+                holds, wanted = limits[key]
+                value = settings[key]
+                require(holds(value), f"{group}.{key} must be {wanted}, got {value}")
 
     def _check_trainer(self) -> None:
         """Refuse arguments of Lightning's Trainer that a run can't use; docs/lightning.md lists them."""
@@ -689,21 +693,81 @@ Limit = tuple[Callable[[Any], bool], str]  # a predicate, and the allowed values
 
 POSITIVE: Limit = (lambda x: x > 0, "> 0")
 NOT_NEGATIVE: Limit = (lambda x: x >= 0, ">= 0")
-FRACTION: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
 AT_LEAST_ONE: Limit = (lambda x: x >= 1, ">= 1")
+# Limits that also check the type: Lightning and torch would take most other values without a word, or tell of
+# them in a traceback.
+SWITCH: Limit = (lambda x: isinstance(x, bool), "true or false")
+COUNT: Limit = (lambda x: is_whole(x) and x >= 1, "a whole number >= 1")
+RATE: Limit = (lambda x: is_finite(x) and x > 0, "a finite number > 0")
+WEIGHT: Limit = (lambda x: is_finite(x) and x >= 0, "a finite number >= 0")
+SHARE: Limit = (lambda x: is_finite(x) and 0 <= x <= 1, "a number in [0, 1]")
+FRACTION: Limit = (lambda x: is_finite(x) and 0 <= x < 1, "a finite number in [0, 1)")
+PLANNED: Limit = (lambda x: COUNT[0](x) or x == "total_steps", "a whole number >= 1, or total_steps")
+END: Limit = (lambda x: COUNT[0](x) or (is_whole(x) and x == -1), "a whole number >= 1, or -1 for no end")
 OPTIMIZER_LIMITS: Mapping[str, Limit] = {
-    "lr": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
+    "lr": RATE,
+    "weight_decay": WEIGHT,
     "momentum": FRACTION,
     "alpha": FRACTION,
-    "eps": POSITIVE,
+    "eps": RATE,
+    **dict.fromkeys(("nesterov", "amsgrad", "centered"), SWITCH),
+    "fused": (lambda x: x is None or isinstance(x, bool), "true, false or null"),
 }
+SCHEDULER_LIMITS: Mapping[str, Limit] = {
+    **dict.fromkeys(("T_max", "total_steps"), PLANNED),
+    **dict.fromkeys(("step_size", "T_0"), COUNT),
+    "eta_min": WEIGHT,
+    **dict.fromkeys(("max_lr", "gamma"), RATE),
+    **dict.fromkeys(("factor", "pct_start"), SHARE),
+    "patience": (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),
+}
+AMOUNT: Limit = (
+    lambda x: (is_whole(x) and x >= 0) or (isinstance(x, float) and 0 <= x <= 1),
+    "a whole number of batches >= 0, or a fraction in [0, 1]",
+)
 TRAINER_LIMITS: Mapping[str, Limit] = {
-    "max_epochs": (lambda x: x >= 1 or x == -1, ">= 1, or -1 for no end"),
-    "num_nodes": AT_LEAST_ONE,
-    "log_every_n_steps": AT_LEAST_ONE,
-    "accumulate_grad_batches": AT_LEAST_ONE,
-    "check_val_every_n_epoch": AT_LEAST_ONE,
+    "accelerator": (lambda x: isinstance(x, str), "a name such as cpu"),
+    "strategy": (lambda x: isinstance(x, (str, dict)), "a name such as ddp, or settings with a _target_"),
+    **dict.fromkeys(("max_epochs", "max_steps"), END),
+    "max_time": (lambda x: isinstance(x, (str, dict)), "a time such as 00:00:05:00"),
+    **dict.fromkeys(
+        ("num_nodes", "log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"), COUNT
+    ),
+    **dict.fromkeys(
+        ("min_epochs", "min_steps", "reload_dataloaders_every_n_epochs"),
+        (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),
+    ),
+    "num_sanity_val_steps": (lambda x: is_whole(x) and x >= -1, "a whole number >= 0, or -1 for all"),
+    **dict.fromkeys(
+        ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"), AMOUNT
+    ),
+    "val_check_interval": (
+        lambda x: isinstance(x, (str, dict)) or (AMOUNT[0](x) and x > 0),
+        "a whole number of batches >= 1, a fraction in (0, 1], or a time such as 00:00:05:00",
+    ),
+    "fast_dev_run": (
+        lambda x: isinstance(x, bool) or (is_whole(x) and x >= 0),
+        "true, false or a number of batches",
+    ),
+    "gradient_clip_val": WEIGHT,
+    "gradient_clip_algorithm": (lambda x: x in ("norm", "value"), "norm or value"),
+    "deterministic": (lambda x: isinstance(x, bool) or x == "warn", "true, false or warn"),
+    **dict.fromkeys(
+        (
+            *(
+                "enable_checkpointing",
+                "enable_progress_bar",
+                "enable_model_summary",
+                "enable_autolog_hparams",
+            ),
+            *("benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones"),
+            "sync_batchnorm",
+        ),
+        SWITCH,
+    ),
+    "profiler": (lambda x: isinstance(x, (str, dict)), "simple, advanced, or settings with a _target_"),
+    "default_root_dir": (lambda x: isinstance(x, str), "a folder"),
+    "plugins": (lambda x: isinstance(x, list), "a list"),
 }
 
 Settings = TypeVar("Settings")
@@ -864,10 +928,18 @@ def check_threads(value: int | None) -> None:
     )
 
 
+def is_whole(value: Any) -> bool:
+    """Tell whether a value is a whole number of at most 64 bits."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a whole number of at most 64 bits, or a finite float."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 def check_number(
     key: str, value: Any, holds: Callable[[Any], bool], wanted: str, *, whole: bool = False
 ) -> None:
-    kinds = (int,) if whole else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool) and -math.inf < value < math.inf
-    kind = "whole number" if whole else "finite number"
-    require(is_number and holds(value), f"{key} must be a {kind} {wanted}, got {value}")
+    kind, is_kind = ("whole number", is_whole) if whole else ("finite number", is_finite)
+    require(is_kind(value) and holds(value), f"{key} must be a {kind} {wanted}, got {value}")

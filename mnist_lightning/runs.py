@@ -26,8 +26,8 @@ from mnist_lightning.rundir.records import (
     check_key,
     choose,
     find_keys,
+    is_finite,
     is_measured,
-    is_number,
 )
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
 from mnist_lightning.sweeps.results import count_jobs
@@ -100,7 +100,7 @@ def sort(records: Sequence[Record], key: str, keys: Collection[str]) -> list[Rec
     def rank(record: Record) -> tuple[bool, Any]:
         value = record[name]
         return (
-            (True, value) if is_number(value) else (False, value if isinstance(value, str) else repr(value))
+            (True, value) if is_finite(value) else (False, value if isinstance(value, str) else repr(value))
         )
 
     known = [record for record in records if record.get(name) is not None and record[name] == record[name]]
@@ -153,7 +153,7 @@ def show_cell(record: Record, column: str) -> str:
     value = record.get(column)
     if value is None or value == "":
         return "default" if column == "changed" else "–"
-    if "/" in column and is_number(value):
+    if "/" in column and is_finite(value):
         deviation = record.get(f"{column} sd")
         if deviation is not None:
             return show_value(column, value, deviation) + (" %" if column.endswith("acc") else "")

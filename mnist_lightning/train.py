@@ -55,7 +55,6 @@ Metrics = dict[str, float | int | str | None]
 
 def main() -> None:
     begin()
-    signals.install()
     signals.follow_parent()
     workarounds.start_others_as("mnist_lightning.train")
     with compact_errors():
@@ -464,7 +463,7 @@ def choose_threads(settings: Train, flops: int, trainer: "L.Trainer") -> int:
 
 def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
     """Make the callbacks; those with ``_partial_`` also get arguments from the run's other settings."""
-    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
     from mnist_lightning.callbacks.ema import ExponentialMovingAverage
 
@@ -477,6 +476,8 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
         "stops": find_stops(settings),
         **asdict(settings.checkpoint),
     }
+    switches = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
+    off = tuple(kind for switch, kind in switches.items() if settings.trainer.get(switch) is False)
     made: list[L.Callback] = []
     for name, config in settings.callbacks.items():
         if config:
@@ -486,9 +487,7 @@ def make_callbacks(settings: Train, run_dir: Path) -> "list[L.Callback]":
             offered |= facts if config.get("_partial_") else {}
             whole = {key: value for key, value in config.items() if key != "_partial_"}
             callback = make(whole, f"callbacks.{name}", **offered)
-            if settings.trainer.get("enable_checkpointing") is not False or not isinstance(
-                callback, Checkpoint
-            ):
+            if not isinstance(callback, off):
                 made.append(callback)
     if settings.ema_decay is not None:
         made.append(ExponentialMovingAverage(decay=settings.ema_decay))

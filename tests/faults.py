@@ -82,3 +82,15 @@ class StepTimer(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         trainer.should_stop |= trainer.global_step == self.step
+
+
+class SlowSaves(Callback):
+    """Let a clock of its own, ``seconds``, count 1 for each step and 10 for each checkpoint."""
+
+    seconds = 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        SlowSaves.seconds += 1
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        SlowSaves.seconds += 10

@@ -1,17 +1,24 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Once, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 
+from mnist_lightning.classifier import DigitClassifier
+from mnist_lightning.cli import is_of_library
 from mnist_lightning.data import MNISTDataModule
 from mnist_lightning.evaluation.trained import load_classifier
+from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import load
 
 Fit = Callable[..., dict[str, object]]
@@ -138,6 +145,37 @@ def test_a_run_too_short_for_its_schedule_is_told_so(fit: Fit) -> None:
     """OneCycleLR divides by zero if 5 % of the steps are one step."""
     with pytest.raises(MisconfigurationException, match="can't plan a run with total_steps=20"):
         fit(*SHORT, "scheduler=warmup_cosine", "trainer.limit_train_batches=20", "trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.1, betas=(2, 2))}, "optimizer: torch.optim.adamw.AdamW can't"),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.1, fused=True, foreach=True)}, "optimizer: torch.optim.sgd.SGD"),
+        (
+            {"scheduler": partial(lr_scheduler.OneCycleLR, max_lr=1, total_steps="total_steps", anneal_strategy="x")},
+            "scheduler: torch.optim.lr_scheduler.OneCycleLR can't be used: ValueError",
+        ),
+        ({"scheduler": partial(lr_scheduler.StepLR, step_size=0)}, "scheduler: torch.optim.lr_scheduler.StepLR can't"),
+        ({"scheduler": partial(lr_scheduler.ReduceLROnPlateau, patience="x")}, "ReduceLROnPlateau can't be used"),
+        ({"scheduler": partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: -1.0)}, "gives the learning rate -0.004"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)  # fmt: skip
+def test_optimizer_and_schedule_are_tried_before_the_training(made: dict[str, Any], message: str) -> None:
+    classifier = DigitClassifier(FeedForward([8]), **made)
+    before, drawn = classifier.state_dict(), torch.get_rng_state()
+    with pytest.raises(MisconfigurationException, match=re.escape(message)):
+        classifier.check()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_schedule_that_ends_before_the_run_is_told_in_a_line(fit: Fit) -> None:
+    with pytest.raises(ValueError, match="Tried to step 2 times") as caught:
+        fit(*SHORT, "scheduler=onecycle", "scheduler.total_steps=1")
+    assert is_of_library(caught.value)
 
 
 def test_weights_gone_wrong_are_not_saved(fit: Fit, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
+import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Fresh, wait_for
+from test_imports import COMMANDS, PACKAGE
 
 from mnist_lightning.cli import quote, quote_paths
 
@@ -100,3 +104,19 @@ def test_output_that_nobody_reads_ends_no_command(
     assert (tmp_path / "done").exists() is (place != "full")
     assert (b"No space left on device" in done.stderr) is (place == "full")
     assert (done.returncode, done.stderr) == (0, b"") or place == "full"
+
+
+def test_ctrl_c_ends_any_command_without_a_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
+    code = "import time; from mnist_lightning.cli import begin; begin(); open('begun', 'w').close(); time.sleep(60)"
+    process = Fresh("-c", code, cwd=tmp_path, env=environment)
+    wait_for((tmp_path / "begun").exists, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stderr == ""
+
+
+def test_each_command_begins_in_the_same_way() -> None:
+    for name in COMMANDS:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        assert ast.unparse(main.body[0]) == "begin()", name

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import inspect
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from conftest import Run, few, settle
 from processes import LIGHT, Fresh, Preloaded
 
 from mnist_lightning import config, network
+from mnist_lightning.config import Train
 from mnist_lightning.config import read_signature as read
 
 # arguments -> the message
@@ -81,7 +84,66 @@ MISTAKES = {
     ("optimizer=lion",): "Could not find 'optimizer/lion'",
     # in a multirun, all jobs are checked before the first one starts
     ("-m", "model.hidden=64,0"): "job model.hidden=0: model.hidden must be",
+    (
+        "-m",
+        "seed=range(1000000000)",
+    ): "seed=range(1000000000) has more than 100,000 values, the most of a sweep",
+    ("-m", "seed=range(1,9,0)"): "seed=range(1,9,0) has more than 100,000 values",
+    ("-m", "seed=range(1000)", "data.split_seed=range(1000)"): "data.split_seed=range(1000) makes more than",
     ("-m", "trainer=ddp", "seed=1,2"): "trainer=ddp can't be part of a multirun",
+}
+
+# key -> values that Lightning or torch would take without a word, or tell of in a traceback
+WRONG = {
+    **{
+        f"trainer.{key}": [-1, 1.5, math.nan, math.inf, True, "text", [1], {"a": 1}]
+        for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
+    },
+    "trainer.val_check_interval": [0, -1, 1.5, True, [1]],
+    "trainer.num_sanity_val_steps": [-2, 0.5, math.nan, "text", [1], True],
+    "trainer.accumulate_grad_batches": [0, 10**20],
+    "trainer.gradient_clip_val": [-1, math.nan, math.inf, True, "text"],
+    "trainer.gradient_clip_algorithm": ["text", 1, True],
+    "trainer.deterministic": ["text", 1, [1]],
+    **{
+        f"trainer.{key}": [0, 1, "text", [1]]
+        for key in (
+            "enable_checkpointing",
+            "enable_progress_bar",
+            "inference_mode",
+            "benchmark",
+            "sync_batchnorm",
+        )
+    },
+    "trainer.max_steps": [0, -2, "text", 10**20],
+    "trainer.min_epochs": [-1, 0.5],
+    "trainer.max_time": [-1, True],
+    "trainer.accelerator": [[1], 1],
+    "trainer.profiler": [1, True],
+    "trainer.plugins": ["text"],
+    "optimizer.fused": ["text", 1],
+    "optimizer.weight_decay": [10**20, True],
+    "scheduler.T_max": [0, -1, 1.5, "text"],
+    "scheduler.eta_min": [-1, math.nan],
+    "scheduler.max_lr": [-1, 0],
+    "scheduler.pct_start": [2, math.nan],
+    "scheduler.step_size": [0, "text"],
+    "scheduler.gamma": [math.nan, -1],
+    "scheduler.factor": [2],
+    "scheduler.patience": [-1, "text"],
+}
+RIGHT = {
+    "trainer.limit_val_batches": [0, 0.0, 1, 1.0, 7, None],
+    "trainer.val_check_interval": [3, 0.5, "00:00:05:00", {"minutes": 5}],
+    "trainer.num_sanity_val_steps": [-1, 0, 2],
+    "trainer.fast_dev_run": [True, False, 3],
+    "trainer.gradient_clip_val": [0, 0.5],
+    "trainer.deterministic": [True, "warn"],
+    "trainer.max_steps": [-1, 5],
+    "trainer.strategy": ["auto", {"_target_": "lightning.pytorch.strategies.DDPStrategy"}],
+    "optimizer.fused": [None, False],
+    "scheduler.T_max": ["total_steps", 5],
+    "scheduler.eta_min": [0, 1e-5],
 }
 
 # runs the command in this interpreter, and prints whether torch was imported
@@ -122,6 +184,25 @@ def test_mistake_is_told_before_torch_is_imported(
     assert "Traceback" not in done.stderr
     assert "torch not imported" in done.stdout
     assert not list(tmp_path.glob("logs/train/*/*/[!.m]*")), "a refused run left something behind"
+
+
+def test_what_lightning_and_torch_would_take_is_refused_by_name(tmp_path: Path) -> None:
+    plain = settle(tmp_path)
+
+    def set_to(key: str, value: object) -> Train:
+        group, _, name = key.partition(".")
+        return dataclasses.replace(plain, **{group: {**getattr(plain, group), name: value}})
+
+    for key, values in WRONG.items():
+        for value in values:
+            with pytest.raises(
+                ValueError, match=rf"^{re.escape(key)} must be .*, got {re.escape(str(value))}$"
+            ):
+                set_to(key, value)
+    for key, values in RIGHT.items():
+        for value in values:
+            group, _, name = key.partition(".")
+            assert getattr(set_to(key, value), group)[name] == value
 
 
 def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:
@@ -192,7 +273,6 @@ import sys
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from mnist_lightning import workarounds
 
 plain, composed = ConfigLoaderImpl.load_configuration, []

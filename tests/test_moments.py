@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import NO_PICTURES, Once, Run, Start, settle
+from faults import SlowSaves
 from keep_checkpoints import Keep
 from omegaconf import OmegaConf
 from processes import wait_for
@@ -153,6 +155,17 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(
         assert differences(last, load(folder / "checkpoints" / "last.ckpt")) == [], moment
         assert differences(whole, again) == []
         assert read_rows(folder) == read_rows(tmp_path / "whole")
+
+
+def test_saves_that_take_longer_than_the_interval_leave_time_for_training(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: SlowSaves.seconds)
+    monkeypatch.setattr("mnist_lightning.callbacks.checkpoints.time", clock)
+    slow = "+callbacks.slow._target_=faults.SlowSaves"
+    kept = f"+callbacks.keep.folder='{tmp_path}'"
+    fit(*SMALL, TEN, "trainer.max_epochs=1", "checkpoint.every_n_seconds=3", slow, KEEP, kept)
+    assert {load(path)["global_step"] for path in tmp_path.glob("*.ckpt")} == {3, 6, 9, 10}
 
 
 HOOKS = (

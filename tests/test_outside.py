@@ -27,6 +27,7 @@ from mnist_lightning.evaluation.trained import Bounded, load_classifier, load_sp
 from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, load, serialize
 from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.index import list_runs
 from mnist_lightning.rundir.loggers import CSVLogger
 from mnist_lightning.rundir.output import claim_output
 from mnist_lightning.rundir.outside import (
@@ -40,6 +41,7 @@ from mnist_lightning.rundir.outside import (
     read_json,
     read_yaml,
 )
+from mnist_lightning.rundir.records import average
 from mnist_lightning.rundir.status import Status, is_locked, lock, read
 from mnist_lightning.sweeps.grid import GridSweeper
 from mnist_lightning.sweeps.report import write_report, write_tables
@@ -187,13 +189,19 @@ def test_a_yaml_file_is_read_within_its_length(tmp_path: Path) -> None:
         "3",
         '{"state": "comp',
         '{"state": "completed", "metrics": {"val/acc": ' + "9" * 5000 + "}}",
+        '{"state": "completed", "metrics": {"val/acc": ' + "9" * 400 + "}}",
+        '{"state": "completed", "started": ' + "9" * 400 + "}",
+        '{"state": "completed", "seconds": ' + "9" * 400 + "}",
     ],
 )
 def test_a_damaged_status_is_told(content: str, tmp_path: Path) -> None:
-    (tmp_path / "status.json").write_text(content)
-    status = read(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text(content)
+    status = read(tmp_path / "run")
     assert status is not None
     assert (status.state, status.error) == ("interrupted", "its status.json is damaged")
+    for run in average(list_runs(tmp_path)):
+        assert run.get("val/acc") is None
 
 
 # Contents of a sweep's folder

@@ -20,7 +20,9 @@ from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.rundir.checkpoint import serialize
 from mnist_lightning.rundir.outside import check_links
 from mnist_lightning.rundir.resume import BASE, load_settings
+from mnist_lightning.sweeps.results import count_jobs, read_space
 from mnist_lightning.sweeps.resume import rewrite_arguments
+from mnist_lightning.sweeps.study import to_distribution
 from mnist_lightning.targets import KINDS, make, strange_modules
 
 SECRET = "a-secret-of-the-environment"
@@ -309,6 +311,15 @@ def test_a_sweeps_saved_command_runs_nothing(override: str, swept: Path, command
     assert not (swept / "sweep" / "1").exists()
     assert not (swept / "canary").exists()
     assert not Path(ABROAD).exists()
+
+
+def test_a_sweep_of_a_billion_jobs_takes_neither_memory_nor_time(swept: Path) -> None:
+    path = swept / "sweep" / "multirun.yaml"
+    path.write_text(path.read_text().replace("seed=1,2", "seed=range(1000000000)"))
+    assert "seed=range(1000000000)" in rewrite_arguments(["-m", f"resume={swept / 'sweep'}"])
+    assert count_jobs(swept / "sweep") is None
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        to_distribution(read_space(swept / "sweep")["seed"])
 
 
 def test_nothing_in_a_strangers_folder_leads_out_of_it(swept: Path) -> None:

@@ -53,7 +53,7 @@ class Checkpoints(Checkpoint):
         monitor: the metric that chooses the best checkpoint; None: the last is the best.
         mode: "max" or "min": whether a large or a small ``monitor`` is good.
         every_n_steps: write ``last.ckpt`` every this many optimizer steps; None: not within an epoch.
-        every_n_seconds: write ``last.ckpt`` every this many seconds; None: not within an epoch.
+        every_n_seconds: write ``last.ckpt`` once the last save is this many seconds old; None: never.
         stops: the settings that can stop a run early.  A stopped run trains no further until they change.
 
     Attributes:
@@ -213,7 +213,7 @@ class Checkpoints(Checkpoint):
             raise OSError(errno.ENOENT, "the folder has vanished", str(self.folder))
         now = time.monotonic()
         self.train_seconds += now - self._clock
-        self._clock = self._saved_at = now
+        self._clock = now
         self._saved_step = trainer.global_step
         for logger in trainer.loggers:  # the curves must reach at least as far as the checkpoint
             logger.save()
@@ -227,3 +227,4 @@ class Checkpoints(Checkpoint):
             if last.exists():
                 replace(last, self.folder / PREVIOUS)
             replace(next_last, last)
+        self._saved_at = time.monotonic()  # else a slow disk would leave no time for training

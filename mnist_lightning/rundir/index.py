@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
-from mnist_lightning.rundir.outside import expand_home, read_file
+from mnist_lightning.rundir.outside import expand_home, is_number, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
 from mnist_lightning.settings_help import WHERE, flatten
@@ -272,7 +272,7 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
         else [],
         "started": read_number(status.get("started")),
         "seconds": read_number(status.get("seconds")),
-        "metrics": {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        "metrics": {key: value for key, value in metrics.items() if is_number(value)}
         if isinstance(metrics, dict)
         else {},
     }
@@ -294,8 +294,7 @@ def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
 
 
 def read_number(value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if is_number else 0.0
+    return float(value) if is_number(value) and math.isfinite(value) else 0.0
 
 
 def load_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -321,7 +320,7 @@ def is_entry(entry: Mapping[str, Any]) -> bool:
         and isinstance(entry["started"], float)
         and isinstance(entry["seconds"], float)
         and isinstance(entry["metrics"], dict)
-        and all(isinstance(value, (int, float)) for value in entry["metrics"].values())
+        and all(map(is_number, entry["metrics"].values()))
         and isinstance(entry["overrides"], list)
         and all(isinstance(one, str) for one in entry["overrides"])
         and list(map(type, entry["settings"])) == [dict, list]

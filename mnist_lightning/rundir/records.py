@@ -10,6 +10,7 @@ from typing import Any
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.index import Record, equals, find_defaults, read_value
+from mnist_lightning.rundir.outside import is_number
 from mnist_lightning.settings_help import WHERE
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -145,11 +146,11 @@ def average(records: Sequence[Record]) -> list[Record]:
         mean = dict(runs[0])
         mean["n"] = len(runs)
         for key in mean:
-            values = [run[key] for run in runs if is_measured(key) and is_number(run.get(key))]
+            values = [run[key] for run in runs if is_measured(key) and is_finite(run.get(key))]
             if len(values) == len(runs):
                 mean[key] = statistics.fmean(values)
         for key in [key for key in mean if is_measured(key)]:
-            values = [run[key] for run in runs if is_number(run.get(key))]
+            values = [run[key] for run in runs if is_finite(run.get(key))]
             mean[f"{key} sd"] = statistics.stdev(values) if 1 < len(values) == len(runs) else None
         averaged.append(mean)
     return averaged
@@ -168,5 +169,5 @@ def is_decisive(key: str, value: Any) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)

@@ -20,6 +20,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -34,7 +35,7 @@ from mnist_lightning.rundir.status import GONE, Status, lock, read
 from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
-from mnist_lightning.sweeps.results import SEED, read_multirun, read_sweep
+from mnist_lightning.sweeps.results import MOST_JOBS, SEED, count_values, read_multirun, read_sweep
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
@@ -131,6 +132,7 @@ class GridSweeper(BasicSweeper):
             check_same(self.sweep_dir, self.config)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        check_size(overrides)
         (self.jobs,) = self.split_arguments(overrides, None)
         self.check_jobs(self.jobs)
         self.check_folders(list(enumerate(self.jobs)))
@@ -296,6 +298,24 @@ class GridSweeper(BasicSweeper):
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
         if unwritten:
             sys.exit(1)
+
+
+def check_size(overrides: Sequence[Override]) -> None:
+    """Check that a sweep's values can be listed, before they are.
+
+    Raises:
+        ConfigError: they make more than ``MOST_JOBS`` jobs.
+    """
+    jobs = 1
+    for override in overrides:
+        try:
+            jobs *= count_values(override) if override.is_discrete_sweep() else 1
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if jobs > MOST_JOBS:
+            raise ConfigError(
+                f"{override.input_line} makes more than {MOST_JOBS:,} jobs, the most of a sweep"
+            )
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> Train:

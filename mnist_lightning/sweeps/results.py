@@ -30,6 +30,7 @@ EXPERIMENT = "experiment"
 NUM_FOLDS = "data.num_folds"
 DEFAULT_MODES = {"val/acc": "max", "val/loss": "min"}
 LARGEST = 1e100  # metrics with a larger absolute value are not ranked
+MOST_JOBS = 100_000  # of a sweep
 LONGEST_NUMBER = 6  # the number of a fold has fewer digits
 
 
@@ -324,10 +325,10 @@ def count_jobs(folder: Path) -> int | None:
     try:
         space = read_space(folder)
         trials = read_multirun(folder)["hydra"]["sweeper"].get("n_trials")
-        folds = len(list(space[FOLD].sweep_string_iterator())) if FOLD in space else 1
+        folds = count_values(space[FOLD]) if FOLD in space else 1
         if trials is not None:
             return int(trials) * folds
-        return math.prod(len(list(one.sweep_string_iterator())) for one in space.values())
+        return math.prod(count_values(one) for one in space.values())
     except (OSError, ValueError, TypeError):
         return None
 
@@ -389,3 +390,18 @@ def _group(jobs: list[Job], varied: list[str], metric: str, maximize: bool) -> l
 def _natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts names by the numbers in them: 2_x before 10_x."""
     return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+
+
+def count_values(override: "Override") -> int:
+    """Count the values of a choice or range without listing those of a range.
+
+    Raises:
+        ValueError: there are more than ``MOST_JOBS``.
+    """
+    sweep: Any = override.value()
+    if not override.is_range_sweep():
+        return len(list(override.sweep_string_iterator()))
+    count = (sweep.stop - sweep.start) / sweep.step if sweep.step else math.inf
+    if not count <= MOST_JOBS:
+        raise ValueError(f"{override.input_line} has more than {MOST_JOBS:,} values, the most of a sweep")
+    return max(0, math.ceil(count))

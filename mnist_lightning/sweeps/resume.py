@@ -189,6 +189,7 @@ def is_harmless(parsed: Override, text: str, folder: Path) -> bool:
     if key == "data.data_dir":  # missing files would be downloaded to it
         path = expand_home(str(parsed.value()))
         return not parsed.is_sweep_override() and any(find_source(name, path).is_whole() for name in KNOWN)
-    value = list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else parsed.value()
+    listed = parsed.is_discrete_sweep() and not parsed.is_range_sweep()  # a range has numbers only, too many
+    value = list(parsed.sweep_string_iterator()) if listed else parsed.value()
     inside = (trust.stays_inside(inner, one, folder) for inner, one in trust.find_texts(value, key))
     return key.split(".")[0] not in KINDS or all(inside)

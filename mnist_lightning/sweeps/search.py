@@ -16,7 +16,7 @@ from mnist_lightning.config import ConfigError
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
-from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same
+from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same, check_size
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
@@ -94,6 +94,7 @@ class OptunaSweeper(GridSweeper):
             if key == FOLD and override.is_discrete_sweep():
                 self.folds = list(override.sweep_string_iterator())
             elif override.is_sweep_override():
+                check_size([override])
                 self.space[key] = override
             else:
                 self.fixed[key] = override.get_value_element_as_str()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.sweeps.results import count_values
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -64,6 +65,9 @@ def to_distribution(override: Override) -> "BaseDistribution":
 
     ``choice(a, b)`` and ``a,b`` become categories; ``range`` and ``interval`` become numbers, integers for
     ``range(1, 5)`` and ``int(interval(1, 5))``; ``tag(log, interval(…))`` is uniform in the logarithm.
+
+    Raises:
+        ValueError: there are too many values to list.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -71,6 +75,7 @@ def to_distribution(override: Override) -> "BaseDistribution":
     if override.is_interval_sweep():
         kind = IntDistribution if isinstance(sweep.start, int) else FloatDistribution
         return kind(sweep.start, sweep.end, log="log" in sweep.tags)
+    count_values(override)  # they can be listed
     texts = list(override.sweep_string_iterator())
     if override.is_range_sweep():
         if all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)):
