@@ -283,10 +283,8 @@ def _subtract_background(pixels: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     for power, coefficient in zip(powers, coefficients, strict=False):
         fitted[:, *power] = coefficient
     by_y, by_x = (np.stack([place**0, place, place**2], axis=1) for place in (down, right))
-    residual = pixels.copy()
-    for channel in range(3):
-        residual[..., channel] -= by_y @ fitted[channel] @ by_x.T
-    return residual, is_paper.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
+    trend = np.stack([by_y @ one @ by_x.T for one in fitted], axis=-1)
+    return pixels - trend, is_paper.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
 
 
 def _length(residual: Floats) -> Floats:

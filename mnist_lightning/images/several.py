@@ -149,8 +149,8 @@ def _split(box: Ints, mask: Mask, ink: Floats, usual: float, pair: float) -> lis
     top, left, bottom, right = (int(edge) for edge in box)
     height, width = bottom - top, right - left
     profile = (ink * mask).sum(axis=0)
-    middle = slice(int(0.35 * width), int(0.65 * width) + 1)
-    crossings = np.diff(np.pad(mask[:, middle], ((1, 0), (0, 0))).astype(np.int8), axis=0) == 1
+    inner = slice(int(0.35 * width), int(0.65 * width) + 1)
+    crossings = np.diff(np.pad(mask[:, inner], ((1, 0), (0, 0))).astype(np.int8), axis=0) == 1
     joined = bool((crossings.sum(axis=0) <= 1).any())  # two strokes or more cross the middle of most digits
     if width < (pair if joined else WIDE_PAIR) * max(height, 0.8 * usual):
         return [(box, mask)]
