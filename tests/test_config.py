@@ -273,6 +273,7 @@ import sys
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from mnist_lightning import workarounds
 
 plain, composed = ConfigLoaderImpl.load_configuration, []

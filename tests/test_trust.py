@@ -233,9 +233,9 @@ def test_hydra_looks_for_nothing_in_the_folder(strange: Path, command: Run) -> N
     (hydra / "hydra" / "job_logging" / "train.yaml").write_text(yaml.safe_dump(evil))
     config = hydra / "config.yaml"
     config.write_text(f"# @package hydra.callbacks\n{config.read_text()}")
-    edit_epochs = ("trainer.max_epochs=9", "scheduler.T_max=null")
+    edit_epochs = ("trainer.max_epochs=9", "scheduler.T_max=9")
     done = command("train", "resume=run", *edit_epochs, cwd=strange)
-    assert "can't be resumed with other settings (scheduler.T_max: total_steps -> None)" in done.stderr
+    assert "can't be resumed with other settings (scheduler.T_max: total_steps -> 9)" in done.stderr
     assert not (strange / "canary").exists()
 
 

@@ -163,7 +163,8 @@ def fit(
     doubt = DOUBT * span / max(its, 1e-6)
     least = float(highest.quantile(1 - answered))
     sure = highest >= least
-    limit = float((away + doubt * doubts)[sure].quantile(kept / float(sure.double().mean())))
+    rest = min(1.0, kept / float(sure.double().mean()))  # of a few images, fewer than `kept` may be sure
+    limit = float((away + doubt * doubts)[sure].quantile(rest))
     return Likeness((first, second), means, directions, doubt, max(limit, 1e-6), nothing), least
 
 
