@@ -88,6 +88,7 @@ def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
         (("tta=-1",), "tta must be >= 0, got -1"),
     ],
 )
+@pytest.mark.slow
 def test_what_can_not_be_averaged_is_told_in_a_line(
     arguments: tuple[str, ...], message: str, workplace: Path, command: Run
 ) -> None:

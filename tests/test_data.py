@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, few
 from processes import Preloaded
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -310,7 +310,7 @@ def faulty_server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("fault", ["404", "503", "reset", "stall", "html", "short", "hash"])
-@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+@pytest.mark.parametrize("name", few(["fashion_mnist", "kmnist"], 2))
 def test_broken_download_ends_clearly(
     name: str, fault: str, faulty_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,6 +270,7 @@ def test_importance_of_a_search_finds_the_parameter_that_decides(tmp_path: Path)
     assert re.search(r"\| `optimizer.lr` \| \d+ % \|", report)
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_mean_over_folds(tmp_path: Path, command: Run) -> None:
     import optuna
 

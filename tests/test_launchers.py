@@ -73,6 +73,7 @@ def test_auto_keeps_to_its_choice() -> None:
 
 
 @pytest.mark.linux("the affinity of a process")
+@pytest.mark.slow
 def test_auto_runs_one_job_at_a_time_where_more_would_not_do(
     monkeypatch: pytest.MonkeyPatch, gpus: None, python: Run
 ) -> None:
@@ -272,6 +273,7 @@ def grid_on_a_terminal(once: Once, environment: dict[str, str]) -> tuple[int, st
 
 
 @pytest.mark.posix("pseudo-terminals")
+@pytest.mark.slow
 def test_the_parent_of_a_sweep_never_imports_torch(grid_on_a_terminal: tuple[int, str]) -> None:
     """The parent forks its workers, and a process with threads or a GPU must not be forked."""
     code, shown = grid_on_a_terminal

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NO_PICTURES, Once, Run, Start, settle
+from conftest import NO_PICTURES, Once, Run, Start, few, settle
 from faults import SlowSaves
 from keep_checkpoints import Keep
 from omegaconf import OmegaConf
@@ -57,7 +57,9 @@ RARE = {  # settings -> optimizer steps with a validation, epoch of best.ckpt
 }
 
 
-@pytest.mark.parametrize(("settings", "expected"), RARE.items(), ids=lambda one: " ".join(map(str, one)))
+@pytest.mark.parametrize(
+    ("settings", "expected"), few(RARE.items(), 2), ids=lambda one: " ".join(map(str, one))
+)
 def test_the_best_is_chosen_among_what_was_validated(
     settings: tuple[str, ...], expected: tuple[list[int], int], fit: Fit, tmp_path: Path
 ) -> None:
@@ -123,7 +125,7 @@ MOMENTS = {
         *("+callbacks.g.scheduling={1:3}", "checkpoint.every_n_steps=2"),
     ),
 }
-QUICK = ("validated within epochs", "accumulation that changes")
+QUICK = ("accumulation that changes",)
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.reliability)])
@@ -321,7 +323,7 @@ def resume(run: Path, folder: Path, *more: str) -> None:
     check_resumption(settle(folder, *arguments, f"resume='{folder}'"), list(more))
 
 
-@pytest.mark.parametrize("argument", DECIDING)
+@pytest.mark.parametrize("argument", few(DECIDING, 2))
 def test_what_decides_the_weights_is_refused(argument: str, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resume(finished, tmp_path, argument)

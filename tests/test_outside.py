@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, settle
+from conftest import Run, few, settle
 from hydra.core.utils import JobReturn, JobStatus
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
@@ -875,7 +875,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", few(SETTINGS, 3))
 def test_a_wrong_setting_is_a_line(setting: str, tmp_path: Path, command: Run) -> None:
     for mode in ((), ("-m",)):
         done = command("train", *mode, setting, cwd=tmp_path)
@@ -912,6 +912,7 @@ def test_what_lightning_can_not_do_is_a_line(tmp_path: Path, command: Run) -> No
         assert "Traceback" in (tmp_path / run / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_copied_search_is_a_search_of_its_own(tmp_path: Path, command: Run) -> None:
     search = (
         "search=mlp",

@@ -214,7 +214,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", few(WRONG, 2))
+@pytest.mark.parametrize("what", few(WRONG, 4))
 def test_what_does_not_fit_is_told_in_a_line(what: str, work: Path, command: Run) -> None:
     """The message comes before any data is read, and in a sweep before the first job, without importing torch."""
     arguments, line = WRONG[what]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Open, Run, check_nothing_leaves
+from conftest import REPOSITORY, Open, Run, check_nothing_leaves, few
 from test_film import make_film
 
 from mnist_lightning.classifier import DigitClassifier
@@ -89,6 +89,7 @@ def test_the_file_is_small_and_whole(exported: Path) -> None:
     ] * 50
 
 
+@pytest.mark.slow
 def test_a_thousand_images_get_the_answers_of_the_net(
     exported: Path, trained_run: Path, data_dir: Path, show: Open
 ) -> None:
@@ -154,7 +155,7 @@ def rasterise(strokes: list[dict[str, Any]]) -> np.ndarray:
     return ink
 
 
-@pytest.mark.parametrize("hands", [(1, 3), pytest.param((0, 2, 4, 5), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hands", [(1,), pytest.param((0, 2, 3, 4, 5), marks=pytest.mark.slow)])
 def test_drawn_digits_become_the_images_that_predict_makes(
     hands: tuple[int, ...], exported: Path, show: Open
 ) -> None:
@@ -271,7 +272,7 @@ def test_touch_draws_and_does_not_scroll(exported: Path, show: Open) -> None:
     assert page.locator("#answer").text_content().startswith("1, ")
 
 
-@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (768, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "theme"), few([(390, "light"), (768, "dark"), (1280, "light")], 3))
 def test_it_fits_every_screen(width: int, theme: str, exported: Path, show: Open) -> None:
     page = show(exported, width=width, theme=theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -290,8 +291,8 @@ def test_nothing_leaves_the_page(exported: Path, browser: Any) -> None:
     ("activation", "norm", "hidden", "deskew"),
     [
         ("relu", "batch", [16, 8], True),
-        ("gelu", "layer", [16], False),
-        ("elu", "none", [12, 7], False),
+        pytest.param("gelu", "layer", [16], False, marks=pytest.mark.slow),
+        pytest.param("elu", "none", [12, 7], False, marks=pytest.mark.slow),
         pytest.param("tanh", "batch", [16], True, marks=pytest.mark.slow),
         pytest.param("leaky_relu", "none", [16, 8], False, marks=pytest.mark.slow),
         ("relu", "none", [], False),
@@ -417,6 +418,7 @@ def test_the_film_plays(small: tuple[DigitClassifier, torch.Tensor], tmp_path: P
     page.locator("#play", has_text="Play").wait_for()
 
 
+@pytest.mark.slow
 def test_a_page_of_a_training_loads_itself_and_keeps_the_drawing(
     small: tuple[DigitClassifier, torch.Tensor], tmp_path: Path, show: Open
 ) -> None:

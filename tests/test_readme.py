@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import NO_PICTURES, REPOSITORY, Once, Run, settle, unpack_mnist
+from conftest import NO_PICTURES, REPOSITORY, Once, Run, few, settle, unpack_mnist
 from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 
@@ -176,7 +176,7 @@ def is_plain(command: str) -> bool:
     return command.startswith(TRAIN) and bool(arguments) and all(map(PLAIN.match, arguments))
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if is_plain(command)])
+@pytest.mark.parametrize("command", few([command for command in COMMANDS if is_plain(command)], 3))
 def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
     """The commands are composed and checked; ``test_commands_run`` trains, which takes long."""
     settings = settle(tmp_path, *shlex.split(command.replace("…", "_"))[3:])
@@ -184,9 +184,9 @@ def test_plain_commands_are_right(command: str, tmp_path: Path) -> None:
 
 
 def is_slow(command: str) -> bool:
-    """Tell whether a command is a sweep, or one of many: each module has three that are run more often."""
+    """Tell whether a command is a sweep, or one of many: each module has one that is run more often."""
     alike = [one for one in COMMANDS if one.split()[:3] == command.split()[:3] and not is_plain(one)]
-    return is_plain(command) or command.startswith(f"{TRAIN} -m ") or command not in alike[:3]
+    return is_plain(command) or command.startswith(f"{TRAIN} -m ") or command not in alike[:1]
 
 
 @pytest.mark.parametrize(
@@ -431,6 +431,7 @@ def test_an_optimizer(change: Callable[[str], Change]) -> None:
     assert states[0]["param_groups"][0]["momentum_decay"] == 0.004, "which only NAdam has"  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_network(change: Callable[[str], Change]) -> None:
     done = change("A network")
     weights: dict[str, Any] = done.checkpoint()["state_dict"]  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Open, Run, check_nothing_leaves
+from conftest import Open, Run, check_nothing_leaves, few
 from test_report import MULTIRUN, make_sweep
 
 from mnist_lightning.cli import CommandError
@@ -89,6 +89,7 @@ def test_tables_say_what_the_report_says_and_sort(sweep: Path, tmp_path: Path, s
     assert page.locator("#pairs td").all_text_contents() == ["90.30 %", "90.40 %", "95.30 %", "95.30 %"]
 
 
+@pytest.mark.slow
 def test_curves_and_dots_answer_a_pointer_and_keys(sweep: Path, tmp_path: Path, show: Open) -> None:
     page = show(write_page(tmp_path / "page.html", read_sweep(sweep)))
     assert page.locator("#curves .line.train").count() == page.locator("#curves .line.val").count() == 7
@@ -146,7 +147,7 @@ def test_nothing_leaves_the_page(sweep: Path, tmp_path: Path, browser: Any) -> N
     check_nothing_leaves(page)
 
 
-@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (768, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "theme"), few([(390, "light"), (768, "dark"), (1280, "light")], 3))
 def test_it_fits_every_screen(width: int, theme: str, sweep: Path, tmp_path: Path, show: Open) -> None:
     page = show(write_page(tmp_path / "page.html", read_sweep(sweep)), width=width, theme=theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -177,6 +178,7 @@ def test_a_hundred_runs_are_small(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_best_nets_show_their_mistakes(
     trained_run: Path, tmp_path: Path, data_dir: Path, show: Open
 ) -> None:

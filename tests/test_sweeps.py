@@ -355,9 +355,8 @@ def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     assert os.path.exists(tmp_path / "study.db")
 
 
-@pytest.mark.parametrize(
-    "subdir", ["${hydra.job.num}_x", pytest.param("${seed}/${hydra.job.num}/run", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}_x", "${seed}/${hydra.job.num}/run"])
+@pytest.mark.slow
 def test_jobs_lie_where_the_user_wants_them(subdir: str, command: Run, tmp_path: Path) -> None:
     """Finished jobs are found there, reported and not trained again; a missing job is trained."""
     short = ("model.hidden=8", "+trainer.limit_train_batches=3", "trainer.max_epochs=1", "logger=none")
