@@ -145,13 +145,17 @@ def rasterise(strokes: list[dict[str, Any]]) -> np.ndarray:
     y, x = np.mgrid[:FIELD, :FIELD] + 0.5
     ink = np.zeros((FIELD, FIELD))
     for stroke in strokes:
-        points = np.array(stroke["points"])
+        points, reach = np.array(stroke["points"]), stroke["radius"] + 1
         for start, end in zip([points[0], *points[:-1]], points, strict=True):
+            (left, top), (right, bottom) = np.minimum(start, end) - reach, np.maximum(start, end) + reach
+            near = np.s_[max(0, int(top)) : int(bottom) + 1, max(0, int(left)) : int(right) + 1]
             along = end - start
-            share = ((x - start[0]) * along[0] + (y - start[1]) * along[1]) / max(along @ along, 1e-12)
+            share = ((x[near] - start[0]) * along[0] + (y[near] - start[1]) * along[1]) / max(
+                along @ along, 1e-12
+            )
             share = np.clip(share, 0, 1)
-            away = np.hypot(x - start[0] - share * along[0], y - start[1] - share * along[1])
-            np.maximum(ink, np.clip(stroke["radius"] + 0.5 - away, 0, 1), out=ink)
+            away = np.hypot(x[near] - start[0] - share * along[0], y[near] - start[1] - share * along[1])
+            np.maximum(ink[near], np.clip(stroke["radius"] + 0.5 - away, 0, 1), out=ink[near])
     return ink
 
 
