@@ -415,6 +415,8 @@ class Train:
             ("scheduler", self.scheduler, SCHEDULER_LIMITS),
             ("trainer", given, TRAINER_LIMITS),
         ):
+            if group != "trainer" and not str(settings.get("_target_")).startswith("torch.optim."):
+                continue  # others' arguments may have these names and another meaning
             for key in sorted(settings.keys() & limits.keys()):
                 holds, wanted = limits[key]
                 value = settings[key]
@@ -709,7 +711,7 @@ OPTIMIZER_LIMITS: Mapping[str, Limit] = {
     "weight_decay": WEIGHT,
     "momentum": FRACTION,
     "alpha": FRACTION,
-    "eps": RATE,
+    "eps": (lambda x: isinstance(x, list) or RATE[0](x), RATE[1]),  # Adafactor has two
     **dict.fromkeys(("nesterov", "amsgrad", "centered"), SWITCH),
     "fused": (lambda x: x is None or isinstance(x, bool), "true, false or null"),
 }
@@ -717,7 +719,11 @@ SCHEDULER_LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(("T_max", "total_steps"), PLANNED),
     **dict.fromkeys(("step_size", "T_0"), COUNT),
     "eta_min": WEIGHT,
-    **dict.fromkeys(("max_lr", "gamma"), RATE),
+    "max_lr": (
+        lambda x: all(map(RATE[0], x if isinstance(x, list) else [x])),
+        RATE[1],
+    ),  # one, or each group's
+    "gamma": RATE,
     **dict.fromkeys(("factor", "pct_start"), SHARE),
     "patience": (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),
 }

@@ -144,6 +144,8 @@ RIGHT = {
     "optimizer.fused": [None, False],
     "scheduler.T_max": ["total_steps", 5],
     "scheduler.eta_min": [0, 1e-5],
+    "scheduler.max_lr": [0.1, [0.1, 0.2]],
+    "optimizer.eps": [1e-8, [1e-30, 0.001]],
 }
 
 # runs the command in this interpreter, and prints whether torch was imported
@@ -203,6 +205,8 @@ def test_what_lightning_and_torch_would_take_is_refused_by_name(tmp_path: Path) 
         for value in values:
             group, _, name = key.partition(".")
             assert getattr(set_to(key, value), group)[name] == value
+    theirs = {"_target_": "my_parts.Noam", "factor": 2.0, "patience": "long"}
+    assert dataclasses.replace(plain, scheduler=theirs).scheduler == theirs
 
 
 def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:
