@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from mnist_lightning.python import Run
 
 log = logging.getLogger(__name__)
+
+TOLD_OF_NODES = {"MASTER_ADDR", "SLURM_NTASKS", "LSB_DJOB_RANKFILE", "OMPI_COMM_WORLD_SIZE"}  # variables
 
 Metrics = dict[str, float | int | str | None]
 
@@ -201,6 +204,7 @@ def train(settings: Train, run_dir: Path, *, test: bool) -> Metrics:
     L.seed_everything(settings.seed, workers=True, verbose=False)
     data = settings.data
     check_parts(settings)
+    check_nodes(settings.trainer.get("num_nodes") or 1)
     datamodule = MNISTDataModule(**data.module_arguments(), seed=settings.seed)
     if data.num_folds is not None and data.val_size != 0:
         log.info(
@@ -327,6 +331,21 @@ def check_parts(settings: Train) -> None:
     for key, config in (parts | {"data.source": settings.data.source}).items():
         if config:
             check_arguments(config, key)
+
+
+def check_nodes(number: int) -> None:
+    """Check that a training on several machines does not wait for machines that nothing has started.
+
+    Raises:
+        MisconfigurationException: neither a cluster nor the user has told this process of the others.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if number > 1 and not os.environ.keys() & TOLD_OF_NODES:
+        raise MisconfigurationException(
+            f"trainer.num_nodes={number} waits for processes on other machines: start this command on each,"
+            " with MASTER_ADDR, MASTER_PORT and NODE_RANK set, or let SLURM start it"
+        )
 
 
 def sizes_of(datamodule: "MNISTDataModule") -> dict[str, Any]:

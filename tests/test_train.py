@@ -276,6 +276,7 @@ def test_two_runs_in_the_same_second(tmp_path: Path) -> None:
     [
         (("data.data_dir=file",), "data.data_dir: can't create the folder"),
         (("trainer=gpu",), "No supported gpu backend found"),
+        (("+trainer.num_nodes=2",), "trainer.num_nodes=2 waits for processes on other machines: start"),
         (("optimizer.lr=1e30", *QUICK[:1]), "train/loss is nan at step 2"),
         (("hydra.run.dir=file/run",), "can't write to the run's folder"),
     ],
