@@ -35,7 +35,17 @@ REFERENCES = (
 TRAIN = "python -m mnist_lightning.train"
 DEFAULT = "default"  # the name of runs without overrides
 WRONG = "## Wrong in all seeds: "
-ASIDE = ("seed=", "data.data_dir=", "data.num_workers=", "hydra", "resume=", "test=", "logger=", "callbacks")
+ASIDE = (
+    "seed=",
+    "threads=",
+    "data.data_dir=",
+    "data.num_workers=",
+    "hydra",
+    "resume=",
+    "test=",
+    "logger=",
+    "callbacks",
+)
 MOST_SHOWN = 80  # images in a figure
 
 
