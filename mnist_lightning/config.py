@@ -415,7 +415,7 @@ class Train:
             ("scheduler", self.scheduler, SCHEDULER_LIMITS),
             ("trainer", given, TRAINER_LIMITS),
         ):
-            if group != "trainer" and not str(settings.get("_target_")).startswith("torch.optim."):
+            if group == "scheduler" and not str(settings.get("_target_")).startswith("torch.optim."):
                 continue  # others' arguments may have these names and another meaning
             for key in sorted(settings.keys() & limits.keys()):
                 holds, wanted = limits[key]
@@ -719,10 +719,8 @@ SCHEDULER_LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(("T_max", "total_steps"), PLANNED),
     **dict.fromkeys(("step_size", "T_0"), COUNT),
     "eta_min": WEIGHT,
-    "max_lr": (
-        lambda x: all(map(RATE[0], x if isinstance(x, list) else [x])),
-        RATE[1],
-    ),  # one, or each group's
+    # one rate, or one for each group of weights
+    "max_lr": (lambda x: all(map(RATE[0], x if isinstance(x, list) else [x])), RATE[1]),
     "gamma": RATE,
     **dict.fromkeys(("factor", "pct_start"), SHARE),
     "patience": (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),

@@ -20,13 +20,12 @@ from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.index import STATES, Record, list_runs
-from mnist_lightning.rundir.outside import as_cell, as_text, expand_home
+from mnist_lightning.rundir.outside import as_cell, as_text, expand_home, is_finite
 from mnist_lightning.rundir.records import (
     average,
     check_key,
     choose,
     find_keys,
-    is_finite,
     is_measured,
 )
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit

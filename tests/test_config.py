@@ -207,6 +207,8 @@ def test_what_lightning_and_torch_would_take_is_refused_by_name(tmp_path: Path) 
             assert getattr(set_to(key, value), group)[name] == value
     theirs = {"_target_": "my_parts.Noam", "factor": 2.0, "patience": "long"}
     assert dataclasses.replace(plain, scheduler=theirs).scheduler == theirs
+    with pytest.raises(ValueError, match=r"^optimizer\.lr must be a finite number > 0, got -1$"):
+        dataclasses.replace(plain, optimizer={"_target_": "my_parts.Lion", "lr": -1})
 
 
 def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import datetime
 import functools
 import json
 import logging
-import math
 import os
 import re
 import stat
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
-from mnist_lightning.rundir.outside import expand_home, is_number, read_file
+from mnist_lightning.rundir.outside import expand_home, is_finite, is_number, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
 from mnist_lightning.settings_help import WHERE, flatten
@@ -294,7 +293,7 @@ def read_object(path: Path, *, most: int = LARGEST) -> dict[str, Any] | None:
 
 
 def read_number(value: Any) -> float:
-    return float(value) if is_number(value) and math.isfinite(value) else 0.0
+    return float(value) if is_finite(value) else 0.0
 
 
 def load_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -1,7 +1,6 @@
 """Filter the records of runs, and average them over seeds."""
 
 import difflib
-import math
 import operator
 import re
 import statistics
@@ -10,7 +9,7 @@ from typing import Any
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.index import Record, equals, find_defaults, read_value
-from mnist_lightning.rundir.outside import is_number
+from mnist_lightning.rundir.outside import is_finite
 from mnist_lightning.settings_help import WHERE
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -167,7 +166,3 @@ def is_decisive(key: str, value: Any) -> bool:
     return not (
         value is None or is_measured(key) or key in told or IDLE.match(key) or key.startswith("data/")
     )
-
-
-def is_finite(value: Any) -> bool:
-    return is_number(value) and math.isfinite(value)
