@@ -50,6 +50,18 @@ def test_training_loss_includes_label_smoothing_and_validation_loss_does_not(fit
     assert smooth["last/train/loss"] > floor  # type: ignore[operator]
 
 
+def test_training_adds_what_the_loss_finds_wrong_with_the_net(fit: Fit) -> None:
+    """Its addition changes the weights, by its factor; the losses that are shown do not contain it."""
+    few = ("trainer.max_epochs=1", "+trainer.limit_train_batches=5", "model.hidden=32", "logger=none")
+    virtual = (*few, "loss=virtual_adversarial")
+    plain, idle = fit(*few, folder="a"), fit(*virtual, "loss.weight=1e-9", folder="b")
+    acting = fit(*virtual, "loss.weight=50", folder="c")
+    for key in ("last/train/loss", "last/val/loss"):
+        assert idle[key] == pytest.approx(plain[key], rel=1e-3)
+        assert acting[key] != pytest.approx(plain[key], rel=0.02)
+    assert acting["last/train/loss"] < 10  # type: ignore[operator]
+
+
 def learning_rates(folder: Path) -> list[float]:
     import csv
 
