@@ -74,7 +74,8 @@ def test_a_renamed_package_trains(clone: Path, environment: dict[str, str]) -> N
     assert done.returncode == 0, done.stderr
     for path in clone.rglob("*"):
         assert "mnist_lightning" not in path.name
-        assert not path.is_file() or b"mnist_lightning" not in path.read_bytes().lower(), path
+        if path.is_file() and path.suffix != ".png":  # a figure names what has drawn it
+            assert b"mnist_lightning" not in path.read_bytes().lower(), path
     assert 'my-digits-train = "my_digits.train:main"' in (clone / "pyproject.toml").read_text()
     settings = (
         "trainer.max_epochs=1",

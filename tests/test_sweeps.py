@@ -232,8 +232,8 @@ def test_a_job_of_a_cluster_is_requeued_and_a_lost_one_is_told(
     wait_for(lambda: find_children(controller) not in ([worker], []), sweeping)
     assert read_statuses(tmp_path / "sweep")[0]["state"] in ("interrupted", "running")
     wait_for(lambda: "resuming from" in (job / "train.log").read_text(), sweeping)
-    saved = last.stat().st_mtime_ns
-    wait_for(lambda: last.stat().st_mtime_ns > saved, sweeping)
+    saved = time.time()
+    wait_for(lambda: last.exists() and last.stat().st_mtime > saved, sweeping)
     os.kill(find_children(controller)[0], signal.SIGKILL)
     _, errors = sweeping.communicate()
     assert sweeping.returncode == 1
