@@ -1,6 +1,8 @@
 """Feed-forward neural networks on MNIST, with PyTorch Lightning, Hydra and TensorBoard."""
 
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ HOMES = {
     "list_runs": "rundir.index",
     "load_mnist": "data",
 }
+
+if sys.argv[:1] == ["-m"]:  # python -m mnist_lightning.…: Ctrl-C during its imports leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH, check_sizes
 from mnist_lightning.settings_help import describe_settings, name_changes, without_hydra
-from mnist_lightning.targets import TargetError, choose_mode
+from mnist_lightning.targets import TargetError, check_hints, choose_mode, is_whole, read_hint
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,10 @@ class Data:
         )
 
     def _check_source(self) -> None:
+        require(
+            self.source is None or isinstance(self.source, dict),
+            f"data.source must be settings with a _target_, or null, got {self.source!r}",
+        )
         self.source = self.source or None
         if self.source is not None or self.name == "own":
             require("_target_" in (self.source or {}), "data.source names no _target_")
@@ -367,6 +371,7 @@ class Train:
                     not entry or isinstance(entry, dict),
                     f"{group}.{name} must be settings with a _target_, or null, got {entry!r}",
                 )
+                check_ours(f"{group}.{name}", entry or {})
             setattr(self, group, check_ours(group, value))
         self._check_monitor()
         self._check_packages()
@@ -414,6 +419,11 @@ class Train:
             ("optimizer", self.optimizer, OPTIMIZER_LIMITS),
             ("scheduler", self.scheduler, SCHEDULER_LIMITS),
             ("trainer", given, TRAINER_LIMITS),
+            *(
+                (f"callbacks.{name}", callback, EARLY_STOPPING_LIMITS)
+                for name, callback in self.callbacks.items()
+                if callback and callback.get("_target_") == EARLY_STOPPING
+            ),
         ):
             if group == "scheduler" and not str(settings.get("_target_")).startswith("torch.optim."):
                 continue  # others' arguments may have these names and another meaning
@@ -700,6 +710,7 @@ AT_LEAST_ONE: Limit = (lambda x: x >= 1, ">= 1")
 # them in a traceback.
 SWITCH: Limit = (lambda x: isinstance(x, bool), "true or false")
 COUNT: Limit = (lambda x: is_whole(x) and x >= 1, "a whole number >= 1")
+WHOLE: Limit = (lambda x: is_whole(x) and x >= 0, "a whole number >= 0")
 RATE: Limit = (lambda x: is_finite(x) and x > 0, "a finite number > 0")
 WEIGHT: Limit = (lambda x: is_finite(x) and x >= 0, "a finite number >= 0")
 SHARE: Limit = (lambda x: is_finite(x) and 0 <= x <= 1, "a number in [0, 1]")
@@ -721,10 +732,14 @@ SCHEDULER_LIMITS: Mapping[str, Limit] = {
     "eta_min": WEIGHT,
     # one rate, or one for each group of weights
     "max_lr": (lambda x: all(map(RATE[0], x if isinstance(x, list) else [x])), RATE[1]),
-    "gamma": RATE,
+    **dict.fromkeys(("gamma", "div_factor", "final_div_factor"), RATE),
     **dict.fromkeys(("factor", "pct_start"), SHARE),
-    "patience": (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),
+    **dict.fromkeys(("patience", "cooldown"), WHOLE),
+    "threshold": WEIGHT,
+    "milestones": (lambda x: isinstance(x, list) and all(map(COUNT[0], x)), "a list of whole numbers >= 1"),
 }
+EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+EARLY_STOPPING_LIMITS: Mapping[str, Limit] = {"patience": WHOLE, "min_delta": WEIGHT}
 AMOUNT: Limit = (
     lambda x: (is_whole(x) and x >= 0) or (isinstance(x, float) and 0 <= x <= 1),
     "a whole number of batches >= 0, or a fraction in [0, 1]",
@@ -737,10 +752,7 @@ TRAINER_LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(
         ("num_nodes", "log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"), COUNT
     ),
-    **dict.fromkeys(
-        ("min_epochs", "min_steps", "reload_dataloaders_every_n_epochs"),
-        (lambda x: is_whole(x) and x >= 0, "a whole number >= 0"),
-    ),
+    **dict.fromkeys(("min_epochs", "min_steps", "reload_dataloaders_every_n_epochs"), WHOLE),
     "num_sanity_val_steps": (lambda x: is_whole(x) and x >= -1, "a whole number >= 0, or -1 for all"),
     **dict.fromkeys(
         ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"), AMOUNT
@@ -819,7 +831,8 @@ def _is_single_run() -> bool:
 def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Check a group's settings if its ``_target_`` is one of our classes, and return them.
 
-    Arguments that are not given get their defaults from the class's signature.
+    Arguments of a class in ``SCHEMAS`` that are not given get their defaults from the class's signature.
+    Those of our other classes are checked against their annotations.
 
     Args:
         group: the name of the group, for messages.
@@ -831,6 +844,7 @@ def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
     target = str(settings.get("_target_"))
     schema = SCHEMAS.get(target)
     if schema is None:
+        check_hints(settings, read_hints(target) if target.startswith("mnist_lightning.") else {}, group)
         return settings
     defaults = read_signature(target)
     given = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -849,16 +863,38 @@ def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def read_signature(target: str) -> dict[str, Any]:
-    """Read the arguments of a class of this package and their defaults (None where there is none).
+def parse_init(target: str) -> ast.FunctionDef:
+    """Parse the constructor of a class of this package.
 
-    They are parsed from its source file, because importing it would import torch.
+    Raises:
+        OSError, ValueError: there is no such class, or it has no constructor of its own.
     """
     module, _, name = target.removeprefix("mnist_lightning.").rpartition(".")
     source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
     tree = ast.parse(source.read_text(encoding="utf-8"))
     (kind,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     (init,) = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return init
+
+
+def read_hints(target: str) -> dict[str, Any]:
+    """Read the types of the arguments of a class of this package, as far as they can be told from its source
+    file without an import."""
+    try:
+        arguments = parse_init(target).args
+    except (OSError, ValueError):
+        return {}
+    every = (*arguments.args, *arguments.kwonlyargs)
+    return {one.arg: read_hint(ast.unparse(one.annotation), {}) for one in every if one.annotation}
+
+
+@functools.cache
+def read_signature(target: str) -> dict[str, Any]:
+    """Read the arguments of a class of this package and their defaults (None where there is none).
+
+    They are parsed from its source file, because importing it would import torch.
+    """
+    init = parse_init(target)
     positional = init.args.args[1:]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(init.args.defaults))
     defaults = [*missing, *init.args.defaults, *init.args.kw_defaults]
@@ -930,11 +966,6 @@ def check_threads(value: int | None) -> None:
         value is None or 1 <= value <= MAX_THREADS,
         f"threads must be in [1, {MAX_THREADS}], or null to let the net decide, got {value}",
     )
-
-
-def is_whole(value: Any) -> bool:
-    """Tell whether a value is a whole number of at most 64 bits."""
-    return type(value) is int and abs(value) < 2**63
 
 
 def is_finite(value: Any) -> bool:

@@ -3,9 +3,15 @@
 import difflib
 import functools
 import inspect
+import math
+import os
 import re
+import types
+import typing
+from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.errors import CompactHydraException, InstantiationException
@@ -93,6 +99,22 @@ PARTS = ("model", "loss", "metrics")  # groups that a checkpoint keeps, to build
 SEVERAL = ("metrics", "callbacks", "logger")  # groups of several named entries
 CROSS_ENTROPIES = "mnist_lightning.losses."  # each loss of this module is cross-entropy outside training
 SIZES = ("image_shape", "num_classes")  # given to nets, losses and metrics that have such arguments
+TYPED = (
+    "mnist_lightning.",
+    "torch.",
+    "lightning.",
+    "torchmetrics.",
+    "optuna.",
+)  # their annotations are right
+LISTS = (list, tuple, abc.Iterable, abc.Sequence, abc.Collection)
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "null",
+}  # a type of arguments -> its values in words
+PLANNED = "total_steps"  # an argument of a schedule that stands for the run's number of steps
 
 
 def kind_of(key: str) -> Kind | None:
@@ -165,6 +187,109 @@ def check_arguments(config: Mapping[str, Any], key: str) -> None:
     bind(target, offered | dict(config), key, partial=is_partial(config, key, target))
 
 
+def check_types(config: Mapping[str, Any], key: str) -> None:
+    """Check the arguments of a ``_target_``, and of those nested in it, against its annotations.
+
+    Python does not, and a text in the place of a switch would count as true.  Only annotations of this
+    project and of the libraries that it is built on are trusted.
+
+    Raises:
+        TargetError: an argument has another type, or is not a number.
+    """
+    target = get_object(config[TARGET])
+    if str(getattr(target, "__module__", "")).startswith(TYPED):
+        check_hints(config, read_hints(target), key)
+    for name, value in config.items():
+        if is_target(value):
+            check_types(value, f"{key}.{name}")
+
+
+def check_hints(config: Mapping[str, Any], hints: Mapping[str, Any], key: str) -> None:
+    """Check arguments against the type of each.
+
+    Args:
+        config: the arguments.
+        hints: the types by name; those that are missing are not checked.
+        key: key of the settings, for messages.
+
+    Raises:
+        TargetError: an argument has another type.
+    """
+    for name, hint in (hints | {"_partial_": bool}).items():
+        if name in config and not takes(hint, config[name]) and (key, config[name]) != ("scheduler", PLANNED):
+            raise TargetError(f"{key}.{name} must be {in_words(hint)}, got {config[name]}")
+
+
+def read_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of the arguments of a class or function, as far as they are known."""
+    makers = (target.__new__, target.__init__) if inspect.isclass(target) else (target,)  # type: ignore[misc]
+    hints: dict[str, Any] = {}
+    for maker in map(inspect.unwrap, makers):
+        annotations, names = getattr(maker, "__annotations__", {}), getattr(maker, "__globals__", {})
+        hints |= {name: read_hint(hint, names) for name, hint in annotations.items()}
+    signature = read_signature(target)
+    for name, parameter in (signature.parameters if signature else {}).items():
+        if name in hints and parameter.default is None:
+            hints[name] = typing.Optional[hints[name]]  # noqa: UP045  # a type that is no class has no "|"
+    return hints
+
+
+def read_hint(hint: Any, names: Mapping[str, Any]) -> Any:
+    """Return the type that an annotation names; ``Any`` where a name in it is unknown."""
+    holder = types.SimpleNamespace(__annotations__={"hint": hint})
+    try:
+        return typing.get_type_hints(holder, {**vars(typing), **names})["hint"]
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return Any
+
+
+def takes(hint: Any, value: Any) -> bool:
+    """Tell whether a value from settings fits the type of an argument."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(takes(one, value) for one in inner)
+    if kind is typing.Literal:
+        return value in inner
+    if kind is int:
+        return is_whole(value)
+    if kind is float:
+        return is_whole(value) or (isinstance(value, float) and not math.isnan(value))
+    if kind in LISTS:
+        kinds = [one for one in inner if one is not ...] or [Any]
+        return isinstance(value, (list, tuple)) and all(
+            any(takes(one, element) for one in kinds) for element in value
+        )
+    if kind in (Any, object) or not inspect.isclass(kind):
+        return True
+    if issubclass(kind, (os.PathLike, Enum)) and isinstance(value, str):
+        return True
+    return isinstance(value, kind) or (kind not in WORDS and is_target(value))
+
+
+def in_words(hint: Any) -> str:
+    """Describe the values that an argument of a type takes."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(in_words, inner)))
+    if kind is typing.Literal:
+        return " or ".join(map(str, inner))
+    if kind in LISTS:
+        kinds = [one for one in inner if one is not ...] or [Any]
+        return f"a list [{in_words(kinds[0])}, …]"
+    if inspect.isclass(kind) and issubclass(kind, os.PathLike):
+        return WORDS[str]
+    return WORDS.get(kind, f"settings with a {TARGET}")
+
+
+def is_whole(value: Any) -> bool:
+    """Tell whether a value is a whole number of at most 64 bits."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_target(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get(TARGET), str)
+
+
 def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
     """Import the class or function that a ``_target_`` names.
 
@@ -200,7 +325,7 @@ def find(config: Mapping[str, Any], key: str) -> Callable[..., Any]:
 def find_inner(value: Any) -> Iterator[str]:
     """Yield each ``_target_`` that is nested in settings."""
     if isinstance(value, Mapping):
-        if isinstance(value.get(TARGET), str):
+        if is_target(value):
             yield value[TARGET]
         value = list(value.values())
     if isinstance(value, list):

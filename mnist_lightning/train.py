@@ -37,7 +37,7 @@ from mnist_lightning.rundir.resume import find_stops, on_trial, resume_job
 from mnist_lightning.rundir.status import is_main_process, read, show_with_unit, track
 from mnist_lightning.settings_help import WHERE, drop_places, flatten, show
 from mnist_lightning.sweeps.resume import rewrite_arguments
-from mnist_lightning.targets import PARTS, check_arguments, choose_mode, make, strange_modules
+from mnist_lightning.targets import PARTS, check_arguments, check_types, choose_mode, make, strange_modules
 from mnist_lightning.trust import write_trust
 
 if TYPE_CHECKING:
@@ -322,15 +322,16 @@ def check_parts(settings: Train) -> None:
     """Check each ``_target_`` and its arguments before any data is read.
 
     Raises:
-        TargetError: a ``_target_`` can't be used, or takes other arguments.
+        TargetError: a ``_target_`` can't be used, or takes arguments of other names or types.
     """
-    parts = {key: getattr(settings, key) for key in ("model", "loss", "optimizer", "scheduler")}
+    parts = {key: getattr(settings, key) for key in ("model", "loss", "optimizer", "scheduler", "trainer")}
     parts |= {f"metrics.{name}": metric for name, metric in settings.metrics.items()}
     for group in ("callbacks", "logger"):
         parts |= {f"{group}.{name}": one for name, one in getattr(settings, group).items()}
     for key, config in (parts | {"data.source": settings.data.source}).items():
         if config:
             check_arguments(config, key)
+            check_types(config, key)
 
 
 def check_nodes(number: int) -> None:

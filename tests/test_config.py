@@ -15,6 +15,8 @@ from processes import LIGHT, Fresh, Preloaded
 from mnist_lightning import config, network
 from mnist_lightning.config import Train
 from mnist_lightning.config import read_signature as read
+from mnist_lightning.targets import TargetError
+from mnist_lightning.train import check_parts
 
 # arguments -> the message
 MISTAKES = {
@@ -131,6 +133,39 @@ WRONG = {
     "scheduler.gamma": [math.nan, -1],
     "scheduler.factor": [2],
     "scheduler.patience": [-1, "text"],
+    "scheduler.threshold": [math.nan, "text"],
+    "scheduler.milestones": ["text", [0], [1.5], 3],
+    "callbacks.early_stopping.patience": [-1, 0.5, "text", None],
+    "callbacks.early_stopping.min_delta": [math.nan, -1],
+    "callbacks.film.enabled": ["text", 1, None],
+    "callbacks.film.path": [-1, None, ["a"]],
+    "callbacks.checkpoint._partial_": ["text", 1],
+    "logger.csv.save_dir": [1, None],
+    "data.source": [0, 1, "text", []],
+}
+# the same, as the class says that is named: told once it has been imported, and before any data is read
+WRONG_TYPES = {
+    "scheduler": (
+        "torch.optim.lr_scheduler.OneCycleLR",
+        {"three_phase": ["text", 1], "base_momentum": [["a"], "text"]},
+    ),
+    "optimizer": (
+        "torch.optim.AdamW",
+        {"betas": [0.9, "text", [0.9, "b"]], "maximize": ["text"]},
+    ),
+    "metrics.acc": (
+        "torchmetrics.classification.MulticlassAccuracy",
+        {"average": ["text", 1], "validate_args": ["text"], "top_k": [0.5, "text"]},
+    ),
+    "callbacks.mine": (
+        "lightning.pytorch.callbacks.EarlyStopping",
+        {"monitor": [3], "strict": ["text"], "stopping_threshold": [math.nan, "text"]},
+    ),
+    "callbacks.pruning.pruner": ("optuna.pruners.MedianPruner", {"n_startup_trials": ["text", 0.5]}),
+    "trainer": (
+        "lightning.pytorch.Trainer",
+        {"devices": [0.5, {"a": 1}, None], "profiler": [{"a": 1}], "plugins": [[1]]},
+    ),
 }
 RIGHT = {
     "trainer.limit_val_batches": [0, 0.0, 1, 1.0, 7, None],
@@ -188,27 +223,56 @@ def test_mistake_is_told_before_torch_is_imported(
     assert not list(tmp_path.glob("logs/train/*/*/[!.m]*")), "a refused run left something behind"
 
 
-def test_what_lightning_and_torch_would_take_is_refused_by_name(tmp_path: Path) -> None:
-    plain = settle(tmp_path)
+def set_to(settings: Train, key: str, value: object) -> Train:
+    """Return a copy of checked settings with another value for a dotted key."""
+    every = dataclasses.asdict(settings)
+    *outer, name = key.split(".")
+    inner = every
+    for one in outer:
+        inner = inner.setdefault(one, {})
+    inner[name] = value
+    group = key.split(".")[0]
+    if group == "data":
+        every["data"] = config.Data(**(every["data"] | {"augment": settings.data.augment}))
+    return dataclasses.replace(settings, **{group: every[group]})
 
-    def set_to(key: str, value: object) -> Train:
-        group, _, name = key.partition(".")
-        return dataclasses.replace(plain, **{group: {**getattr(plain, group), name: value}})
+
+def test_what_lightning_and_torch_would_take_is_refused_by_name(tmp_path: Path) -> None:
+    plain = settle(tmp_path, "callbacks=early_stopping")
 
     for key, values in WRONG.items():
         for value in values:
             with pytest.raises(
-                ValueError, match=rf"^{re.escape(key)} must be .*, got {re.escape(str(value))}$"
+                (ValueError, TargetError),
+                match=rf"^{re.escape(key)} must be .*, got '?{re.escape(str(value))}'?$",
             ):
-                set_to(key, value)
+                set_to(plain, key, value)
+    plain = dataclasses.replace(plain, callbacks={})
     for key, values in RIGHT.items():
         for value in values:
             group, _, name = key.partition(".")
-            assert getattr(set_to(key, value), group)[name] == value
+            assert getattr(set_to(plain, key, value), group)[name] == value
     theirs = {"_target_": "my_parts.Noam", "factor": 2.0, "patience": "long"}
     assert dataclasses.replace(plain, scheduler=theirs).scheduler == theirs
     with pytest.raises(ValueError, match=r"^optimizer\.lr must be a finite number > 0, got -1$"):
         dataclasses.replace(plain, optimizer={"_target_": "my_parts.Lion", "lr": -1})
+
+
+def test_types_are_those_of_the_class_that_is_named(tmp_path: Path) -> None:
+    pruner = "pruner: {_target_: optuna.pruners.NopPruner}"
+    target = "mnist_lightning.callbacks.pruning.Pruning"
+    pruning = f"+callbacks.pruning={{_target_: {target}, run_dir: a, monitor: val/acc, {pruner}}}"
+    plain = settle(tmp_path, pruning)
+    check_parts(plain)
+    for key, (target, arguments) in WRONG_TYPES.items():
+        for name, values in arguments.items():
+            for value in values:
+                wrong = set_to(plain, key, {"_target_": target, "_partial_": True, name: value})
+                with pytest.raises(
+                    TargetError,
+                    match=rf"^{re.escape(key)}\.{name} must be .*, got {re.escape(str(value))}$",
+                ):
+                    check_parts(wrong)
 
 
 def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:

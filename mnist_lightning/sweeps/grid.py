@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mnist_lightning.cli import CommandError, quote, typed
-from mnist_lightning.config import ConfigError, Train, check
+from mnist_lightning.config import COUNT, MAX_SEED, ConfigError, Limit, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
 from mnist_lightning.rundir.find import MULTIRUN
@@ -36,12 +36,26 @@ from mnist_lightning.settings_help import flatten, without_hydra
 from mnist_lightning.sweeps.auto import AutoLauncher
 from mnist_lightning.sweeps.parts import Parts, check_parts, find_parts
 from mnist_lightning.sweeps.results import MOST_JOBS, SEED, count_values, read_multirun, read_sweep
+from mnist_lightning.targets import is_target, is_whole
 from mnist_lightning.trust import KEY as TRUST
 from mnist_lightning.trust import check_targets, typed_trust
 
 log = logging.getLogger(__name__)
 
 Job = list[str]  # a job's overrides
+COUNT_OR_NULL: Limit = (lambda x: x is None or COUNT[0](x), f"{COUNT[1]}, or null")
+SWEEPER_LIMITS: dict[str, Limit] = {  # of GridSweeper and OptunaSweeper
+    **dict.fromkeys(("max_batch_size", "n_jobs"), COUNT_OR_NULL),
+    "n_trials": COUNT,
+    "seed": (lambda x: is_whole(x) and 0 <= x <= MAX_SEED, "a whole number in [0, 2^32)"),
+    "storage": (
+        lambda x: x is None or (isinstance(x, str) and x != ""),
+        "a file, the URL of a database, or null",
+    ),
+    "study_name": (lambda x: isinstance(x, str) and x != "", "a name"),
+    "sampler": (is_target, "settings with a _target_"),
+    "params": (lambda x: x is None or isinstance(x, dict), "settings, or null"),
+}
 NAMED = "a name with ${hydra.job.num} in it gives each its own"
 
 
@@ -128,6 +142,7 @@ class GridSweeper(BasicSweeper):
         """
         assert self.hydra_context is not None
         assert self.config is not None
+        check_sweeper(self.config)
         if self.resumed:
             check_same(self.sweep_dir, self.config)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -298,6 +313,19 @@ class GridSweeper(BasicSweeper):
             sys.exit(f"{len(names)} of {count} jobs did not finish: {', '.join(names)}")
         if unwritten:
             sys.exit(1)
+
+
+def check_sweeper(config: DictConfig) -> None:
+    """Check the sweeper's own settings.
+
+    Raises:
+        ConfigError: one has another type, or is out of its limits.
+    """
+    settings = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    assert isinstance(settings, dict)
+    for key, (holds, wanted) in SWEEPER_LIMITS.items():
+        if key in settings and not holds(settings[key]):
+            raise ConfigError(f"hydra.sweeper.{key} must be {wanted}, got {settings[key]}")
 
 
 def check_size(overrides: Sequence[Override]) -> None:

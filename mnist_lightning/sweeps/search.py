@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mnist_lightning.config import ConfigError
+from mnist_lightning.config import MAX_SEED, ConfigError
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.outside import as_text, read_json
 from mnist_lightning.rundir.status import read
-from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same, check_size
+from mnist_lightning.sweeps.grid import GridSweeper, Job, check_same, check_size, check_sweeper
 from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
@@ -26,6 +27,7 @@ from mnist_lightning.workarounds import trial_id
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class OptunaSweeper(GridSweeper):
         sampler: DictConfig,
         params: Mapping[str, str] | None,
     ) -> None:
-        super().__init__(max_batch_size=None, params=dict(params or {}))
+        super().__init__(max_batch_size=None, params=params)  # type: ignore[arg-type]  # Hydra says str
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.storage = storage
@@ -74,15 +76,18 @@ class OptunaSweeper(GridSweeper):
     def prepare(self, arguments: list[str]) -> None:
         assert self.hydra_context is not None
         assert self.config is not None
-        for key, number in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
-            if number is not None and number < 1:
-                raise ConfigError(f"hydra.sweeper.{key} must be >= 1, got {number}")
+        check_sweeper(self.config)
         try:
             import optuna  # noqa: F401
         except ImportError as error:
             raise ConfigError(
                 "a search needs Optuna: pip install optuna, or mnist_lightning[search]"
             ) from error
+        try:
+            self.make_sampler(0)
+        except (InstantiationException, TypeError) as error:
+            cause = as_text(" ".join(str(error.__cause__ or error).split()))
+            raise ConfigError(f"hydra.sweeper.sampler can't be built: {cause}") from error
         if self.resumed:
             check_same(self.sweep_dir, self.config)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -130,7 +135,7 @@ class OptunaSweeper(GridSweeper):
         size = self.n_jobs or 1
         if self.n_jobs is None and isinstance(self.launcher, ProcessesLauncher):
             size = self.launcher.count_slots([self.config])
-        batch = self.find_unfinished(study)
+        batch = self.find_unfinished(study, space)
         returns: list[JobReturn] = []
         while batch or (batch := self.ask(study, space, size)):
             returns += self.launch(
@@ -179,23 +184,53 @@ class OptunaSweeper(GridSweeper):
     def ask(
         self, study: "Study", space: "Mapping[str, BaseDistribution]", size: int
     ) -> list[tuple[int, Job]]:
-        """Ask the study for up to ``size`` new trials; return none when it has ``n_trials``."""
+        """Ask the study for up to ``size`` new trials; return none when it has ``n_trials``.
+
+        Trials that somebody has enqueued come first, and count once they are asked for.
+        """
         from optuna.trial import TrialState
 
         batch: list[tuple[int, Job]] = []
-        while len(batch) < size and (count := len(study.get_trials(deepcopy=False))) < self.n_trials:
-            study.sampler = instantiate(self.sampler)(seed=self.seed + count)
+        while len(batch) < size:
+            trials = study.get_trials(deepcopy=False)
+            count = sum(trial.state != TrialState.WAITING for trial in trials)
+            if count >= self.n_trials:
+                break
+            study.sampler = self.make_sampler(count)
             trial = study.ask()
             if trial.number >= self.n_trials:  # another sweep has asked at the same moment
                 study.tell(trial, state=TrialState.FAIL)
                 break
-            study.sampler = instantiate(self.sampler)(seed=self.seed + trial.number)
-            values = {key: suggest(trial, key, space[key]) for key in space}
-            job = self.make_job(values)
-            self.trials[trial.number] = trial
-            self.note_trial(trial, job)
-            batch.append((trial.number, job))
+            batch += self.begin(study, trial, space)
         return batch
+
+    def make_sampler(self, number: int) -> "BaseSampler":
+        sampler: BaseSampler = instantiate(self.sampler)(seed=(self.seed + number) % (MAX_SEED + 1))
+        return sampler
+
+    def begin(
+        self, study: "Study", trial: "Trial", space: "Mapping[str, BaseDistribution]"
+    ) -> list[tuple[int, Job]]:
+        """Choose a trial's settings, and note them.
+
+        Return none if the study has other settings for it than the search tries; the trial then has failed.
+        """
+        from optuna.trial import TrialState
+
+        study.sampler = self.make_sampler(trial.number)
+        try:
+            job = self.make_job({key: suggest(trial, key, space[key]) for key in space})
+        except ValueError as error:
+            log.error(
+                "trial %d failed  the study gives it other settings: %s", trial.number, as_text(str(error))
+            )
+            trial.set_user_attr("error", str(error))
+            study.tell(trial, state=TrialState.FAIL)
+            self.lost.append(str(trial.number))
+            return []
+        self.trials[trial.number] = trial
+        self.note_trial(trial, job)
+        return [(trial.number, job)]
 
     def note_trial(self, trial: "Trial", job: Job) -> None:
         """Write ``trial.json`` in a trial's folder, for the trial's own process and for resuming."""
@@ -210,11 +245,13 @@ class OptunaSweeper(GridSweeper):
         }
         write_atomic(job_dir / TRIAL, (json.dumps(saved, indent=2) + "\n").encode())
 
-    def find_unfinished(self, study: "Study") -> list[tuple[int, Job]]:
+    def find_unfinished(
+        self, study: "Study", space: "Mapping[str, BaseDistribution]"
+    ) -> list[tuple[int, Job]]:
         """Return this sweep's interrupted trials, to continue them."""
         from optuna.trial import Trial, TrialState
 
-        unfinished = []
+        unfinished: list[tuple[int, Job]] = []
         for frozen in study.get_trials(states=[TrialState.RUNNING]):
             try:
                 saved = self.find_trial(frozen)
@@ -223,6 +260,9 @@ class OptunaSweeper(GridSweeper):
                 study.tell(frozen.number, state=TrialState.FAIL)
                 continue
             if saved is None:
+                if self.storage is None:  # no other sweep's: a kill came between the question and the note
+                    study.sampler = self.make_sampler(frozen.number)
+                    unfinished += self.begin(study, Trial(study, trial_id(frozen)), space)
                 continue
             job = saved["overrides"]
             check_overrides(self.sweep_dir, job)
@@ -290,13 +330,21 @@ def ends(override: Override) -> list[str]:
 
 
 def suggest(trial: "Trial", key: str, distribution: "BaseDistribution") -> str:
-    """Return a trial's value as text; fractional numbers are rounded to four significant digits."""
+    """Return a trial's value as text; fractional numbers are rounded to four significant digits.
+
+    Raises:
+        ValueError: the study has a value for this key, of an enqueued trial, that the search does not try.
+    """
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     if isinstance(distribution, CategoricalDistribution):
         return str(trial.suggest_categorical(key, distribution.choices))
     options = {"log": distribution.log, "step": distribution.step}  # type: ignore[attr-defined]
-    if isinstance(distribution, IntDistribution):
-        return str(trial.suggest_int(key, distribution.low, distribution.high, **options))
     low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
-    return f"{trial.suggest_float(key, low, high, **options):.4g}"
+    if isinstance(distribution, IntDistribution):
+        value: float = trial.suggest_int(key, low, high, **options)
+    else:
+        value = trial.suggest_float(key, low, high, **options)
+    if not low <= value <= high:
+        raise ValueError(f"{key}={value} is not in [{low}, {high}]")
+    return str(value) if isinstance(distribution, IntDistribution) else f"{value:.4g}"
