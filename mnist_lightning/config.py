@@ -485,6 +485,12 @@ class Train:
                     f"callbacks.{name} watches {watched}, and {why}",
                 )
         require(
+            max_epochs is not None
+            or (self.trainer.get("max_steps") or -1) > 0
+            or self.trainer.get("max_time") is not None,
+            "trainer.max_epochs=null sets no end: give a number, trainer.max_steps or trainer.max_time",
+        )
+        require(
             not (max_epochs == -1 and "total_steps" in self.scheduler.values()),
             "scheduler needs the number of steps, and trainer.max_epochs=-1 sets no end",
         )
@@ -498,6 +504,7 @@ class Train:
 
 
 SPLITS = ("test", "val", "train")
+MOST_TTA = 10_000  # deformations of each image: hours
 
 
 @dataclass
@@ -523,7 +530,7 @@ class Evaluate:
         check_threads(self.threads)
         check_device(self.device)
         check_source(self.run, self.checkpoint)
-        at_least("tta", self.tta, 0)
+        require(0 <= self.tta <= MOST_TTA, f"tta must be in [0, {MOST_TTA}], got {self.tta}")
         if self.runs != []:
             self.runs = check_names("runs", self.runs, "runs=[A,B]", at_least=2)
             require(
@@ -806,6 +813,10 @@ def check(cfg: DictConfig, schema: type[Settings]) -> Settings:
     except (OmegaConfBaseException, TargetError, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(settings, schema)
+    for prefix, part in (("", settings), ("data.", getattr(settings, "data", None))):
+        for name, value in vars(part).items() if part else ():
+            if value == "":
+                raise ConfigError(f"{prefix}{name} must not be empty")
     return settings
 
 
@@ -844,7 +855,10 @@ def check_ours(group: str, settings: dict[str, Any]) -> dict[str, Any]:
     target = str(settings.get("_target_"))
     schema = SCHEMAS.get(target)
     if schema is None:
-        check_hints(settings, read_hints(target) if target.startswith("mnist_lightning.") else {}, group)
+        if target.startswith("mnist_lightning."):
+            check_hints(settings, read_hints(target), group)
+            for key, value in settings.items():
+                require(value != "", f"{group}.{key} must not be empty")
         return settings
     defaults = read_signature(target)
     given = {key: value for key, value in settings.items() if not key.startswith("_")}

@@ -215,14 +215,14 @@ def check_hints(config: Mapping[str, Any], hints: Mapping[str, Any], key: str) -
     Raises:
         TargetError: an argument has another type.
     """
-    for name, hint in (hints | {"_partial_": bool}).items():
+    for name, hint in {**hints, "_partial_": bool}.items():
         if name in config and not takes(hint, config[name]) and (key, config[name]) != ("scheduler", PLANNED):
             raise TargetError(f"{key}.{name} must be {in_words(hint)}, got {config[name]}")
 
 
 def read_hints(target: Callable[..., Any]) -> dict[str, Any]:
     """Return the types of the arguments of a class or function, as far as they are known."""
-    makers = (target.__new__, target.__init__) if inspect.isclass(target) else (target,)  # type: ignore[misc]
+    makers = (target.__new__, target.__init__) if inspect.isclass(target) else (target,)
     hints: dict[str, Any] = {}
     for maker in map(inspect.unwrap, makers):
         annotations, names = getattr(maker, "__annotations__", {}), getattr(maker, "__globals__", {})

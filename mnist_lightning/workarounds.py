@@ -97,9 +97,9 @@ def tell_settings_in_a_line() -> None:
             line = f"{match[0]}it comes with {match[1]}={match[2]}, which is not chosen"
         for key, value in pairs:
             choices = self.get_group_options(key)
-            if choices and value == "null" and "Config group override" in line:
-                line = f"{key}=null chooses nothing: {key} must be one of {', '.join(choices)}"
-            elif choices and f"Could not override '{key}'" in line:
+            if choices and value not in choices and "Config group override" in line:
+                line = f"{key}={value} chooses nothing: {key} must be one of {', '.join(choices)}"
+            elif choices and f"Could not override '{key}'" in line and "resume" in dict(pairs):
                 line = (
                     f"{key}={value} can't be chosen with resume=, which uses the run's own {key}:"
                     f" give single settings of it, {key}.…=…"
@@ -113,7 +113,8 @@ def tell_settings_in_a_line() -> None:
             match = re.match(r"Could not override '(.+)'", str(error))
             if match is None:
                 raise
-            key = match[1]
+            key, inner = match[1], str(getattr(error.__cause__, "full_key", ""))
+            key = inner if inner.startswith(f"{key}.") else key  # of key={inner: 1}
             near = find_near(key, OmegaConf.to_container(cfg))
             parent, _, name = key.rpartition(".")
             what = (

@@ -54,6 +54,14 @@ MISTAKES = {
     ("optimizer.lr=fast",): "optimizer.lr must be a finite number > 0, got fast",
     ("optimizer=sgd", "optimizer.momentum=1"): "optimizer.momentum must be a finite number in [0, 1), got 1",
     ("trainer.max_epochs=0",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 0",
+    ("trainer.max_epochs=null",): "trainer.max_epochs=null sets no end",
+    ("trainer.devices=100000",): "trainer.devices=100000 with data.num_workers=0 starts processes that take",
+    ("data.num_workers=10000000",): "trainer.devices=1 with data.num_workers=10000000 starts processes",
+    ("trust={a:1}",): "trust must be a module or a list of modules, as in trust=my_nets, got {'a': 1}",
+    ("data.data_dir=''",): "data.data_dir must not be empty",
+    ("logger.csv.save_dir=''",): "logger.csv.save_dir must not be empty",
+    ("trainer.profiler={a: 1}",): "Could not override 'trainer.profiler.a'",
+    ("data=1",): "data=1 chooses nothing: data must be one of cifar10,",
     ("trainer.max_epochs=1.5",): "trainer.max_epochs must be a whole number >= 1, or -1 for no end, got 1.5",
     ("trainer.max_epochs=-1",): "scheduler needs the number of steps, and trainer.max_epochs=-1 sets no end",
     ("seed=-1",): "seed must be in [0, 2^32), got -1",
@@ -267,7 +275,8 @@ def test_types_are_those_of_the_class_that_is_named(tmp_path: Path) -> None:
     for key, (target, arguments) in WRONG_TYPES.items():
         for name, values in arguments.items():
             for value in values:
-                wrong = set_to(plain, key, {"_target_": target, "_partial_": True, name: value})
+                others = plain.trainer if key == "trainer" else {"_target_": target, "_partial_": True}
+                wrong = set_to(plain, key, {**others, name: value})
                 with pytest.raises(
                     TargetError,
                     match=rf"^{re.escape(key)}\.{name} must be .*, got {re.escape(str(value))}$",

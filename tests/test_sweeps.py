@@ -332,6 +332,34 @@ def test_a_search_records_prunes_and_resumes(start: Start, command: Run, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_search_takes_what_its_study_holds(command: Run, tmp_path: Path) -> None:
+    """A trial that a kill left without its folder goes on, enqueued ones come first, and count like others."""
+    settings = ("search=mlp", "hydra.sweeper.params=null", "model.hidden=choice(8,9)", *TINY)
+    limit = "trainer.max_epochs=1"
+    done = command(
+        *("train", "-m", *settings, "hydra.sweeper.n_trials=1", limit, "hydra.sweep.dir=s"), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    journal = str(tmp_path / "s" / "optuna.journal")
+    study = optuna.load_study(study_name=None, storage=open_storage(journal))
+    study.ask()
+    for value in ("9", "64", "8"):
+        study.enqueue_trial({"model.hidden": value})
+    done = command("train", "-m", "resume=s", "hydra.sweeper.n_trials=4", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "trial 3 failed  the study gives it other settings: '64' not in ('8', '9')" in done.stdout
+    assert done.stderr.splitlines()[-1] == "1 of 4 jobs did not finish: 3"
+    study = optuna.load_study(study_name=None, storage=open_storage(journal))
+    assert [trial.state.name for trial in study.trials] == [*["COMPLETE"] * 3, "FAIL", "WAITING"]
+    assert "model.hidden=9" in read_statuses(tmp_path / "s")[2]["overrides"]
+    assert sorted(read_statuses(tmp_path / "s")) == [0, 1, 2]
+    done = command("train", "-m", "resume=s", "hydra.sweeper.n_trials=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model.hidden=8" in read_statuses(tmp_path / "s")[4]["overrides"]
+
+
+@pytest.mark.slow
 def test_two_processes_share_a_study(start: Start, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     open_storage(storage)  # made once, because Optuna fails if two processes make its tables at the same time

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -13,12 +14,16 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from mnist_lightning import threads
 from mnist_lightning.cli import CommandError, quote
 from mnist_lightning.config import ConfigError, Train, check
 from mnist_lightning.rundir.outside import as_word, check_run, check_sweep
 from mnist_lightning.rundir.resume import check_place, check_resumption
 from mnist_lightning.rundir.status import hold, is_main_process
+from mnist_lightning.trust import TrustError, read_trust
 
+# Bytes of memory, measured on Linux, that another process of a run takes, and another worker of its loaders
+PROCESS, WORKER = 0.5e9, 0.02e9
 ROOM = 20_000  # free bytes that the folder needs: without room for its records, Hydra prints a traceback
 
 
@@ -48,7 +53,7 @@ def told() -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, CommandError) as error:
+    except (ConfigError, CommandError, TrustError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         sys.exit(str(error))
@@ -67,6 +72,7 @@ def prepare(config: DictConfig, kind: str) -> None:
 
     Raises:
         ConfigError: the settings are wrong, or the folder can't be made or written.
+        TrustError: ``trust`` names no module.
         CommandError: another process or an earlier run uses the folder.
         SystemExit: with code 0; the run to resume has already finished.
     """
@@ -76,6 +82,9 @@ def prepare(config: DictConfig, kind: str) -> None:
         resumed = False
         if kind == "run":
             settings = check(config, Train)
+            read_trust(settings.trust)
+            if is_main_process():
+                check_processes(settings)
             resumed = settings.resume is not None
             if resumed:
                 check_resumption(settings, typed["task"])
@@ -106,6 +115,22 @@ def prepare(config: DictConfig, kind: str) -> None:
             raise ConfigError(str(error)) from error
         place = error.filename or folder
         raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
+
+
+def check_processes(settings: Train) -> None:
+    """Check that the processes that a run would start fit into the memory of this machine.
+
+    Raises:
+        ConfigError: there are too many.
+    """
+    devices, workers = str(settings.trainer.get("devices")), settings.data.num_workers
+    processes = int(devices) if re.fullmatch(r"[1-9]\d{0,99}", devices) else 1  # others are not for CPUs
+    wanted, free = PROCESS * (processes - 1) + WORKER * 2 * workers * processes, threads.free_memory()
+    if wanted > free:
+        raise ConfigError(
+            f"trainer.devices={devices} with data.num_workers={workers} starts processes that take"
+            f" {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free"
+        )
 
 
 def check_unused(folder: Path) -> None:

@@ -29,6 +29,7 @@ from mnist_lightning.cli import CommandError, quote, typed
 from mnist_lightning.config import COUNT, MAX_SEED, ConfigError, Limit, Train, check
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.atomic import LONG_LEFT, remove_leftovers, write_atomic
+from mnist_lightning.rundir.claim import check_processes
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.outside import as_word
 from mnist_lightning.rundir.status import GONE, Status, lock, read
@@ -359,6 +360,7 @@ def check_job(cfg: DictConfig, overrides: Sequence[str], *, compared: bool) -> T
     """
     try:
         settings = check(cfg, Train)
+        check_processes(settings)
     except ConfigError as error:
         raise ConfigError(f"job {' '.join(overrides)}: {error}") from error
     trainer = settings.trainer
