@@ -27,7 +27,9 @@ class CommandError(CompactHydraException):
     """A command can't go on; Hydra prints the message without a traceback."""
 
 
-PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")  # text that Hydra's grammar reads as itself, except these words:
+PLAIN = re.compile(
+    r"[a-z_/][\w./-]*", re.ASCII | re.IGNORECASE
+)  # Hydra's grammar reads it as itself, but these:
 WORDS = ("null", "true", "false", "nan", "inf")
 INTERPOLATION = r"\$\{[\w.]+(:[^{}]*(\{[^{}]*\}[^{}]*)*)?\}"  # ${key}, or a resolver's: ${now:%H-%M}
 

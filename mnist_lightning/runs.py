@@ -20,7 +20,7 @@ from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.index import STATES, Record, list_runs
-from mnist_lightning.rundir.outside import as_cell, as_text, expand_home, is_finite
+from mnist_lightning.rundir.outside import as_cell, as_text, expand_home, is_finite, open_file
 from mnist_lightning.rundir.records import (
     average,
     check_key,
@@ -184,8 +184,8 @@ def write_csv(name: str, records: Sequence[Record], columns: Sequence[str]) -> N
         print(text.getvalue(), end="")
         return
     path = expand_home(name)
-    if path.exists():
-        with path.open("rb") as file:
+    if os.path.lexists(path):
+        with open_file(path) as file:
             if file.read(4) not in (b"run,", b"run\n", b""):
                 raise CommandError(f"csv={path} exists and is no table of runs: give another name")
     write_atomic(path, text.getvalue().encode())

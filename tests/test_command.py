@@ -42,6 +42,8 @@ def parse(argument: str) -> object:
         ("*.png", "*.png"),
         ("$HOME/${x}", "$HOME/${x}"),
         ("null", None),
+        ("/home/jürgen/größe.png", "/home/jürgen/größe.png"),
+        ("[数字.png,b]", ["数字.png", "b"]),
     ],
 )
 def test_paths_mean_what_was_typed(typed: str, meant: object) -> None:
@@ -112,6 +114,15 @@ def test_ctrl_c_ends_any_command_without_a_traceback(tmp_path: Path, environment
     wait_for((tmp_path / "begun").exists, process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
+    assert process.stderr == ""
+
+
+@pytest.mark.posix("a signal to itself")
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
+    wait = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    (tmp_path / "hydra.py").write_text(wait)  # is imported in the place of Hydra
+    process = Fresh("-m", "mnist_lightning.train", cwd=tmp_path, env=environment)
+    assert process.wait() == -signal.SIGINT
     assert process.stderr == ""
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Once, Run
+from conftest import REPOSITORY, Once, Run
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from test_sweeps import FAULT, FAULTS, TINY, find_sweep, read_statuses
 
 from mnist_lightning import threads
+from mnist_lightning.config import ConfigError
 from mnist_lightning.rundir.checkpoint import load
 from mnist_lightning.sweeps.auto import AutoLauncher
+from mnist_lightning.sweeps.grid import check_sweeper
 from mnist_lightning.sweeps.processes import ProcessesLauncher, find_gpus
 
 WITNESS = (
@@ -222,6 +224,29 @@ def test_wrong_numbers_are_told_in_a_line(
     assert done.stderr.splitlines()[0] == line
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("logs/train/multiruns/*"))
+
+
+SWEEPER = {
+    "max_batch_size": [0, -1, 0.5, "text", True],
+    "n_trials": [0, None, "text", 1.5, [1], 10**20],
+    "n_jobs": [0, "text", True],
+    "seed": [-1, None, "text", 2**32],
+    "storage": ["", 1, {"a": 1}],
+    "study_name": ["", None, 1],
+    "sampler": [None, "text", {"a": 1}],
+    "params": ["text", [1], 1],
+}
+
+
+def test_a_sweepers_own_settings_have_types_and_limits() -> None:
+    for key, values in SWEEPER.items():
+        for value in values:
+            config = OmegaConf.create({"hydra": {"sweeper": {key: value}}})
+            with pytest.raises(ConfigError, match=rf"^hydra\.sweeper\.{key} must be .*, got "):
+                check_sweeper(config)
+    for plain in ("grid", "optuna"):
+        file = REPOSITORY / "conf" / "hydra" / "sweeper" / f"{plain}.yaml"
+        check_sweeper(OmegaConf.create({"hydra": {"sweeper": OmegaConf.load(file)}}))
 
 
 ONE_WORKER = ("hydra.launcher.n_jobs=1", "hydra.launcher.timeout_s=600")  # each worker imports torch

@@ -29,7 +29,7 @@ from mnist_lightning.rundir.checkpoint import LocalCheckpointIO, find_newest, lo
 from mnist_lightning.rundir.find import find_run
 from mnist_lightning.rundir.index import list_runs
 from mnist_lightning.rundir.loggers import CSVLogger
-from mnist_lightning.rundir.output import claim_output
+from mnist_lightning.rundir.output import check_file, claim_output
 from mnist_lightning.rundir.outside import (
     as_cell,
     as_code,
@@ -43,6 +43,7 @@ from mnist_lightning.rundir.outside import (
 )
 from mnist_lightning.rundir.records import average
 from mnist_lightning.rundir.status import Status, is_locked, lock, read
+from mnist_lightning.runs import write_csv
 from mnist_lightning.sweeps.grid import GridSweeper
 from mnist_lightning.sweeps.report import write_report, write_tables
 from mnist_lightning.sweeps.results import read_multirun, read_sweep
@@ -383,6 +384,20 @@ def test_an_output_folder_keeps_what_is_in_it(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "run" / "metrics.json").write_text("a run's")
     with pytest.raises(CommandError, match="name another folder"):
         claim_output("run", "evaluate", names)
+    (tmp_path / "file").touch()
+    with pytest.raises(CommandError, match=r"^output=file is not a folder$"):
+        claim_output("file", "evaluate", names)
+
+
+@pytest.mark.posix("pipes with a name")
+def test_a_pipe_in_the_place_of_a_result_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "page.html"
+    os.mkfifo(pipe)
+    with pytest.raises(CommandError, match="already exists and is not a "):
+        check_file(pipe, "report.html")
+    with pytest.raises(OSError, match="is not a file"):
+        write_csv(str(pipe), [], ["run"])
+    assert pipe.is_fifo()
     (tmp_path / "logs" / "old").mkdir(parents=True)
     (tmp_path / "logs" / "old" / "a.png").write_text("of an earlier version")
     claim_output("logs/old", "visualize", names)

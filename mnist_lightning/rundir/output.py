@@ -33,10 +33,12 @@ def claim_output(output: str, command: str, names: Collection[str]) -> Path:
         the folder's path.
 
     Raises:
-        CommandError: a file with such a name exists, and the command has not written it.
+        CommandError: it is no folder, or holds a file with such a name that the command has not written.
         OSError: the folder can't be made or read.
     """
     folder = expand_home(output)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CommandError(f"output={output} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if Path(os.path.realpath(LOGS)) in Path(os.path.realpath(folder)).parents:
         return folder
@@ -106,7 +108,7 @@ def check_file(target: Path, name: str) -> None:
     if target.is_dir():
         raise CommandError(f"output={target} is a folder: name a file, for example {target / name}")
     kind = Path(name).suffix
-    if os.path.lexists(target) and target.suffix != kind:
+    if os.path.lexists(target) and (target.suffix != kind or not target.is_file()):
         raise CommandError(f"output={target} already exists and is not a *{kind} file: name another file")
     if kind == ".html" and target.is_file():
         with target.open("rb") as file:
