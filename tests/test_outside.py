@@ -387,6 +387,9 @@ def test_an_output_folder_keeps_what_is_in_it(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").touch()
     with pytest.raises(CommandError, match=r"^output=file is not a folder$"):
         claim_output("file", "evaluate", names)
+    (tmp_path / "logs" / "old").mkdir(parents=True)
+    (tmp_path / "logs" / "old" / "a.png").write_text("of an earlier version")
+    claim_output("logs/old", "visualize", names)
 
 
 @pytest.mark.posix("pipes with a name")
@@ -398,9 +401,6 @@ def test_a_pipe_in_the_place_of_a_result_stays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is not a file"):
         write_csv(str(pipe), [], ["run"])
     assert pipe.is_fifo()
-    (tmp_path / "logs" / "old").mkdir(parents=True)
-    (tmp_path / "logs" / "old" / "a.png").write_text("of an earlier version")
-    claim_output("logs/old", "visualize", names)
 
 
 # Checkpoints
