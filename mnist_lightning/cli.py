@@ -106,7 +106,10 @@ def begin() -> None:
     workarounds.quiet_matplotlib()
     register()
     typed[:] = sys.argv
-    folder = os.getcwd()  # a console script finds modules in the working folder, as python -m does
+    try:
+        folder = os.getcwd()  # a console script finds modules in the working folder, as python -m does
+    except OSError as error:
+        sys.exit(f"the working folder can't be used ({error.strerror}): change to another one")
     if not sys.flags.safe_path and not {"", folder} & set(sys.path):
         sys.path.insert(0, folder)
 

@@ -14,7 +14,7 @@ from benchmarks.handwriting import KINDS, through_predict
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 from mnist_lightning.images.handwriting import read_image, to_mnist
 from mnist_lightning.images.normalize import NoDigit
-from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES
+from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES, find_files
 
 NUM_DIGITS = 40  # of each kind; benchmarks/handwriting.py uses more, with a goal of 97 % for most kinds
 QUICK = (
@@ -286,9 +286,23 @@ def test_mistakes_are_told_in_a_line(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
-    from mnist_lightning.images.pictures import find_files
+@pytest.mark.posix("symbolic links")
+def test_links_in_a_circle_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "in/b.png", "in/deep/c.png", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("in/one", "in/two", "in/deep/three"):  # glob.glob would find 2^40 files
+        (tmp_path / name).symlink_to(tmp_path)
+    found = [tmp_path / name for name in ("a.png", "in/b.png", "in/deep/c.png")]
+    assert find_files(f"{tmp_path}/**/*.png") == found
+    assert find_files(f"{tmp_path}/i*/**/*.png") == found[1:]
+    assert find_files(f"{tmp_path}/**/deep/**/*.png") == found[2:]
+    monkeypatch.chdir(tmp_path)
+    assert find_files("**/*.png") == [path.relative_to(tmp_path) for path in found]
+    assert find_files("**/*.jpg") == [Path("**/*.jpg")]
 
+
+def test_folders_and_globs_stand_for_their_pictures(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "notes.txt", "[1].png"):
         (tmp_path / name).touch()
     (tmp_path / "none").mkdir()

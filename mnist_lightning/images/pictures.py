@@ -1,6 +1,7 @@
 """Find picture files, and read their pixels."""
 
 import glob
+import os
 import warnings
 from pathlib import Path
 
@@ -108,4 +109,21 @@ def find_files(name: str) -> list[Path]:
         return pictures
     if path.exists():
         return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] or [path]
+    return [Path(match) for match in sorted(find_matches(path))] or [path]
+
+
+def find_matches(pattern: Path) -> set[str]:
+    """Return the names of all files that a pattern matches.
+
+    ``**`` stands for folders of any depth, and follows no links, which may lead round in circles.
+    """
+    if "**" not in pattern.parts:
+        return set(glob.glob(str(pattern)))
+    place = pattern.parts.index("**")
+    rest = pattern.parts[place + 1 :] or ("*",)
+    found: set[str] = set()
+    for start in find_matches(Path(*pattern.parts[:place])):
+        for folder, inner, _ in os.walk(start):
+            inner[:] = [name for name in inner if not name.startswith(".")]  # as * does
+            found |= find_matches(Path(glob.escape(folder), *rest))
+    return found

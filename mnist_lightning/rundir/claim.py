@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError, quote
@@ -90,6 +90,7 @@ def prepare(config: DictConfig, kind: str) -> None:
                 check_resumption(settings, typed["task"])
             elif settings.reproduce is not None:
                 check_place(settings, Path(settings.reproduce), typed["task"])
+        check_hydra(config, kind)
         key = f"hydra.{kind}.dir"
         folder = Path(OmegaConf.select(config, key))
         named = any(str(override).startswith(f"{key}=") for override in typed["hydra"])
@@ -115,6 +116,23 @@ def prepare(config: DictConfig, kind: str) -> None:
             raise ConfigError(str(error)) from error
         place = error.filename or folder
         raise ConfigError(f"can't write to the run's folder {place}: {error.strerror}") from error
+
+
+def check_hydra(config: DictConfig, kind: str) -> None:
+    """Check those of Hydra's own settings that end in a traceback, or take the working folder for a new one.
+
+    Raises:
+        ConfigError: one can't be used.
+    """
+    for plugin in ("sweeper", "launcher") if kind == "sweep" else ():
+        target = str(OmegaConf.select(config, f"hydra.{plugin}._target_"))
+        if not target.startswith(("hydra_plugins.", "hydra._internal.")):
+            raise ConfigError(f"hydra.{plugin}._target_={target} is no plugin of Hydra")
+    if not str(OmegaConf.select(config, f"hydra.{kind}.dir")):
+        raise ConfigError(f"hydra.{kind}.dir must not be empty")
+    verbose = config.hydra.verbose
+    if not isinstance(verbose, (bool, str, ListConfig)):
+        raise ConfigError(f"hydra.verbose must be true, false, a logger or a list of loggers, got {verbose}")
 
 
 def check_processes(settings: Train) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.find import newest_first
 from mnist_lightning.rundir.outside import expand_home
 
 NAME = "film.npz"
@@ -88,10 +89,10 @@ def find_film(name: str, *, logs: Path = Path("logs")) -> Path:
     """
     if name != "latest":
         return expand_home(name)
-    films = sorted(logs.glob(f"**/{NAME}"), key=lambda path: path.stat().st_mtime)
+    films = newest_first(logs.glob(f"**/{NAME}"))
     if not films:
         raise FileNotFoundError(f"latest: no run under {logs.absolute()} has a {NAME} yet")
-    return films[-1].parent
+    return films[0].parent
 
 
 def write_film(path: Path, film: Film) -> None:

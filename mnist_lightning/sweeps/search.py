@@ -22,6 +22,7 @@ from mnist_lightning.sweeps.processes import ProcessesLauncher
 from mnist_lightning.sweeps.results import FOLD
 from mnist_lightning.sweeps.resume import check_overrides
 from mnist_lightning.sweeps.study import TRIAL, find_storage, mend_journal, open_storage, to_distribution
+from mnist_lightning.targets import check_types
 from mnist_lightning.workarounds import trial_id
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class OptunaSweeper(GridSweeper):
             ) from error
         try:
             self.make_sampler(0)
+            check_types(self.sampler, "hydra.sweeper.sampler")
         except (InstantiationException, TypeError) as error:
             cause = as_text(" ".join(str(error.__cause__ or error).split()))
             raise ConfigError(f"hydra.sweeper.sampler can't be built: {cause}") from error
