@@ -1,7 +1,5 @@
 """Compare trained nets and their runs:  python -m mnist_lightning.compare runs=[A,B]"""
 
-import csv
-import io
 import json
 import logging
 import sys
@@ -18,16 +16,16 @@ from mnist_lightning import threads
 from mnist_lightning.cli import begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Compare, check
 from mnist_lightning.rundir.atomic import write_atomic
+from mnist_lightning.rundir.curves import read_curves
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.output import claim_output
-from mnist_lightning.rundir.outside import as_text, read_file, read_json, read_yaml
+from mnist_lightning.rundir.outside import as_text, read_json, read_yaml
 from mnist_lightning.rundir.status import show_with_unit
 from mnist_lightning.settings_help import flatten
 
 if TYPE_CHECKING:
     from mnist_lightning.data import Images
     from mnist_lightning.evaluation.scores import Evaluation
-    from mnist_lightning.figures import Curve
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +113,8 @@ def compare(settings: Compare) -> None:
             " bias: choose by split=val, and read the test images once."
         )
     write_atomic(folder / "comparison.json", (json.dumps(result, indent=2, default=str) + "\n").encode())
-    histories = {c.name: history for c in contestants if (history := read_curves(c.folder))}
+    curves = {c.name: read_or_warn(read_curves, c.folder) for c in contestants}
+    histories = {name: history for name, history in curves.items() if history}
     written = ["comparison.json"]
     if histories:
         drawing = figures.curves(histories)
@@ -205,37 +204,9 @@ def tabulate(rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def read_curves(folder: Path | None) -> "dict[str, Curve]":
-    """Read a run's curves from its ``csv/metrics.csv``.
-
-    Returns:
-        For each metric, such as "val/acc", its epochs and its values, both (N,) float64.  Empty if there is
-        no such file, or if it can't be read, which is logged as a warning.
-    """
-    import numpy as np
-
-    content = read_or_warn(read_file, folder / "csv" / "metrics.csv" if folder else None)
-    try:
-        rows = list(csv.DictReader(io.StringIO((content or b"").decode(), newline="")))
-        history = {}
-        for key in rows[0] if rows else []:
-            if not key or not key.startswith(("train/", "val/")) or key == "train/loss_step":
-                continue
-            points = [
-                (float(row["epoch"]), float(row[key])) for row in rows if row.get(key) and row.get("epoch")
-            ]
-            if points and np.isfinite(points).all():
-                epochs, values = np.array(points).T
-                history[key] = (epochs, values)
-    except (ValueError, csv.Error) as error:
-        log.warning("the curves of %s can't be read: %s", folder, error)
-        return {}
-    return history
-
-
 def read_or_warn(read: Callable[[Path], Content], path: Path | None) -> Content | None:
-    """Read a file of a run; return None if it does not exist, and also warn if it can't be read."""
-    if path is None or not path.is_file():
+    """Read a file or folder of a run; return None if there is none, and also warn if it can't be read."""
+    if path is None or not path.exists():
         return None
     try:
         return read(path)

@@ -22,6 +22,7 @@ from mnist_lightning import threads, workarounds
 from mnist_lightning.config import CONF_DIR, ConfigError, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.claim import prepare
+from mnist_lightning.rundir.curves import read_curves
 from mnist_lightning.rundir.find import find_checkpoint
 from mnist_lightning.rundir.notebook import in_notebook, to_table
 from mnist_lightning.rundir.outside import expand_home, read_json
@@ -168,7 +169,6 @@ class Run:
             OSError: the run has logged no epoch.
         """
         from mnist_lightning import figures
-        from mnist_lightning.compare import read_curves
 
         curves = read_curves(self.folder)
         if not curves:

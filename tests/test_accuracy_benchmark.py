@@ -103,6 +103,7 @@ def tabulate(python: Run) -> Tabulate:
     return functools.partial(python, "-m", "benchmarks.accuracy", cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_the_table_comes_from_the_runs(workplace: Path, command: Run, tabulate: Tabulate) -> None:
     for arguments in (("runs=[a,b]", "output=committee"), ("run=a", "tta=2")):
         assert command("evaluate", *arguments, cwd=workplace).returncode == 0

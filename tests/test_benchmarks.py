@@ -40,6 +40,7 @@ def test_help(name: str, benchmark: Callable[..., str]) -> None:
     assert f"python -m benchmarks.{name}" in benchmark(name, "--help")
 
 
+@pytest.mark.slow
 def test_step_overhead_compares_equal_arithmetic(data_dir: Path) -> None:
     """train, a bare loop and bare Lightning end with the same bits, and the tutorial's loop with the same loss."""
     from benchmarks import step_overhead
@@ -153,6 +154,7 @@ def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) 
     assert all(one > 0 for (one,) in seconds.values())
 
 
+@pytest.mark.slow
 def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
     """This is a part of test_scaling without new interpreters."""
     from benchmarks.scaling import Run, make, tabulate
@@ -215,6 +217,7 @@ def test_take_turns_and_the_median_of_ratios() -> None:
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bare_loop", "tutorial_loop"])
 def test_references_do_not_wait_for_lightning(
     name: str, light: Preloaded, environment: dict[str, str]

@@ -130,7 +130,11 @@ def test_every_knob_changes_the_net(fit: Fit, once: Once, knob: str, folder: str
 
 
 @pytest.mark.parametrize(
-    "workers", [(0, 2), pytest.param((0, 0, 0, 0, 0, 2, 4), marks=pytest.mark.reliability)]
+    "workers",
+    [
+        pytest.param((0, 2), marks=pytest.mark.slow),
+        pytest.param((0, 0, 0, 0, 0, 2, 4), marks=pytest.mark.reliability),
+    ],
 )
 def test_every_process_makes_the_same_weights(workers: tuple[int, ...], tmp_path: Path, command: Run) -> None:
     hashes = set()

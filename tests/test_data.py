@@ -240,7 +240,9 @@ def read_at_once(
     return [one.stdout.strip() for one in done]
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.reliability)]
+)
 def test_many_start_at_once(
     rounds: int, tmp_path: Path, data_dir: Path, preloaded: Preloaded, environment: dict[str, str]
 ) -> None:

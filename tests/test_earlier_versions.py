@@ -43,6 +43,7 @@ def old(default_run: DefaultRun, tmp_path: Path) -> Path:
     return age(default_run.folder, tmp_path / "old")
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_edition_is_read(
     old: Path, default_run: DefaultRun, command: Run, tmp_path: Path
 ) -> None:

@@ -189,6 +189,7 @@ def test_what_it_can_not_take_is_told(trained: tuple[DigitClassifier, Images]) -
         explain(trained[0], trained[1].images[:5])
 
 
+@pytest.mark.slow
 def test_mistakes_indices_and_pictures(
     trained_run: Path, trained: tuple[DigitClassifier, Images], tmp_path: Path, command: Run
 ) -> None:

@@ -182,6 +182,7 @@ def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
         assert told in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_fold_is_told(swept: Path, tmp_path: Path, command: Run) -> None:
     import shutil
 

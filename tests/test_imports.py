@@ -15,7 +15,15 @@ HEAVY = {"torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "ten
 LIGHT = COMMANDS | {
     *("cli", "config", "settings_help", "targets", "threads", "trust", "workarounds", "images.sources"),
     "images.known",
-    *("rundir.atomic", "rundir.claim", "rundir.find", "rundir.index", "rundir.outside", "rundir.output"),
+    *(
+        "rundir.atomic",
+        "rundir.claim",
+        "rundir.curves",
+        "rundir.find",
+        "rundir.index",
+        "rundir.outside",
+        "rundir.output",
+    ),
     *(
         "rundir.record",
         "rundir.records",

@@ -272,7 +272,12 @@ def test_an_early_stopped_run_stays_stopped_until_it_may_go_on(fit: Fit, tmp_pat
 
 @pytest.mark.parametrize(
     "limit",
-    [("+trainer.max_steps=13",), ("+callbacks.timer._target_=faults.StepTimer", "+callbacks.timer.step=13")],
+    [
+        ("+trainer.max_steps=13",),
+        pytest.param(
+            ("+callbacks.timer._target_=faults.StepTimer", "+callbacks.timer.step=13"), marks=pytest.mark.slow
+        ),
+    ],
     ids=["max_steps", "max_time"],
 )
 def test_a_run_that_a_limit_has_cut_short_goes_on_within_its_epoch(
@@ -402,6 +407,7 @@ def test_a_resumption_that_came_to_nothing_is_no_base_of_the_next(
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_interpolations_of_a_path_are_followed(command: Run, tmp_path: Path, data_dir: Path) -> None:
     settings = ("model.hidden=8", TEN, "trainer.max_epochs=1", NO_PICTURES, "test=false")
     folder = "hydra.run.dir=out/${now:%Y}_${seed}"

@@ -787,7 +787,9 @@ def read_all(run: Path, sweep: Path) -> None:
             assert str(error)
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.reliability)]
+)
 def test_damaged_files_of_all_kinds(rounds: int, trained_run: Path, folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)

@@ -29,8 +29,6 @@ BROUGHT = {
     "resnet": (("model=resnet", "data.batch_size=8"), "torchvision.models", "val/acc", "seed=1,2"),
 }
 
-QUICK = ("cnn",)  # tests of the others are marked slow
-
 pytestmark = pytest.mark.usefixtures("from_wheel")
 
 
@@ -48,10 +46,8 @@ def retyped(stderr: str) -> list[str]:
     return words[1:]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BROUGHT],
-)
+@pytest.mark.slow  # the short form is the flow of a folder of pictures, in test_own_data.py
+@pytest.mark.parametrize("name", BROUGHT)
 def test_from_training_to_report(name: str, work: Path, python: Run, command: Run, start: Start) -> None:
     chosen, module, metric, swept = BROUGHT[name]
     settings = [*CONF, *chosen, *TINY, "checkpoint.every_n_steps=2"]

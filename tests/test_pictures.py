@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import Run
 from PIL import Image
@@ -60,6 +61,7 @@ def test_a_picture_of_a_series_is_the_one_drawn_alone() -> None:
     assert not np.array_equal(first, alone)
 
 
+@pytest.mark.slow
 def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
     tmp_path: Path, command: Run
 ) -> None:
@@ -78,6 +80,7 @@ def test_histograms_show_weights_and_gradients_and_a_multirun_has_no_pictures(
     assert not list(tmp_path.glob("histograms/*/film.npz")), "a job of a multirun keeps no film"
 
 
+@pytest.mark.slow
 def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command: Run) -> None:
     """With batch norm and dropout, pictures draw no random number and do not change the net's state."""
     arguments = ["callbacks.pictures.enabled=true,false", "model.norm=batch", "model.dropout=0.5"]
@@ -100,6 +103,7 @@ def test_one_key_turns_them_off_and_nothing_else_changes(tmp_path: Path, command
     assert all(torch.equal(with_pictures[name], without[name]) for name in without)
 
 
+@pytest.mark.slow
 def test_without_tensorboard_nothing_happens(tmp_path: Path, command: Run) -> None:
     arguments = ["logger=csv,none", "callbacks.pictures.enabled=true", "hydra.sweep.dir=loggers"]
     done = command("train", "-m", *arguments, *SHORT, cwd=tmp_path)

@@ -46,6 +46,7 @@ SETTINGS = hypothesis_settings(
 )
 
 
+@pytest.mark.slow
 @hypothesis_settings(SETTINGS, max_examples=8)
 @given(overrides)
 def test_a_refusal_or_a_run(tmp_path: Path, data_dir: Path, chosen: dict[str, object]) -> None:

@@ -36,6 +36,7 @@ except AttributeError as error:
 """
 
 
+@pytest.mark.slow
 def test_importing_is_instant_and_changes_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
     done = Fresh("-c", IMPORTED, cwd=tmp_path, env=environment).finish()
     assert done.returncode == 0, done.stderr

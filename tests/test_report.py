@@ -13,7 +13,7 @@ from conftest import Run
 from mnist_lightning import figures
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.status import Status, describe, lock, read, track
-from mnist_lightning.sweeps.report import format_markdown, read_curve, write_report, write_tables
+from mnist_lightning.sweeps.report import format_markdown, try_read_curves, write_report, write_tables
 from mnist_lightning.sweeps.results import find_sweep, read_sweep, reproduce
 
 MULTIRUN = """
@@ -138,7 +138,7 @@ def test_latest_is_the_newest(folder: Path, tmp_path: Path) -> None:
 
 def test_figures_show_the_numbers(folder: Path) -> None:
     sweep = read_sweep(folder)
-    epochs, values = read_curve(sweep.jobs[0], "val/acc")
+    epochs, values = try_read_curves(sweep.jobs[0])["val/acc"]
     assert (epochs, values) == ([1, 2], [0.5, pytest.approx(0.902)])
     axes = figures.parameter("optimizer.lr", ["1e-4", "1e-2", "1e-2"], "val/acc", [0.9, 0.8, 0.7]).axes[0]
     assert axes.get_xscale() == "log"

@@ -152,7 +152,9 @@ def kill_while_saving(kills: int, cwd: Path, start: Start) -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no file system in memory here")
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.reliability)]
+)
 def test_killed_while_saving(kills: int, tmp_path: Path, start: Start) -> None:
     assert kill_while_saving(kills, tmp_path, start) == kills
 
@@ -289,6 +291,7 @@ def test_other_settings_are_refused(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_longer_run_extends_where_the_schedule_allows(command: Run, tmp_path: Path) -> None:
     """``resume=latest`` finds the run by any name; the run's config stays, and the resumption's config lies beside it."""
     name = "logs/my run (1)=é,#"

@@ -95,7 +95,7 @@ def test_a_failure_is_its_jobs_own(command: Run, tmp_path: Path, launcher: str) 
     assert float(rows[-1]["val/acc"]) == statuses[len(kinds) - 1]["metrics"]["val/acc"]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "processes"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "processes"])
 def test_a_job_without_room_for_its_folder_is_its_own_affair(
     command: Run, tmp_path: Path, launcher: str
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(start: Start, command: Run, 
     assert read_statuses(sweep) == after
 
 
-@pytest.mark.parametrize("launcher", ["basic", "processes"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.slow), "processes"])
 def test_sigterm_ends_the_sweep(start: Start, tmp_path: Path, launcher: str) -> None:
     sweeping = start(
         "train",

@@ -229,6 +229,7 @@ def test_loggers(logger: str, fit: Fit, tmp_path: Path) -> None:
     assert written == {"none": set(), "csv": {"csv"}, "tensorboard": {"csv", "tensorboard"}}[logger]
 
 
+@pytest.mark.slow
 def test_multirun(command: Run, tmp_path: Path) -> None:
     done = command("train", "-m", "model.hidden=8,[8,4]", "seed=0,1", *QUICK[:2], cwd=tmp_path)
     assert done.returncode == 0, done.stderr

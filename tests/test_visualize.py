@@ -34,6 +34,7 @@ def test_deformations_are_drawn_where_there_are_some(tmp_path: Path, command: Ru
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+@pytest.mark.slow
 def test_visualize_takes_data_of_the_same_format(tmp_path: Path, command: Run) -> None:
     """Reversed MNIST images stand for Fashion-MNIST, which can't be downloaded without a network."""
     raw = tmp_path / "data" / "FashionMNIST" / "raw"

@@ -4,7 +4,6 @@ The functions open no window, do not use pyplot's global state, and know nothing
 """
 
 from mnist_lightning.figures.charts import (
-    Curve,
     curves,
     heat_map,
     learning_curves,
@@ -33,7 +32,6 @@ from mnist_lightning.figures.sheets import (
 from mnist_lightning.figures.style import save, save_animation, show, to_array
 
 __all__ = [
-    "Curve",
     "class_counts",
     "confusion_matrices",
     "confusion_matrix",

@@ -20,8 +20,8 @@ from mnist_lightning.figures.style import (
     Picture,
     styled,
 )
+from mnist_lightning.rundir.curves import Curve
 
-Curve = tuple[Array, Array]  # epochs (E,) and values (E,)
 LIGHT_GREY = "#BBBBBB"
 HIGHLIGHTED = 6  # number of learning curves that get their own colour and name
 HIGHLIGHTS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)

@@ -21,11 +21,11 @@ from mnist_lightning.sweeps.report import (
     explain_importance,
     find_drawn,
     judge,
-    read_curves,
     tabulate_folds,
     tell_luck,
     tell_repeated,
     tell_settings,
+    try_read_curves,
 )
 from mnist_lightning.sweeps.results import FOLD, SEED, Job, Results, Setting, Sweep, reproduce
 
@@ -202,7 +202,7 @@ def collect_curves(jobs: Sequence[Job], places: dict[Path, int]) -> dict[str, li
     """Read the curves of the first ``MOST_CURVES`` runs, by the metric's name without "train/" or "val/"."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for job in jobs[:MOST_CURVES]:
-        for name, (epochs, values) in read_curves(job).items():
+        for name, (epochs, values) in try_read_curves(job).items():
             split, _, metric = name.partition("/")
             if metric not in curves and len(curves) == MOST_METRICS:
                 continue

@@ -4,7 +4,6 @@ import csv
 import functools
 import io
 import logging
-import math
 import os
 import re
 import time
@@ -16,6 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from mnist_lightning.rundir.curves import Curve, read_curves
 from mnist_lightning.rundir.find import MULTIRUN
 from mnist_lightning.rundir.output import replace_unchanged
 from mnist_lightning.rundir.outside import (
@@ -61,10 +61,7 @@ ABOUT_P = (
 )
 MAX_HEAT_MAP_CELLS = 400
 MAX_FIGURES = 12
-MOST_EPOCHS = 10**9  # a larger number means that the file is damaged
 LONGEST_NAME = 200  # letters of a file's name, with room for a prefix and a suffix
-
-Curve = tuple[list[int], list[float]]  # epochs and values
 
 
 class ReportEachJob(Callback):
@@ -453,7 +450,7 @@ def draw(sweep: Results, folder: Path) -> None:
     curves = [
         (f"{job.name}: {settings(job, sweep.varied)}", *curve)
         for job in jobs
-        if (curve := read_curve(job, sweep.metric))[0]
+        if (curve := try_read_curves(job).get(sweep.metric))
     ]
     if curves:
         pictures["learning curves"] = figures.learning_curves(sweep.metric, curves)
@@ -484,29 +481,12 @@ def to_file_name(title: str) -> str:
     return name[:LONGEST_NAME]
 
 
-def read_curve(job: Job, metric: str) -> Curve:
-    """Return the epochs, counted from 1, and the metric's value after each; both are empty if not logged."""
-    return read_curves(job).get(metric, ([], []))
-
-
-def read_curves(job: Job) -> dict[str, Curve]:
-    """Return the curve of each metric that was logged by epoch, by its name; see ``read_curve``."""
-    curves: dict[str, Curve] = {}
-    if any(path.is_symlink() for path in (job.folder / "csv", job.folder / "csv" / "metrics.csv")):
-        return {}
+def try_read_curves(job: Job) -> dict[str, Curve]:
+    """Read a job's curves; none if its file is damaged, so that the others are still drawn."""
     try:
-        text = read_file(job.folder / "csv" / "metrics.csv").decode()
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            for metric in row:
-                if row[metric] and metric.startswith(("train/", "val/")) and metric != "train/loss_step":
-                    epoch, value = int(row["epoch"]), float(row[metric])
-                    if 0 <= epoch < MOST_EPOCHS and math.isfinite(value):
-                        epochs, values = curves.setdefault(metric, ([], []))
-                        epochs.append(epoch)
-                        values.append(value)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error):
+        return read_curves(job.folder)
+    except OSError:
         return {}
-    return curves
 
 
 def summarize(sweep: Results, top: int = 5) -> str:
