@@ -82,7 +82,8 @@ class Augment:
         """
         for key in ("shift", "elastic"):
             self._check(key, 0, min(height, width) // 2, " pixels")
-        self._check("smoothness", 1, max(height, width), " pixels")
+        largest = max(height, width)
+        self._check("smoothness", 1, largest if self.elastic else max(largest, self.smoothness), " pixels")
 
     def _check(self, key: str, least: int, most: float, unit: str) -> None:
         value = getattr(self, key)
@@ -685,6 +686,10 @@ class Report:
             if is_given
         ]
         require(len(given) <= 1, f"{' and '.join(given)}: each names what to report, give only one of them")
+        require(
+            self.under == "logs" or self.filter is not None,
+            f"under={self.under} is where filter searches: give filter",
+        )
         require(self.html or self.output is None, "output names the page's file: add html=true")
 
 
@@ -941,7 +946,7 @@ def check_names(key: str, value: Any, example: str, *, at_least: int) -> list[st
     holds = len(names) >= at_least and all(
         isinstance(name, (str, int, float)) and str(name) for name in names
     )
-    count = "a name" if at_least == 1 else f"at least {at_least} names"
+    count = {0: "names", 1: "a name"}.get(at_least, f"at least {at_least} names")
     require(holds, f"{key} must be {count}, as in {example}, got {value}")
     return [str(name) for name in names]
 

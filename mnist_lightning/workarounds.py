@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
 from mnist_lightning.targets import as_literal
 
@@ -86,7 +86,13 @@ def tell_settings_in_a_line() -> None:
         self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
     ) -> DictConfig:
         try:
-            return load(self, config_name, overrides, *args, **kwargs)
+            composed = load(self, config_name, overrides, *args, **kwargs)
+            told = (composed.get("hydra") or {"verbose": False})["verbose"]
+            if not isinstance(told, (bool, str, ListConfig)):
+                raise ValueError(
+                    f"hydra.verbose must be true, false, a logger or a list of loggers, got {told}"
+                )
+            return composed
         except (ConfigCompositionException, ValueError) as error:
             line = " ".join(str(error).partition("Config search path")[0].split())
             if line.startswith("Error merging override") and error.__cause__ is not None:

@@ -117,6 +117,16 @@ def test_ctrl_c_ends_any_command_without_a_traceback(tmp_path: Path, environment
     assert process.stderr == ""
 
 
+@pytest.mark.posix("the removal of a working folder")
+def test_a_working_folder_that_is_gone_is_told(tmp_path: Path, environment: dict[str, str]) -> None:
+    code = "import os; from mnist_lightning.cli import begin; os.rmdir(os.getcwd()); begin()"
+    (tmp_path / "gone").mkdir()
+    process = Fresh("-c", code, cwd=tmp_path / "gone", env=environment)
+    assert process.wait() == 1
+    assert process.stderr.startswith("the working folder can't be used (No such file or directory)")
+    assert len(process.stderr.splitlines()) == 1
+
+
 @pytest.mark.posix("a signal to itself")
 def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
     wait = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"

@@ -22,7 +22,7 @@ from mnist_lightning.callbacks.watch import WatchPage
 from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.trained import load_classifier
 from mnist_lightning.network import FeedForward
-from mnist_lightning.rundir.film import Film, pack_film, read_film, write_film
+from mnist_lightning.rundir.film import Film, find_film, pack_film, read_film, write_film
 
 Fit = Callable[..., dict[str, object]]
 
@@ -189,3 +189,12 @@ def test_a_film_that_is_not_there_is_told(trained_run: Path, tmp_path: Path, com
         assert done.stderr.splitlines()[-1].startswith(
             "run has no film.npz: a single run of train writes one"
         )
+
+
+@pytest.mark.posix("symbolic links")
+def test_a_film_that_is_gone_hides_no_other(tmp_path: Path) -> None:
+    for name in ("whole", "gone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "whole" / "film.npz").touch()
+    (tmp_path / "gone" / "film.npz").symlink_to(tmp_path / "nowhere")
+    assert find_film("latest", logs=tmp_path) == tmp_path / "whole"

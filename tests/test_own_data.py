@@ -31,6 +31,7 @@ from torchvision.datasets import CIFAR10, EMNIST
 from mnist_lightning.config import ConfigError, Data
 from mnist_lightning.data import Images, MNISTDataModule, read_splits
 from mnist_lightning.images.arrays import DataError, check_arrays, read_npz
+from mnist_lightning.images.folder import Picture, decode
 from mnist_lightning.images.known import KNOWN
 from mnist_lightning.images.pictures import read_picture
 from mnist_lightning.images.sources import Cifar10, find_class, find_source
@@ -740,3 +741,19 @@ def test_a_source_of_a_stranger_is_refused(tmp_path: Path, command: Run) -> None
         assert done.returncode == 1
         assert line in done.stderr
     assert not (tmp_path / "made").exists()
+
+
+def test_a_size_without_room_is_told_before_a_picture_is_read() -> None:
+    pictures = [Picture("all", 0, "missing.png", 0, 0)] * 10**6
+    with pytest.raises(DataError, match=r"^data.size=7000: 1,000,000 pictures take 49,000.0 GB, and "):
+        decode(pictures, size=7_000, grey=True)
+    with pytest.raises(DataError, match=r"^data.size=8000 makes 64,000,000 pixels of a picture, at most"):
+        decode(pictures, size=8_000, grey=True)
+
+
+def test_tiny_images_need_no_smoothness(tmp_path: Path) -> None:
+    augment = settle(tmp_path).data.augment
+    augment.check_shape(2, 2)
+    augment.elastic = 1.0
+    with pytest.raises(ValueError, match=r"smoothness must be in \[1, 2\] pixels, got 5"):
+        augment.check_shape(2, 2)

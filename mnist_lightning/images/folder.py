@@ -18,8 +18,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist_lightning import threads
 from mnist_lightning.images.arrays import DataError, ImageSet, check_arrays
-from mnist_lightning.images.pictures import SUFFIXES, is_grey, read_picture
+from mnist_lightning.images.pictures import MAX_PIXELS, SUFFIXES, is_grey, read_picture
 from mnist_lightning.rundir.atomic import write_atomic
 
 log = logging.getLogger(__name__)
@@ -92,10 +93,18 @@ def decode(pictures: Sequence[Picture], *, size: int | None, grey: bool) -> dict
         grey: whether coloured pictures become grey.
 
     Raises:
-        DataError: a picture can't be read, or has another size than the first one.
+        DataError: a picture can't be read, or has another size than the first one, or ``size`` is too large.
     """
     from tqdm import tqdm
 
+    if size is not None and size**2 > MAX_PIXELS:
+        raise DataError(f"data.size={size} makes {size**2:,} pixels of a picture, at most {MAX_PIXELS:,}")
+    taken, free = len(pictures) * (size or 0) ** 2, threads.free_memory()
+    if taken > free:
+        raise DataError(
+            f"data.size={size}: {len(pictures):,} pictures take {taken / 1e9:,.1f} GB, and"
+            f" {free / 1e9:,.1f} GB of memory are free"
+        )
     wanted = None if size is None else (size, size)
     # if any picture is coloured, all arrays have colours
     all_grey = grey or all(ask(is_grey, picture) for picture in pictures)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mnist_lightning import threads
 from mnist_lightning.cli import CommandError, quote
@@ -130,9 +130,6 @@ def check_hydra(config: DictConfig, kind: str) -> None:
             raise ConfigError(f"hydra.{plugin}._target_={target} is no plugin of Hydra")
     if not str(OmegaConf.select(config, f"hydra.{kind}.dir")):
         raise ConfigError(f"hydra.{kind}.dir must not be empty")
-    verbose = config.hydra.verbose
-    if not isinstance(verbose, (bool, str, ListConfig)):
-        raise ConfigError(f"hydra.verbose must be true, false, a logger or a list of loggers, got {verbose}")
 
 
 def check_processes(settings: Train) -> None:
