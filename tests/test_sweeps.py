@@ -272,7 +272,10 @@ def test_seeds_alone_need_no_validation_images(command: Run, tmp_path: Path) -> 
         (("model.dropout=0.1,1.5",), "model.dropout must be in [0, 1), got 1.5"),
         (("trainer=ddp", "seed=1,2"), "trainer=ddp can't be part of a multirun"),
         (("search=mlp", "optimizer.lr=interval(-1,1)"), "optimizer.lr must be a finite number > 0"),
-        (("search=mlp", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials must be >= 1, got 0"),
+        (
+            ("search=mlp", "hydra.sweeper.n_trials=0"),
+            "hydra.sweeper.n_trials must be a whole number >= 1, got 0",
+        ),
         (
             ("hydra/launcher=processes", "hydra.launcher.n_jobs=0", "seed=1,2"),
             "n_jobs must be a whole number >= 1, got 0",
