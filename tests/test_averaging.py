@@ -48,6 +48,7 @@ def test_the_average_follows_its_formula(fit: Fit, tmp_path: Path) -> None:
         torch.testing.assert_close(one["state_dict"][name].double(), average, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_itself_does_not_see_the_average(fit: Fit, tmp_path: Path) -> None:
     fit(*QUICK, "ema_decay=0.99", folder="with")
     fit(*QUICK, folder="without")

@@ -108,6 +108,7 @@ def test_a_damaged_net_is_never_replaced_in_silence(trained_run: Path, tmp_path:
     assert command("evaluate", other, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_path_in_a_checkpoint_is_never_written_to(trained_run: Path, tmp_path: Path, command: Run) -> None:
     checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
     checkpoint["datamodule_hyper_parameters"]["data_dir"] = str(tmp_path / "victim")

@@ -149,6 +149,7 @@ def test_a_fold_that_is_none_costs_the_joined_accuracy_alone(swept: Path) -> Non
         assert join_folds(dataclasses.replace(setting, jobs=[job])) is None
 
 
+@pytest.mark.slow
 def test_evaluate_joins_what_nets_say_of_images_that_they_left_out(
     swept: Path, tmp_path: Path, command: Run
 ) -> None:

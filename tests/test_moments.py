@@ -392,6 +392,7 @@ def test_a_second_process_writes_nothing_in_a_folder_that_is_taken(
     assert config.read_text() == before
 
 
+@pytest.mark.slow
 def test_a_resumption_that_came_to_nothing_is_no_base_of_the_next(
     finished: Path, command: Run, tmp_path: Path
 ) -> None:
@@ -441,6 +442,7 @@ def test_random_states_are_those_of_a_kind_of_device(caplog: pytest.LogCaptureFi
     assert torch.equal(torch.rand(3), drawn)
 
 
+@pytest.mark.slow
 def test_a_plain_csv_logger_can_be_resumed(fit: Fit, tmp_path: Path) -> None:
     settings: tuple[Any, ...] = (
         *("model.hidden=8", TEN, "scheduler=none", "logger=none"),

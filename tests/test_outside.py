@@ -973,7 +973,9 @@ class Count(Callback):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
 @pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.33"), reason="no mallinfo2 here")
-@pytest.mark.parametrize("jobs", [6, pytest.param(50, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize(
+    "jobs", [pytest.param(6, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.reliability)]
+)
 def test_jobs_leave_nothing_behind(jobs: int, tmp_path: Path, command: Run) -> None:
     """The test measures allocated memory; the memory of the process also grows by gaps, by 30 MB now and then."""
     (tmp_path / "counting.py").write_text(FLAT)

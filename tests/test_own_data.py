@@ -626,6 +626,7 @@ WRONG_SIZES = {
 }
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_images(tmp_path: Path, command: Run) -> None:
     np.savez(tmp_path / "set.npz", **make_arrays(3, (9, 7, 3), 30))
     right = ("data=npz", f"data.path={tmp_path / 'set.npz'}", "data.batch_size=20")
@@ -683,6 +684,7 @@ def measure(content: Arrays) -> tuple[list[float], list[float]]:
     return datamodule.measure_pixels()
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(tmp_path: Path, command: Run) -> None:
     """A net is not evaluated on, or trained further with, a file that has changed since its training."""
     content = make_arrays(3, (9, 7), 30)

@@ -68,7 +68,11 @@ def test_the_tutorials_loaders(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "least"), [(2, 0.9), pytest.param(15, 0.97, marks=pytest.mark.reliability)]
+    ("epochs", "least"),
+    [
+        pytest.param(2, 0.9, marks=pytest.mark.slow),
+        pytest.param(15, 0.97, marks=pytest.mark.reliability),
+    ],
 )
 def test_the_tutorials_loop_trains_on_them(epochs: int, least: float, data_dir: Path) -> None:
     torch.manual_seed(1)

@@ -440,6 +440,7 @@ def test_a_network(change: Callable[[str], Change]) -> None:
     assert re.search(r"^accuracy +\d", done.outputs[-1], re.M)
 
 
+@pytest.mark.slow
 def test_a_loss(change: Callable[[str], Change]) -> None:
     done = change("A loss")
     metrics = done.metrics()
@@ -479,6 +480,7 @@ def test_a_callback(change: Callable[[str], Change]) -> None:
     assert [float(row.split(",")[column]) > 1 for row in rows[1:] if row.split(",")[column]] == [True]
 
 
+@pytest.mark.slow
 def test_a_number_instead_of_a_class(change: Callable[[str], Change]) -> None:
     done = change("A number instead of a class")
     assert 0 < done.metrics()["val/error"] < 10

@@ -41,6 +41,7 @@ def test_no_room_for_a_checkpoint(command: Run, start: Start, tmp_path: Path) ->
     assert load(checkpoints / "last.ckpt")["global_step"] == 80
 
 
+@pytest.mark.slow
 def test_no_room_for_tensorboard_does_not_stop_training(start: Start, tmp_path: Path) -> None:
     unpack(tmp_path / "data")  # or the limit would hit the data
     arguments = (*SETTINGS, "callbacks.checkpoint=null", "data.data_dir=data", "trainer.log_every_n_steps=1")
@@ -105,7 +106,10 @@ def test_read_only_folder_at_the_start(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "epochs", "file"),
-    [("run/checkpoints", 1000, "run/checkpoints/"), ("run", 20, "run/")],
+    [
+        pytest.param("run/checkpoints", 1000, "run/checkpoints/", marks=pytest.mark.slow),
+        ("run", 20, "run/"),
+    ],
     ids=["checkpoints", "metrics and status"],
 )
 def test_folder_turned_read_only(folder: str, epochs: int, file: str, start: Start, tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_folder_turned_read_only(folder: str, epochs: int, file: str, start: Sta
     assert find_newest(tmp_path / "run" / "checkpoints")[1]["global_step"] >= 20
 
 
-@pytest.mark.parametrize("folder", ["run", "run/checkpoints"])
+@pytest.mark.parametrize("folder", ["run", pytest.param("run/checkpoints", marks=pytest.mark.slow)])
 def test_vanishing_folder(folder: str, start: Start, tmp_path: Path) -> None:
     process = start_training(start, tmp_path, "trainer.max_epochs=1000")
     wait_for_checkpoint(tmp_path, process)

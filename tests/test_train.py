@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import NO_PICTURES, REPOSITORY, DefaultRun, Run, settle
+from conftest import NO_PICTURES, REPOSITORY, DefaultRun, Run, few, settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -156,6 +156,7 @@ def test_a_run_is_named_by_what_was_typed(command: Run, tmp_path: Path) -> None:
 QUICK_PRESETS = ("strong", "handwriting", "record_ensemble")  # tests of the others are marked slow
 
 
+@pytest.mark.slow
 def test_tutorial_for_an_epoch(fit: Fit, tmp_path: Path) -> None:
     metrics = fit("experiment=tutorial", "trainer.max_epochs=1", test=True)
     assert metrics["num_parameters"] == 109_386
@@ -191,7 +192,9 @@ def test_every_experiment_runs_and_states_its_evidence(path: Path, width: int | 
     assert "±" in opening
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("conf/debug/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", few(sorted(REPOSITORY.glob("conf/debug/*.yaml")), 3), ids=lambda path: path.stem
+)
 def test_every_debug_preset_runs(path: Path, fit: Fit, tmp_path: Path) -> None:
     metrics = fit(f"debug={path.stem}", "model.hidden=64")
     if path.stem == "overfit":

@@ -239,6 +239,7 @@ def test_hydra_looks_for_nothing_in_the_folder(strange: Path, command: Run) -> N
     assert not (strange / "canary").exists()
 
 
+@pytest.mark.slow
 def test_what_is_typed_needs_no_trust(strange: Path, command: Run) -> None:
     """The saved value that a typed value replaces is not checked."""
     (strange / "mine.py").write_text(
@@ -440,6 +441,7 @@ def test_a_builder_sees_through_a_detour() -> None:
 JOURNAL: Callable[[Path], Path] = lambda sweep: next(sweep.glob("*/trial.json"))  # noqa: E731
 
 
+@pytest.mark.slow
 def test_a_searchs_unfinished_trial_runs_nothing(tmp_path: Path, command: Run) -> None:
     search = (
         "search=mlp",

@@ -26,6 +26,7 @@ def test_visualize_draws_mnist(tmp_path: Path, command: Run) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # no outputs/
 
 
+@pytest.mark.slow
 def test_deformations_are_drawn_where_there_are_some(tmp_path: Path, command: Run) -> None:
     done = command("visualize", "data.augment.rotation=20", "output=pictures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
