@@ -85,7 +85,7 @@ def test_tta_is_seeded_and_its_own(workplace: Path, command: Run) -> None:
         (("runs=[a,plain]", "split=val"), "have different val images"),
         (("runs=[a]",), "runs must be at least 2 names"),
         (("runs=[a,b]", "run=a"), "leave out run and checkpoint"),
-        (("tta=-1",), "tta must be >= 0, got -1"),
+        (("tta=-1",), "tta must be in [0, 10000], got -1"),
     ],
 )
 @pytest.mark.slow
