@@ -194,14 +194,17 @@ def check_types(config: Mapping[str, Any], key: str) -> None:
     project and of the libraries that it is built on are trusted.
 
     Raises:
-        TargetError: an argument has another type, or is not a number.
+        TargetError: an argument has another type, or is not a number; or a nested ``_target_`` takes other
+            arguments.
     """
     target = get_object(config[TARGET])
     if str(getattr(target, "__module__", "")).startswith(TYPED):
         check_hints(config, read_hints(target), key)
     for name, value in config.items():
-        if is_target(value):
-            check_types(value, f"{key}.{name}")
+        if is_target(value) and config.get("_recursive_", True):
+            inner = f"{key}.{name}"
+            bind(get_object(value[TARGET]), value, inner, partial=bool(value.get("_partial_")))
+            check_types(value, inner)
 
 
 def check_hints(config: Mapping[str, Any], hints: Mapping[str, Any], key: str) -> None:

@@ -286,6 +286,9 @@ def test_types_are_those_of_the_class_that_is_named(tmp_path: Path) -> None:
                     match=rf"^{re.escape(key)}\.{name} must be .*, got {re.escape(str(value))}$",
                 ):
                     check_parts(wrong)
+    nested = {"_target_": "lightning.pytorch.profilers.SimpleProfiler", "folder": "x"}
+    with pytest.raises(TargetError, match=r"^trainer\.profiler\.folder is no argument of .*SimpleProfiler"):
+        check_parts(set_to(plain, "trainer", {**plain.trainer, "profiler": nested}))
 
 
 def test_our_message_is_one_line(fresh_command: Run, tmp_path: Path) -> None:
