@@ -35,7 +35,8 @@ HOMES = {
     "load_mnist": "data",
 }
 
-if sys.argv[:1] == ["-m"]:  # python -m mnist_lightning.…: Ctrl-C during its imports leaves no traceback
+if sys.argv[:1] == ["-m"] and any(f"{__name__}." in word for word in sys.orig_argv):
+    # python -m mnist_lightning.…, not another package that imports this one: Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

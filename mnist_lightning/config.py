@@ -8,7 +8,6 @@ import ast
 import functools
 import importlib.util
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.images.known import KNOWN, OF_A_PATH, check_sizes
 from mnist_lightning.settings_help import describe_settings, name_changes, without_hydra
-from mnist_lightning.targets import TargetError, check_hints, choose_mode, is_whole, read_hint
+from mnist_lightning.targets import TargetError, check_hints, choose_mode, is_finite, is_whole, read_hint
 
 log = logging.getLogger(__name__)
 
@@ -896,6 +895,7 @@ def parse_init(target: str) -> ast.FunctionDef:
     return init
 
 
+@functools.cache
 def read_hints(target: str) -> dict[str, Any]:
     """Read the types of the arguments of a class of this package, as far as they can be told from its source
     file without an import."""
@@ -985,11 +985,6 @@ def check_threads(value: int | None) -> None:
         value is None or 1 <= value <= MAX_THREADS,
         f"threads must be in [1, {MAX_THREADS}], or null to let the net decide, got {value}",
     )
-
-
-def is_finite(value: Any) -> bool:
-    """Tell whether a value is a whole number of at most 64 bits, or a finite float."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def check_number(

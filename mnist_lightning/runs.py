@@ -20,7 +20,7 @@ from mnist_lightning.cli import CommandError, begin, compact_errors, quote_paths
 from mnist_lightning.config import CONF_DIR, Runs, check
 from mnist_lightning.rundir.atomic import write_atomic
 from mnist_lightning.rundir.index import STATES, Record, list_runs
-from mnist_lightning.rundir.outside import as_cell, as_text, expand_home, is_finite, open_file
+from mnist_lightning.rundir.outside import as_cell, as_text, expand_home, open_file
 from mnist_lightning.rundir.records import (
     average,
     check_key,
@@ -30,6 +30,7 @@ from mnist_lightning.rundir.records import (
 )
 from mnist_lightning.rundir.status import is_locked, show_value, show_with_unit
 from mnist_lightning.sweeps.results import count_jobs
+from mnist_lightning.targets import is_finite
 
 log = logging.getLogger(__name__)
 

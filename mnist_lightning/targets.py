@@ -12,7 +12,7 @@ from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object, instantiate
@@ -287,6 +287,11 @@ def in_words(hint: Any) -> str:
 def is_whole(value: Any) -> bool:
     """Tell whether a value is a whole number of at most 64 bits."""
     return type(value) is int and abs(value) < 2**63
+
+
+def is_finite(value: Any) -> TypeGuard[int | float]:
+    """Tell whether a value is a whole number of at most 64 bits, or a finite float."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_target(value: Any) -> bool:

@@ -136,6 +136,17 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, environme
     assert process.stderr == ""
 
 
+@pytest.mark.posix("a signal to itself")
+def test_ctrl_c_of_another_package_stays_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import mnist_lightning")
+    ask = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    (tmp_path / "mine" / "program.py").write_text(ask)
+    process = Fresh("-m", "mine.program", cwd=tmp_path, env=environment)
+    assert process.wait() == 0
+    assert process.stdout == "True\n"
+
+
 def test_each_command_begins_in_the_same_way() -> None:
     for name in COMMANDS:
         tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))

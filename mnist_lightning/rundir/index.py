@@ -23,10 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
-from mnist_lightning.rundir.outside import expand_home, is_finite, is_number, read_file
+from mnist_lightning.rundir.outside import expand_home, is_number, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
 from mnist_lightning.settings_help import WHERE, flatten
+from mnist_lightning.targets import is_finite
 
 log = logging.getLogger(__name__)
 

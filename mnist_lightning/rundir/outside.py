@@ -5,14 +5,13 @@ texts are escaped before they are shown.
 """
 
 import json
-import math
 import os
 import re
 import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -106,11 +105,6 @@ def read_yaml(path: Path) -> str:
 def is_number(value: object) -> bool:
     """Tell whether a value is a float, NaN included, or an int of at most 64 bits."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-
-
-def is_finite(value: object) -> TypeGuard[int | float]:
-    """Tell whether a value is a finite float, or an int of at most 64 bits."""
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def expand_home(name: str | Path) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mnist_lightning.cli import CommandError
 from mnist_lightning.rundir.index import Record, equals, find_defaults, read_value
-from mnist_lightning.rundir.outside import is_finite
 from mnist_lightning.settings_help import WHERE
+from mnist_lightning.targets import is_finite
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
