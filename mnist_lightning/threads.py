@@ -148,6 +148,16 @@ def free_memory() -> float:
     return max(0, min(known))
 
 
+def tell_lack(size: float) -> str | None:
+    """Return how much memory is wanted and how much is free, for a message; None if there is enough.
+
+    Args:
+        size: the bytes that are wanted.
+    """
+    free = free_memory()
+    return f"{size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free" if size > free else None
+
+
 def control_groups(controller: str) -> Iterator[Path]:
     """Yield the folders of the control groups that this process is in, the innermost first.
 

@@ -366,12 +366,8 @@ def check_memory(model: dict[str, Any], sizes: dict[str, Any]) -> None:
 
     with torch.device("meta"):
         weights = make(model, "model", **sizes).parameters()
-    wanted, free = 2 * sum(weight.nbytes for weight in weights), threads.free_memory()
-    if wanted > free:
-        raise MisconfigurationException(
-            f"model: its weights and their gradients take {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of"
-            " memory are free"
-        )
+    if lack := threads.tell_lack(2 * sum(weight.nbytes for weight in weights)):
+        raise MisconfigurationException(f"model: its weights and their gradients take {lack}")
 
 
 def make_classifier(

@@ -99,12 +99,8 @@ def decode(pictures: Sequence[Picture], *, size: int | None, grey: bool) -> dict
 
     if size is not None and size**2 > MAX_PIXELS:
         raise DataError(f"data.size={size} makes {size**2:,} pixels of a picture, at most {MAX_PIXELS:,}")
-    taken, free = len(pictures) * (size or 0) ** 2, threads.free_memory()
-    if taken > free:
-        raise DataError(
-            f"data.size={size}: {len(pictures):,} pictures take {taken / 1e9:,.1f} GB, and"
-            f" {free / 1e9:,.1f} GB of memory are free"
-        )
+    if lack := threads.tell_lack(len(pictures) * (size or 0) ** 2):
+        raise DataError(f"data.size={size}: {len(pictures):,} pictures take {lack}")
     wanted = None if size is None else (size, size)
     # if any picture is coloured, all arrays have colours
     all_grey = grey or all(ask(is_grey, picture) for picture in pictures)

@@ -141,11 +141,9 @@ def check_processes(settings: Train) -> None:
     """
     devices, workers = str(settings.trainer.get("devices")), settings.data.num_workers
     processes = int(devices) if re.fullmatch(r"[1-9]\d{0,99}", devices) else 1  # others are not for CPUs
-    wanted, free = PROCESS * (processes - 1) + WORKER * 2 * workers * processes, threads.free_memory()
-    if wanted > free:
+    if lack := threads.tell_lack(PROCESS * (processes - 1) + WORKER * 2 * workers * processes):
         raise ConfigError(
-            f"trainer.devices={devices} with data.num_workers={workers} starts processes that take"
-            f" {wanted / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free"
+            f"trainer.devices={devices} with data.num_workers={workers} starts processes that take {lack}"
         )
 
 
