@@ -1,6 +1,7 @@
 """Feed-forward neural networks on MNIST, with PyTorch Lightning, Hydra and TensorBoard."""
 
 import importlib
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,17 @@ HOMES = {
     "load_mnist": "data",
 }
 
-if sys.argv[:1] == ["-m"] and any(f"{__name__}." in word for word in sys.orig_argv):
-    # python -m mnist_lightning.…, not another package that imports this one: Ctrl-C leaves no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+def _is_own_command() -> bool:
+    """Whether this process is one of the commands, not another package or program that imports this one."""
+    if sys.argv[:1] == ["-m"]:  # python -m …, before its module has begun
+        return any(f"{__name__}." in word for word in sys.orig_argv)
+    start, _, name = os.path.basename("".join(sys.argv[:1])).removesuffix(".exe").partition("-")
+    return start == "mnist" and os.path.isfile(os.path.join(os.path.dirname(__file__), f"{name}.py"))
+
+
+if _is_own_command():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback
 
 
 def __getattr__(name: str) -> Any:

@@ -131,9 +131,12 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path: Path, environment: dict
 def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
     wait = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     (tmp_path / "hydra.py").write_text(wait)  # is imported in the place of Hydra
-    process = Fresh("-m", "mnist_lightning.train", cwd=tmp_path, env=environment)
-    assert process.wait() == -signal.SIGINT
-    assert process.stderr == ""
+    script = tmp_path / "mnist-train"  # as an installer writes it
+    script.write_text("import sys; from mnist_lightning.train import main; sys.exit(main())")
+    for arguments in (["-m", "mnist_lightning.train"], [str(script)]):
+        process = Fresh(*arguments, cwd=tmp_path, env=environment)
+        assert process.wait() == -signal.SIGINT
+        assert process.stderr == ""
 
 
 @pytest.mark.posix("a signal to itself")
@@ -142,9 +145,11 @@ def test_ctrl_c_of_another_package_stays_its_own(tmp_path: Path, environment: di
     (tmp_path / "mine" / "__init__.py").write_text("import mnist_lightning")
     ask = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     (tmp_path / "mine" / "program.py").write_text(ask)
-    process = Fresh("-m", "mine.program", cwd=tmp_path, env=environment)
-    assert process.wait() == 0
-    assert process.stdout == "True\n"
+    (tmp_path / "mnist-mine").write_text(f"import mine; {ask}")
+    for arguments in (["-m", "mine.program"], ["mnist-mine"]):
+        process = Fresh(*arguments, cwd=tmp_path, env=environment)
+        assert process.wait() == 0
+        assert process.stdout == "True\n"
 
 
 def test_each_command_begins_in_the_same_way() -> None:
