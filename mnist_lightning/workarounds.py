@@ -23,6 +23,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
+from mnist_lightning.settings_help import flatten
 from mnist_lightning.targets import as_literal
 
 if TYPE_CHECKING:
@@ -149,17 +150,8 @@ def find_near(key: str, settings: Any) -> str | None:
                 return ".".join([*names[:place], near[0], *names[place + 1 :]])
             break
         inner = inner[name]
-    elsewhere = [one for one in find_leaves(settings) if one.rpartition(".")[2] == names[-1]]
+    elsewhere = [one for one in flatten(settings) if one.rpartition(".")[2] == names[-1]]
     return elsewhere[0] if len(elsewhere) == 1 and len(names) <= 2 else None
-
-
-def find_leaves(settings: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested settings that have a value."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from find_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def compose_once() -> None:

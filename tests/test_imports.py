@@ -39,7 +39,7 @@ LIGHT = COMMANDS | {
 # A package, or a module beside the packages -> the others that it may import.
 MAY_IMPORT = {
     "settings_help": set(),
-    "workarounds": {"targets"},
+    "workarounds": {"settings_help", "targets"},
     "network": set(),
     "losses": set(),
     "targets": set(),
