@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -114,6 +115,13 @@ def tell_settings_in_a_line() -> None:
         sys.exit(line)
 
     def apply_telling(overrides: list[Any], cfg: DictConfig) -> None:
+        for one in overrides:
+            if one.is_add() or one.is_force_add():
+                home, name, closed = find_home(one.key_or_group, cfg)
+                if name and closed is not None:
+                    near = find_near(one.key_or_group, OmegaConf.to_container(cfg))
+                    advice = f"did you mean {near}?" if near else list_names(home, name, closed)
+                    raise ConfigCompositionException(f"Could not add '{one.key_or_group}': {advice}")
         try:
             apply(overrides, cfg)
         except ConfigCompositionException as error:
@@ -123,13 +131,16 @@ def tell_settings_in_a_line() -> None:
             key, inner = match[1], str(getattr(error.__cause__, "full_key", ""))
             key = inner if inner.startswith(f"{key}.") else key  # of key={inner: 1}
             near = find_near(key, OmegaConf.to_container(cfg))
-            parent, _, name = key.rpartition(".")
-            what = (
-                f"{parent} has no {name}"
-                if parent and OmegaConf.select(cfg, parent)
-                else "no YAML file has it"
-            )
-            advice = f"did you mean {near}?" if near else f"{what}; +{key}=… adds it"
+            home, name, closed = find_home(key, cfg)
+            inside = bool(home) and key == f"{home}.{name}"
+            if closed is None:
+                adding = f"+{key}=… adds it"
+                what = f"{home} has no {name}" if inside else "no YAML file has it"
+                advice = f"did you mean {near}?" if near else f"{what}; {adding}"
+                if near and inside:  # it may be an argument of the class that the parent names
+                    advice += f" Otherwise, {adding}"
+            else:
+                advice = f"did you mean {near}?" if near else list_names(home, name, closed)
             raise ConfigCompositionException(f"Could not override '{key}': {advice}") from error
 
     if load.__module__ != __name__:
@@ -137,9 +148,32 @@ def tell_settings_in_a_line() -> None:
         ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply_telling)  # type: ignore[method-assign]
 
 
+def find_home(key: str, cfg: DictConfig) -> tuple[str, str, list[str] | None]:
+    """Find where a key leaves the settings that exist.
+
+    Returns:
+        the innermost part that exists, "" for all settings; the first name that it lacks, "" for a key that
+        exists; and the names that it has if it can take no others, else None.
+    """
+    node: Any = cfg
+    names = key.split(".")
+    for place, name in enumerate(names):
+        has = list(node) if isinstance(node, DictConfig) and not node._is_none() else None
+        if has is None or name not in has:
+            closed = has is not None and is_dataclass(OmegaConf.get_type(node))
+            return ".".join(names[:place]), name, has if closed else None
+        node = node._get_node(name)
+    return key, "", None
+
+
+def list_names(home: str, name: str, names: list[str]) -> str:
+    """Say that a part of the settings lacks a name, and which it has."""
+    return f"{home} has no {name}: it has {', '.join(names)}" if home else f"there is no {name}: see --help"
+
+
 def find_near(key: str, settings: Any) -> str | None:
     """The key that may have been meant: one that is spelt alike at the first place where there is no such
-    name, or the only one with the same last name elsewhere."""
+    name, or the only one elsewhere whose last name is the same or spelt alike."""
     inner, names = settings, key.split(".")
     for place, name in enumerate(names):
         if not isinstance(inner, dict):
@@ -150,8 +184,12 @@ def find_near(key: str, settings: Any) -> str | None:
                 return ".".join([*names[:place], near[0], *names[place + 1 :]])
             break
         inner = inner[name]
-    elsewhere = [one for one in flatten(settings) if one.rpartition(".")[2] == names[-1]]
-    return elsewhere[0] if len(elsewhere) == 1 and len(names) <= 2 else None
+    elsewhere: dict[str, list[str]] = {}
+    for leaf in flatten(settings):
+        elsewhere.setdefault(leaf.rpartition(".")[2], []).append(leaf)
+    alike = difflib.get_close_matches(names[-1], elsewhere, n=1, cutoff=0.8)
+    meant = elsewhere[alike[0]] if alike and len(names) <= 2 else []
+    return meant[0] if len(meant) == 1 else None
 
 
 def compose_once() -> None:

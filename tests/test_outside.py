@@ -880,13 +880,20 @@ def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_comma
 SETTINGS = {
     "callbacks=null": "callbacks=null chooses nothing: callbacks must be one of default, early_stopping, histograms",
     "logger=null": "logger=null chooses nothing: logger must be one of csv, none, tensorboard, wandb",
-    "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs?",
+    "trainer.min_epochs=3": "Could not override 'trainer.min_epochs': did you mean trainer.max_epochs? "
+    "Otherwise, +trainer.min_epochs=… adds it",
+    "hiden=64": "Could not override 'hiden': did you mean model.hidden?",
+    "foo=1": "Could not override 'foo': there is no foo: see --help",
+    "+foo.bar=1": "Could not add 'foo.bar': there is no foo: see --help",
+    "+monitor.x=1": "Could not add 'monitor.x': monitor has no x: it has metric, mode",
+    "++data.augment.rotatoin=3": "Could not add 'data.augment.rotatoin': did you mean data.augment.rotation?",
     "trainer.gradient_clip_val=1": "Could not override 'trainer.gradient_clip_val': trainer has no "
     "gradient_clip_val; +trainer.gradient_clip_val=… adds it",
     "callbacks.early_stopping.monitor=val/loss": "Could not override 'callbacks.early_stopping.monitor': it comes "
     "with callbacks=early_stopping, which is not chosen",
     "callbacks.mine.x=1": "Could not override 'callbacks.mine.x': no YAML file has it; +callbacks.mine.x=… adds it",
-    "trainer.batch_size=8": "Could not override 'trainer.batch_size': did you mean data.batch_size?",
+    "trainer.batch_size=8": "Could not override 'trainer.batch_size': did you mean data.batch_size? "
+    "Otherwise, +trainer.batch_size=… adds it",
     "trainr.max_epochs=1": "Could not override 'trainr.max_epochs': did you mean trainer.max_epochs?",
     "model=mpl": "In 'train': Could not find 'model/mpl' Available options in 'model': mlp",
 }
