@@ -63,6 +63,9 @@ MISTAKES = {
     ("trainer.profiler={a: 1}",): "Could not override 'trainer.profiler.a'",
     ("hydra.run.dir=''",): "hydra.run.dir must not be empty",
     ("-m", "hydra.sweep.dir=''"): "hydra.sweep.dir must not be empty",
+    (
+        "hydra.output_subdir=null",
+    ): "hydra.output_subdir must be .hydra, from where a run's settings are read again",
     ("hydra.verbose=null",): "hydra.verbose must be true, false, a logger or a list of loggers, got None",
     ("-m", "hydra.sweeper._target_=text"): "hydra.sweeper._target_=text is no plugin of Hydra",
     ("data=1",): "data=1 chooses nothing: data must be one of cifar10,",

@@ -120,7 +120,7 @@ def prepare(config: DictConfig, kind: str) -> None:
 
 
 def check_hydra(config: DictConfig, kind: str) -> None:
-    """Check those of Hydra's own settings that end in a traceback, or take the working folder for a new one.
+    """Check those of Hydra's own settings that end in a traceback, in an old folder, or in no way to resume.
 
     Raises:
         ConfigError: one can't be used.
@@ -131,6 +131,11 @@ def check_hydra(config: DictConfig, kind: str) -> None:
             raise ConfigError(f"hydra.{plugin}._target_={target} is no plugin of Hydra")
     if not str(OmegaConf.select(config, f"hydra.{kind}.dir")):
         raise ConfigError(f"hydra.{kind}.dir must not be empty")
+    kept = config.hydra.output_subdir
+    if str(kept).partition("/")[0] != ".hydra":
+        raise ConfigError(
+            f"hydra.output_subdir must be .hydra, from where a run's settings are read again, got {kept}"
+        )
 
 
 def check_processes(settings: Train) -> None:
