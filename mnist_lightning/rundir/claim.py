@@ -132,7 +132,7 @@ def check_hydra(config: DictConfig, kind: str) -> None:
     if not str(OmegaConf.select(config, f"hydra.{kind}.dir")):
         raise ConfigError(f"hydra.{kind}.dir must not be empty")
     kept = config.hydra.output_subdir
-    if str(kept).partition("/")[0] != ".hydra":
+    if is_main_process() and str(kept).partition("/")[0] != ".hydra":  # Lightning's other processes keep none
         raise ConfigError(
             f"hydra.output_subdir must be .hydra, from where a run's settings are read again, got {kept}"
         )
