@@ -117,10 +117,9 @@ def tell_settings_in_a_line() -> None:
     def apply_telling(overrides: list[Any], cfg: DictConfig) -> None:
         for one in overrides:
             if one.is_add() or one.is_force_add():
-                home, name, closed = find_home(one.key_or_group, cfg)
+                _, name, closed = find_home(one.key_or_group, cfg)
                 if name and closed is not None:
-                    near = find_near(one.key_or_group, OmegaConf.to_container(cfg))
-                    advice = f"did you mean {near}?" if near else list_names(home, name, closed)
+                    advice = advise(one.key_or_group, cfg)
                     raise ConfigCompositionException(f"Could not add '{one.key_or_group}': {advice}")
         try:
             apply(overrides, cfg)
@@ -130,18 +129,7 @@ def tell_settings_in_a_line() -> None:
                 raise
             key, inner = match[1], str(getattr(error.__cause__, "full_key", ""))
             key = inner if inner.startswith(f"{key}.") else key  # of key={inner: 1}
-            near = find_near(key, OmegaConf.to_container(cfg))
-            home, name, closed = find_home(key, cfg)
-            inside = bool(home) and key == f"{home}.{name}"
-            if closed is None:
-                adding = f"+{key}=… adds it"
-                what = f"{home} has no {name}" if inside else "no YAML file has it"
-                advice = f"did you mean {near}?" if near else f"{what}; {adding}"
-                if near and inside:  # it may be an argument of the class that the parent names
-                    advice += f" Otherwise, {adding}"
-            else:
-                advice = f"did you mean {near}?" if near else list_names(home, name, closed)
-            raise ConfigCompositionException(f"Could not override '{key}': {advice}") from error
+            raise ConfigCompositionException(f"Could not override '{key}': {advise(key, cfg)}") from error
 
     if load.__module__ != __name__:
         ConfigLoaderImpl.load_configuration = load_telling  # type: ignore[method-assign]
@@ -166,9 +154,21 @@ def find_home(key: str, cfg: DictConfig) -> tuple[str, str, list[str] | None]:
     return key, "", None
 
 
-def list_names(home: str, name: str, names: list[str]) -> str:
-    """Say that a part of the settings lacks a name, and which it has."""
-    return f"{home} has no {name}: it has {', '.join(names)}" if home else f"there is no {name}: see --help"
+def advise(key: str, cfg: DictConfig) -> str:
+    """Say which key a key that the settings lack may stand for, or which there are, or how to add it."""
+    near = find_near(key, OmegaConf.to_container(cfg))
+    meant = f"did you mean {near}?" if near else ""
+    home, name, closed = find_home(key, cfg)
+    if closed is not None:
+        there_is = (
+            f"{home} has no {name}: it has {', '.join(closed)}" if home else f"there is no {name}: see --help"
+        )
+        return meant or there_is
+    adding = f"+{key}=… adds it"
+    if not home or key != f"{home}.{name}":
+        return meant or f"no YAML file has it; {adding}"
+    # it may be an argument of the class that the parent names
+    return f"{meant} Otherwise, {adding}" if meant else f"{home} has no {name}; {adding}"
 
 
 def find_near(key: str, settings: Any) -> str | None:
