@@ -238,9 +238,32 @@ def is_of_library(error: Exception) -> bool:
     return bool(names) and names[-1].startswith(("lightning.", "torch.optim."))
 
 
+LACK = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory", re.IGNORECASE)
+
+
+def tell_lack_of_memory(error: Exception) -> str | None:
+    """Say in a line that memory has run out, if it is that which an error tells of.
+
+    torch raises a RuntimeError, on a CPU and, by a subclass, on a GPU; Python and NumPy raise a MemoryError.
+    """
+    text = str(error)
+    lacks = isinstance(error, RuntimeError) and LACK.search(text)
+    if not lacks and not isinstance(error, MemoryError):
+        return None
+    asked = re.search(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", text)
+    wanted = f" ({asked[1]} {asked[2]} more were asked for)" if asked else ""
+    if asked and asked[2] == "bytes":
+        wanted = f" ({int(asked[1]) / 1e9:.2f} GB more were asked for)"
+    where = "the GPU's memory" if re.search(r"CUDA|MPS|HIP|GPU", text) else "memory"
+    return (
+        f"{where} is used up{wanted}: a smaller data.batch_size or a smaller net takes less, and so do fewer"
+        " jobs at a time"
+    )
+
+
 @contextmanager
 def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> Iterator[None]:
-    """Print an error that the user can correct (a file, folder, number or device) as one line on stderr.
+    """Print an error that the user can correct (a file, folder, number, device, too little memory) in a line.
 
     Args:
         log_file: file to which the traceback of any error is appended.
@@ -263,12 +286,12 @@ def compact_errors(*, log_file: Path | None = None, in_sweep: bool = False) -> I
             from lightning.fabric.utilities.exceptions import MisconfigurationException
 
             kinds += (MisconfigurationException,)
-        known = isinstance(error, kinds) or is_of_library(error)
+        lack = tell_lack_of_memory(error)
+        known = lack or isinstance(error, kinds) or is_of_library(error)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        line = as_text(
-            " ".join(str(error).partition("Exception raised from ")[0].split())
-        )  # torch's C++ frames
+        said = lack or str(error).partition("Exception raised from ")[0]  # without torch's C++ frames
+        line = as_text(" ".join(said.split()))
         if isinstance(error, OSError) and error.filename is None and log_file is not None:
             line += f" ({log_file.parent})"
         if in_sweep:

@@ -17,8 +17,8 @@ NAMES = ("step_overhead", "time_to_accuracy", "startup", "scaling", "report")
 
 
 @pytest.fixture
-def benchmark(python: Run) -> Callable[..., str]:
-    """``benchmark("startup", "--pairs", "1")`` runs a benchmark and returns its output."""
+def run_benchmark(python: Run) -> Callable[..., str]:
+    """``run_benchmark("startup", "--pairs", "1")`` runs a benchmark and returns its output."""
 
     def run(name: str, *arguments: str) -> str:
         done = python("-m", f"benchmarks.{name}", *arguments, cwd=REPOSITORY)
@@ -36,8 +36,8 @@ def results(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help(name: str, benchmark: Callable[..., str]) -> None:
-    assert f"python -m benchmarks.{name}" in benchmark(name, "--help")
+def test_help(name: str, run_benchmark: Callable[..., str]) -> None:
+    assert f"python -m benchmarks.{name}" in run_benchmark(name, "--help")
 
 
 @pytest.mark.slow
@@ -86,10 +86,10 @@ def test_progress_bar_is_drawn_while_it_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_step_overhead(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
+def test_step_overhead(tmp_path: Path, data_dir: Path, run_benchmark: Callable[..., str]) -> None:
     path = tmp_path / "step.json"
     arguments = ("--pairs", "1", "--steps", "3", "--batch-sizes", "64", "256", "--data-dir", str(data_dir))
-    assert "batch 256: bare torch loop" in benchmark("step_overhead", *arguments, "--output", str(path))
+    assert "batch 256: bare torch loop" in run_benchmark("step_overhead", *arguments, "--output", str(path))
     assert [len(table["rows"]) for table in results(path)["tables"]] == [5, 2]
 
 
@@ -113,11 +113,11 @@ def test_contestants_tell_when_they_knew_which_accuracy(tmp_path: Path, data_dir
 
 
 @pytest.mark.reliability
-def test_time_to_accuracy(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
+def test_time_to_accuracy(tmp_path: Path, data_dir: Path, run_benchmark: Callable[..., str]) -> None:
     path = tmp_path / "accuracy.json"
     arguments = ("--pairs", "1", "--steps", "30", "--epochs", "2", "--data-dir", str(data_dir))
     projects = ("--project", "", "--project", "optimizer.lr=0.002 model.hidden=64")
-    benchmark("time_to_accuracy", *arguments, *projects, "--output", str(path))
+    run_benchmark("time_to_accuracy", *arguments, *projects, "--output", str(path))
     samples = results(path)["samples"]
     assert len(samples) == 4
     for name, (run,) in samples.items():
@@ -146,9 +146,9 @@ def test_first_step_is_stamped(tmp_path: Path, data_dir: Path, python: Run) -> N
 
 
 @pytest.mark.reliability
-def test_startup(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
+def test_startup(tmp_path: Path, data_dir: Path, run_benchmark: Callable[..., str]) -> None:
     path = tmp_path / "startup.json"
-    benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
+    run_benchmark("startup", "--pairs", "1", "--data-dir", str(data_dir), "--output", str(path))
     seconds = results(path)["samples"]
     assert len(seconds) == 8
     assert all(one > 0 for (one,) in seconds.values())
@@ -173,10 +173,10 @@ def test_a_row_of_scaling(tmp_path: Path, data_dir: Path, python: Run) -> None:
 
 
 @pytest.mark.reliability
-def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) -> None:
+def test_scaling(tmp_path: Path, data_dir: Path, run_benchmark: Callable[..., str]) -> None:
     path = tmp_path / "scaling.json"
     small = ("--pairs", "1", "--rows", "1", "--epochs", "1", "--steps", "3", "--data-dir", str(data_dir))
-    benchmark("scaling", *small, "--only", "hidden", "threads", "processes", "--output", str(path))
+    run_benchmark("scaling", *small, "--only", "hidden", "threads", "processes", "--output", str(path))
     samples = results(path)["samples"]
     assert samples.keys() == {"hidden", "threads", "processes"}
     for group in samples.values():
@@ -185,7 +185,7 @@ def test_scaling(tmp_path: Path, data_dir: Path, benchmark: Callable[..., str]) 
         assert run["peak"] > 50
 
 
-def test_report_puts_the_tables_into_the_readme(tmp_path: Path, benchmark: Callable[..., str]) -> None:
+def test_report_puts_the_tables_into_the_readme(tmp_path: Path, run_benchmark: Callable[..., str]) -> None:
     from benchmarks.measure import Table, describe_machine
     from benchmarks.report import MARKER
 
@@ -200,7 +200,7 @@ def test_report_puts_the_tables_into_the_readme(tmp_path: Path, benchmark: Calla
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n\n{MARKER}\n\nold")
     for _ in range(2):
-        benchmark("report", "--results", str(tmp_path), "--readme", str(readme))
+        run_benchmark("report", "--results", str(tmp_path), "--readme", str(readme))
     written = readme.read_text()
     assert written.startswith(f"above\n\n{MARKER}\n\n### step_overhead")
     assert "old" not in written

@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import NO_PICTURES, Run, Start
 from processes import Process, wait_for
 
+from mnist_lightning.cli import compact_errors
 from mnist_lightning.images.sources import unpack
 from mnist_lightning.rundir.checkpoint import find_newest, load
 from mnist_lightning.rundir.loggers import CSVLogger
@@ -145,3 +150,67 @@ def test_only_a_failed_write_turns_a_logger_off(tmp_path: Path) -> None:
     with logger.forgiving():
         raise ValueError("you tried to log a number") from OSError(28, "No space left on device")
     assert logger.failed
+
+
+@pytest.mark.posix("limits of a process's memory")
+def test_no_memory_for_a_batch_is_a_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (12_000_000_000,) * 2); "
+    arguments = (
+        "model.hidden=100000",
+        "data.batch_size=50000",
+        "trainer.accelerator=cpu",
+        "hydra.run.dir=run",
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", f"{limit}runpy.run_module('mnist_lightning.train', run_name='__main__')"),
+            *(*arguments, NO_PICTURES),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "memory is used up (20.00 GB more were asked for): a smaller data.batch_size or a smaller net takes less"
+    )
+    assert "Traceback" not in done.stderr
+    assert "can't allocate memory" in (tmp_path / "run" / "train.log").read_text(), "the log has all of it"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (  # as an NVIDIA H100 said
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 476.84 GiB. GPU 0 has a total capacity of 79.18 GiB of which"
+                " 58.07 GiB is free. Process 592 has 16.79 GiB memory in use."
+            ),
+            "the GPU's memory is used up (476.84 GiB more were asked for): ",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "the GPU's memory is used up: "),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 KB)"), "the GPU's memory is used up: "),
+        (  # on Windows
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 40000000000 bytes."),
+            "memory is used up (40.00 GB more were asked for): ",
+        ),
+        (MemoryError(), "memory is used up: "),
+    ],
+)
+def test_a_lack_of_memory_is_a_line(error: Exception, told: str) -> None:
+    with pytest.raises(SystemExit) as caught, compact_errors():
+        raise error
+    assert str(caught.value).startswith(told)
+    assert "data.batch_size" in str(caught.value)
+
+
+def test_what_numpy_can_not_hold_is_a_line() -> None:
+    with pytest.raises(SystemExit) as caught, compact_errors():
+        np.zeros((10**7, 10**7))
+    assert str(caught.value).startswith("memory is used up (728. TiB more were asked for): ")
+
+
+def test_other_errors_of_torch_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), compact_errors():
+        torch.ones(2, 3) @ torch.ones(2, 3)
