@@ -52,7 +52,7 @@ ERRORS = {
     "exit": "something called sys.exit(0)",
     "diverge": "train/loss is nan",
     "disk": "No space left on device",
-    "memory": "can't allocate memory",
+    "memory": "memory is used up",
     "kill": "killed by SIGKILL",
 }
 
