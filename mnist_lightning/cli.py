@@ -250,10 +250,11 @@ def tell_lack_of_memory(error: Exception) -> str | None:
     lacks = isinstance(error, RuntimeError) and LACK.search(text)
     if not lacks and not isinstance(error, MemoryError):
         return None
-    asked = re.search(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", text)
-    wanted = f" ({asked[1]} {asked[2]} more were asked for)" if asked else ""
-    if asked and asked[2] == "bytes":
-        wanted = f" ({int(asked[1]) / 1e9:.2f} GB more were asked for)"
+    wanted = ""
+    if asked := re.search(r"allocate ([\d.]+) (bytes|[KMGT]i?B)", text):
+        size, unit = asked.groups()
+        amount = f"{float(size) / 1e9:.2f} GB" if unit == "bytes" else f"{size} {unit}"
+        wanted = f" ({amount} more were asked for)"
     where = "the GPU's memory" if re.search(r"CUDA|MPS|HIP|GPU", text) else "memory"
     return (
         f"{where} is used up{wanted}: a smaller data.batch_size or a smaller net takes less, and so do fewer"

@@ -142,8 +142,10 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path: Path, environme
 @pytest.mark.posix("a signal to itself")
 def test_ctrl_c_of_another_package_stays_its_own(tmp_path: Path, environment: dict[str, str]) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text("import mnist_lightning")
-    ask = "import signal; print(signal.getsignal(signal.SIGINT) != signal.SIG_DFL)"
+    # what a program in the background begins with is to ignore it
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import mnist_lightning"
+    (tmp_path / "mine" / "__init__.py").write_text(begin)
+    ask = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     (tmp_path / "mine" / "program.py").write_text(ask)
     (tmp_path / "mnist-mine").write_text(f"import mine; {ask}")
     for arguments in (["-m", "mine.program"], ["mnist-mine"]):

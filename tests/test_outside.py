@@ -883,6 +883,8 @@ def test_any_encoding_of_a_pipe_will_do(encoding: str, folder: Path, fresh_comma
 SETTINGS = {
     "callbacks=null": "callbacks=null chooses nothing: callbacks must be one of default, early_stopping, histograms",
     "logger=null": "logger=null chooses nothing: logger must be one of csv, none, tensorboard, wandb",
+    "trainer.max_epoch=3": "Could not override 'trainer.max_epoch': did you mean trainer.max_epochs? "
+    "Otherwise, +trainer.max_epoch=… adds it",
     "trainer.min_epochs=3": "Could not override 'trainer.min_epochs': did you mean trainer.max_epochs? "
     "Otherwise, +trainer.min_epochs=… adds it",
     "hiden=64": "Could not override 'hiden': did you mean model.hidden?",
