@@ -23,7 +23,7 @@ from mnist_lightning.config import CONF_DIR, ConfigError, Train, check, register
 from mnist_lightning.rundir import signals
 from mnist_lightning.rundir.claim import prepare
 from mnist_lightning.rundir.curves import read_curves
-from mnist_lightning.rundir.find import find_checkpoint
+from mnist_lightning.rundir.find import find_checkpoint, lack_of
 from mnist_lightning.rundir.notebook import in_notebook, to_table
 from mnist_lightning.rundir.outside import expand_home, read_json
 from mnist_lightning.rundir.status import let_go, read, show_with_unit
@@ -90,8 +90,8 @@ def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
         search_path = create_config_search_path(CONF_DIR)
         if "--config-dir" in flags:
             folder = expand_home(flags["--config-dir"]).absolute()
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir={flags['--config-dir']}: there is no such folder")
+            if why := lack_of("folder", folder):
+                raise ConfigError(f"--config-dir={flags['--config-dir']}: {why}")
             search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
         loader = ConfigLoaderImpl(config_search_path=search_path)
         try:

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.losses import CrossEntropy
 from mnist_lightning.network import FeedForward
 from mnist_lightning.rundir.checkpoint import serialize
-from mnist_lightning.rundir.find import find_run
+from mnist_lightning.rundir.find import find_checkpoint, find_run
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -150,6 +151,39 @@ def test_settings_are_checked_without_a_process() -> None:
             (ValueError, ConfigError), match="device must be auto, cpu, cuda, cuda:<number> or mps"
         ):
             Evaluate(split="val", **(values | {"device": name}))  # type: ignore[arg-type]
+
+
+def test_what_is_no_run_is_called_what_it_is(trained_run: Path, tmp_path: Path, command: Run) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(trained_run / ".hydra", run / ".hydra")
+    shutil.copy(trained_run / "checkpoints" / "best.ckpt", run / "checkpoints")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    for name, argument, told in (
+        ("train", "resume=run/checkpoints/best.ckpt", "is not a run folder: it belongs to the run run"),
+        ("train", "resume=run/checkpoints", "is not a run folder: it belongs to the run run"),
+        ("train", "resume=run/lost", "is not a run folder: there is no such folder"),
+        ("train", "resume=notes.txt", "is not a run folder: it is a file"),
+        ("train", "resume=empty", "is not a run folder: it has no checkpoints/*.ckpt"),
+        ("train", "reproduce=notes.txt", "is not a run folder: it is a file"),
+        ("evaluate", "checkpoint=run", "is not a checkpoint: it is a folder"),
+        ("evaluate", "checkpoint=lost", "is not a checkpoint: there is no such file"),
+        ("runs", "under=notes.txt", "holds no runs: it is a file"),
+    ):
+        wrong = command(name, argument, cwd=tmp_path)
+        assert wrong.returncode == 1
+        assert wrong.stderr == f"{argument.partition('=')[2]} {told}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    """It is refused by its kind: to read it would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="pipe is not a checkpoint: it is a pipe or a device"):
+        find_checkpoint("latest", str(tmp_path / "pipe"))
+    with pytest.raises(FileNotFoundError, match="pipe is not a run folder: it is a pipe or a device"):
+        find_checkpoint(str(tmp_path / "pipe"))
 
 
 def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:

@@ -46,11 +46,9 @@ def find_run(name: str, *, logs: Path = Path("logs"), jobs: bool = True) -> Path
     """
     if name != "latest":
         folder = expand_home(name)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{name} is not a run folder: there is no such folder")
-        if not any((folder / "checkpoints").glob("*.ckpt")):
-            raise FileNotFoundError(f"{name} is not a run folder: it has no checkpoints/*.ckpt")
-        return folder
+        if any((folder / "checkpoints").glob("*.ckpt")):
+            return folder
+        raise FileNotFoundError(f"{name} is not a run folder: {_tell_fault(folder)}")
     passed: Path | None = None
     for path in newest_first(logs.glob("**/checkpoints/*.ckpt")):
         if not is_run(path.parent.parent):
@@ -92,7 +90,8 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
     if path.is_file():
         return path
     if checkpoint is not None:
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: there is no such file")
+        why = lack_of("file", path)
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: {why}")
     folder = find_run(run) / "checkpoints"
     best = folder / "best.ckpt"
     if best.exists():
@@ -101,6 +100,24 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
         log.warning("%s has no best.ckpt yet: reading %s", folder, path.name)
         return path
     raise FileNotFoundError(f"{folder} has no checkpoint that can be read")
+
+
+def lack_of(kind: str, path: Path) -> str | None:
+    """Say why a path can't be used where a "folder" or a "file" is wanted; None if it is one."""
+    if not path.exists():
+        return f"there is no such {kind}"
+    if path.is_dir() if kind == "folder" else path.is_file():
+        return None
+    return f"it is a {'folder' if path.is_dir() else 'file' if path.is_file() else 'pipe or a device'}"
+
+
+def _tell_fault(path: Path) -> str:
+    """Say why a path is not the folder of a run with a checkpoint."""
+    if not is_run(path):
+        for parent in path.parents:
+            if path.exists() and is_run(parent):
+                return f"it belongs to the run {parent}"
+    return lack_of("folder", path) or "it has no checkpoints/*.ckpt"
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_lightning.config import CONF_DIR, Train, check, register
 from mnist_lightning.rundir.atomic import LONG_LEFT, TEMPORARY, write_atomic
+from mnist_lightning.rundir.find import lack_of
 from mnist_lightning.rundir.outside import expand_home, is_number, read_file
 from mnist_lightning.rundir.record import SETTINGS
 from mnist_lightning.rundir.status import FILE, is_locked
@@ -58,8 +59,8 @@ def list_runs(under: str | Path = "logs") -> list[Record]:
         FileNotFoundError: the folder does not exist.
     """
     under = expand_home(under)
-    if not under.is_dir():
-        raise FileNotFoundError(f"{under} holds no runs: there is no such folder")
+    if why := lack_of("folder", under):
+        raise FileNotFoundError(f"{under} holds no runs: {why}")
     base, entries = update_index(under)
     defaults, choices = find_defaults()
     return complete(
