@@ -90,8 +90,7 @@ def find_checkpoint(run: str, checkpoint: str | None = None) -> Path:
     if path.is_file():
         return path
     if checkpoint is not None:
-        why = lack_of("file", path)
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: {why}")
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: {lack_of('file', path)}")
     folder = find_run(run) / "checkpoints"
     best = folder / "best.ckpt"
     if best.exists():
@@ -113,10 +112,9 @@ def lack_of(kind: str, path: Path) -> str | None:
 
 def _tell_fault(path: Path) -> str:
     """Say why a path is not the folder of a run with a checkpoint."""
-    if not is_run(path):
-        for parent in path.parents:
-            if path.exists() and is_run(parent):
-                return f"it belongs to the run {parent}"
+    owner = next((parent for parent in path.parents if is_run(parent)), None)
+    if owner is not None and path.exists() and not is_run(path):
+        return f"it belongs to the run {owner}"
     return lack_of("folder", path) or "it has no checkpoints/*.ckpt"
 
 
