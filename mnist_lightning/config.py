@@ -259,6 +259,19 @@ class FeedForward:
 
 
 @dataclass
+class DirectionNet(FeedForward):
+    """The settings of ``network.DirectionNet`` (``model=directions``)."""
+
+    directions: int
+    spacing: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("directions", "spacing"):
+            at_least(f"model.{key}", getattr(self, key), 1)
+
+
+@dataclass
 class CrossEntropy:
     """The settings of ``losses.CrossEntropy`` (``loss=cross_entropy``)."""
 
@@ -287,6 +300,7 @@ class VirtualAdversarial(CrossEntropy):
 # Our classes that a _target_ may name -> the types and limits of their arguments
 SCHEMAS: dict[str, type[Any]] = {
     "mnist_lightning.network.FeedForward": FeedForward,
+    "mnist_lightning.network.DirectionNet": DirectionNet,
     "mnist_lightning.losses.CrossEntropy": CrossEntropy,
     "mnist_lightning.losses.VirtualAdversarial": VirtualAdversarial,
 }

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ NORMS: dict[str, type[nn.Module] | None] = {
     "batch": nn.BatchNorm1d,
     "layer": nn.LayerNorm,
 }
+
+
+EDGE_WIDTH = 0.7  # standard deviation of the Gaussian that smooths an image before its gradient, in pixels
+POOL_WIDTH = 0.6  # that of the Gaussian that smooths a map, in units of the spacing
+MAPS_MEAN, MAPS_STD = 0.2, 0.2
 
 
 class GaussianNoise(nn.Module):
@@ -112,6 +118,130 @@ class FeedForward(nn.Module):
         """Compute the logits of a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
         logits: Tensor = self.layers(images)
         return logits
+
+
+class DirectionMaps(nn.Module):
+    """Describe an image by where its brightness rises in each of several directions.  It learns nothing.
+
+    The gradient of each pixel is projected on directions that share the circle equally.  Only positive
+    projections are kept, so that the two edges of a stroke go to opposite maps.  Each map is smoothed and
+    read at places ``spacing`` pixels apart, and the square root makes faint edges count more.  An edge that
+    moves by a pixel or two changes these numbers little, while it changes pixels entirely.  Liu, Nakashima,
+    Sako and Fujisawa 2003, "Handwritten digit recognition: benchmarking of state-of-the-art techniques",
+    Pattern Recognition 36, compare such features.
+
+    Args:
+        directions: number of directions, >= 1.
+        spacing: distance of the places at which a map is read, in pixels, from 1 to the image's shorter side.
+        image_shape: (C, H, W) of the images.
+
+    Attributes:
+        shape: (C * directions, H // spacing, W // spacing), the shape of what it gives for one image.
+    """
+
+    axes: Tensor
+    blur_x: Tensor
+    blur_y: Tensor
+    slope_x: Tensor
+    slope_y: Tensor
+    pool_x: Tensor
+    pool_y: Tensor
+
+    def __init__(self, directions: int, spacing: int, image_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.directions, self.spacing = directions, spacing
+        channels, height, width = image_shape
+        if not 1 <= spacing <= min(height, width):
+            raise ValueError(f"spacing must be 1 to {min(height, width)} pixels, got {spacing}")
+        self.shape = (channels * directions, height // spacing, width // spacing)
+        # a trained net is rebuilt on torch's meta device, and its weights are read: these are in no file
+        angles = torch.arange(directions, device="cpu") * (2 * math.pi / directions)
+        matrices = {"axes": torch.stack([angles.cos(), angles.sin()], dim=1)}  # (directions, 2)
+        for axis, size in (("x", width), ("y", height)):
+            places = torch.arange(size, dtype=torch.float32, device="cpu")
+            count = size // spacing
+            read = (torch.arange(count, device="cpu") - (count - 1) / 2) * spacing + (size - 1) / 2
+            matrices[f"blur_{axis}"] = blur = make_smoothing(places, places, EDGE_WIDTH)
+            padded = torch.cat([blur[:1], blur, blur[-1:]])  # a border is no edge
+            matrices[f"slope_{axis}"] = (padded[2:] - padded[:-2]) / 2
+            matrices[f"pool_{axis}"] = make_smoothing(read, places, POOL_WIDTH * spacing)
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the maps.
+
+        (B, C, H, W) float, normalised -> (B, C * directions, H // spacing, W // spacing) float; on MNIST they
+        have mean 0 and standard deviation 1.
+        """
+        gradient = torch.stack(
+            [self.blur_y @ images @ self.slope_x.T, self.slope_y @ images @ self.blur_x.T], dim=2
+        )  # (B, C, 2, H, W)
+        rises = (self.axes @ gradient.flatten(3)).relu()
+        rises = rises.view(*images.shape[:2], self.directions, *images.shape[2:])
+        maps = (self.pool_y @ rises @ self.pool_x.T).flatten(1, 2)
+        # the addend keeps the root's slope finite where there is no edge
+        standardised: Tensor = ((maps + 3e-4).sqrt() - MAPS_MEAN) / MAPS_STD
+        return standardised
+
+    def extra_repr(self) -> str:
+        return f"directions={self.directions}, spacing={self.spacing}"
+
+
+def make_smoothing(to: Tensor, places: Tensor, width: float) -> Tensor:
+    """Make the matrix that smooths by a Gaussian.  (N,), (M,), width in pixels -> (N, M), rows of sum 1"""
+    distances = (to[:, None] - places).abs() / width
+    smoothing = torch.exp(-0.5 * distances**2) * (distances < 5)  # no denormal numbers, which are slow
+    return smoothing / smoothing.sum(dim=1, keepdim=True)
+
+
+class DirectionNet(FeedForward):
+    """A fully connected net that sees ``DirectionMaps`` beside the pixels.
+
+    Args:
+        hidden, activation, dropout, norm, noise: see ``FeedForward``.
+        directions: number of directions in which brightness may rise, >= 1.
+        spacing: distance of the places at which a map is read, in pixels, from 1 to the image's shorter side.
+        input_noise: the same, on pixels and maps.
+        image_shape: (C, H, W) of the images.
+        num_classes: number of classes, each of which gets a logit.
+
+    Raises:
+        ValueError: the activation or the norm is unknown, or the spacing is larger than an image.
+    """
+
+    def __init__(
+        self,
+        hidden: int | Sequence[int] = (256,),
+        *,
+        directions: int = 8,
+        spacing: int = 3,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        norm: str = "none",
+        input_noise: float = 0.0,
+        noise: float = 0.0,
+        image_shape: Sequence[int] = (1, 28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        maps = DirectionMaps(directions, spacing, image_shape)
+        arguments: dict[str, Any] = {
+            **{"hidden": [hidden] if isinstance(hidden, int) else list(hidden), "activation": activation},
+            **{"dropout": dropout, "norm": norm, "input_noise": input_noise, "noise": noise},
+            "num_classes": num_classes,
+        }
+        super().__init__(image_shape=[math.prod(image_shape) + math.prod(maps.shape)], **arguments)
+        self.maps = maps
+        if type(self) is DirectionNet:
+            self.recipe = {
+                "_target_": "mnist_lightning.network.DirectionNet",
+                **{"directions": directions, "spacing": spacing, **arguments},
+                "image_shape": list(image_shape),
+            }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
+        return super().forward(torch.cat([images.flatten(1), self.maps(images).flatten(1)], dim=1))
 
 
 @contextmanager

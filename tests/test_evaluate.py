@@ -3,6 +3,8 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from mnist_lightning.evaluation.scores import score
 from mnist_lightning.evaluation.trained import load_classifier, load_split, log_probabilities
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.losses import CrossEntropy
-from mnist_lightning.network import FeedForward
+from mnist_lightning.network import DirectionNet, FeedForward
 from mnist_lightning.rundir.checkpoint import serialize
 from mnist_lightning.rundir.find import find_checkpoint, find_run
 
@@ -186,10 +188,13 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "pipe"))
 
 
-def test_nothing_comes_from_todays_defaults(trained_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [FeedForward, partial(DirectionNet, directions=5, spacing=6)])
+def test_nothing_comes_from_todays_defaults(
+    kind: Callable[..., FeedForward], trained_run: Path, tmp_path: Path
+) -> None:
     """A net with settings that no YAML file has is loaded unchanged."""
     torch.manual_seed(3)
-    net = FeedForward([7, 5], activation="tanh", dropout=0.3, norm="batch")
+    net = kind([7, 5], activation="tanh", dropout=0.3, norm="batch")
     classifier = DigitClassifier(
         net, preprocess=Preprocess(mean=0.4, std=0.2, deskew=True), loss=CrossEntropy(label_smoothing=0.1)
     ).eval()

@@ -12,7 +12,7 @@ from mnist_lightning.classifier import DigitClassifier
 from mnist_lightning.evaluation.trained import compute_outputs, load_classifier
 from mnist_lightning.export import compare, to_onnx
 from mnist_lightning.images.preprocess import Preprocess
-from mnist_lightning.network import FeedForward
+from mnist_lightning.network import DirectionNet, FeedForward
 
 
 def test_export_gives_what_the_net_gives(trained_run: Path, tmp_path: Path, command: Run) -> None:
@@ -46,21 +46,24 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("activation", "norm", "deskew"),
+    ("kind", "activation", "norm", "deskew"),
     [
-        pytest.param("gelu", "batch", False, marks=SLOW),
-        ("leaky_relu", "layer", True),
-        pytest.param("elu", "batch", False, marks=SLOW),
-        pytest.param("tanh", "layer", True, marks=SLOW),
-        pytest.param("gelu", "layer", True, marks=SLOW),
-        pytest.param("leaky_relu", "batch", False, marks=SLOW),
-        pytest.param("elu", "layer", True, marks=SLOW),
-        pytest.param("tanh", "batch", False, marks=SLOW),
+        pytest.param(FeedForward, "gelu", "batch", False, marks=SLOW),
+        (FeedForward, "leaky_relu", "layer", True),
+        (DirectionNet, "relu", "batch", True),
+        pytest.param(FeedForward, "elu", "batch", False, marks=SLOW),
+        pytest.param(FeedForward, "tanh", "layer", True, marks=SLOW),
+        pytest.param(FeedForward, "gelu", "layer", True, marks=SLOW),
+        pytest.param(FeedForward, "leaky_relu", "batch", False, marks=SLOW),
+        pytest.param(FeedForward, "elu", "layer", True, marks=SLOW),
+        pytest.param(FeedForward, "tanh", "batch", False, marks=SLOW),
     ],
 )
-def test_every_kind_of_net_can_be_exported(activation: str, norm: str, deskew: bool) -> None:
+def test_every_kind_of_net_can_be_exported(
+    kind: type[FeedForward], activation: str, norm: str, deskew: bool
+) -> None:
     torch.manual_seed(0)
-    net = FeedForward([16, 8], activation=activation, dropout=0.5, norm=norm)
+    net = kind([16, 8], activation=activation, dropout=0.5, norm=norm)
     classifier = DigitClassifier(net, preprocess=Preprocess(mean=0.5, std=0.25, deskew=deskew)).eval()
     images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8)
     assert compare(to_onnx(classifier, images), classifier, images) < 1e-5

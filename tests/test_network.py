@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import settle
 
-from mnist_lightning.network import ACTIVATIONS, FeedForward
+from mnist_lightning.data import load_mnist
+from mnist_lightning.images.preprocess import Preprocess
+from mnist_lightning.network import ACTIVATIONS, DirectionMaps, DirectionNet, FeedForward
 
 
 def make(**changes: object) -> FeedForward:
@@ -33,19 +35,24 @@ def test_sizes_are_given(image_shape: tuple[int, ...], num_classes: int) -> None
     assert net(torch.zeros(6, *image_shape)).shape == (6, num_classes)
 
 
-def test_its_defaults_are_those_of_the_yaml_file(tmp_path: Path) -> None:
-    settings = {name: value for name, value in settle(tmp_path).model.items() if name != "_target_"}
+@pytest.mark.parametrize(("kind", "chosen"), [(FeedForward, "mlp"), (DirectionNet, "directions")])
+def test_its_defaults_are_those_of_the_yaml_file(
+    kind: type[FeedForward], chosen: str, tmp_path: Path
+) -> None:
+    settings = dict(settle(tmp_path, f"model={chosen}").model)
+    assert settings.pop("_target_") == f"mnist_lightning.network.{kind.__name__}"
     torch.manual_seed(0)
-    net = FeedForward()
+    net = kind()
     torch.manual_seed(0)
-    other = FeedForward(**settings)
+    other = kind(**settings)
     assert net.recipe == other.recipe
     assert net.recipe.items() >= settings.items()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
 
 
-def test_what_is_derived_from_it_has_no_recipe_that_makes_another_net() -> None:
-    class Own(FeedForward):
+@pytest.mark.parametrize("kind", [FeedForward, DirectionNet])
+def test_what_is_derived_from_it_has_no_recipe_that_makes_another_net(kind: type[FeedForward]) -> None:
+    class Own(kind):  # type: ignore[misc, valid-type]
         pass
 
     assert not hasattr(Own(), "recipe")
@@ -97,3 +104,70 @@ def test_noise_disturbs_training_by_its_size_and_nothing_else(key: str) -> None:
             spreads[std] = net(images).std(dim=0).mean().item()
             assert net.eval()(images).std(dim=0).max() < 1e-5
     assert spreads[0.2] / spreads[0.1] == pytest.approx(2, rel=0.1)
+
+
+def read_maps(maps: DirectionMaps, images: torch.Tensor) -> torch.Tensor:
+    """Read the maps, in such units that they are 0 where there is no edge."""
+    found: torch.Tensor = maps(images) - maps(torch.zeros_like(images))
+    return found
+
+
+def test_an_edge_is_on_the_map_of_the_direction_in_which_brightness_rises() -> None:
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., 14:] = 3.0
+    right, down, left, up = read_maps(DirectionMaps(4, 4, (1, 28, 28)), image)[0]
+    assert right[:, 3].min() > 1  # the fourth of seven places is the middle
+    assert right[:, [0, 6]].abs().max() < 0.01
+    assert left.abs().max() < 1e-4  # brightness falls nowhere
+    assert max(down.abs().max(), up.abs().max()) < 0.01  # as far as rounding goes
+
+
+@pytest.mark.parametrize("value", [-0.4, 2.8])
+def test_an_even_image_has_no_edge_not_even_at_its_border(value: float) -> None:
+    maps = DirectionMaps(8, 3, (1, 28, 28))
+    even = maps(torch.full((1, 1, 28, 28), value))
+    torch.testing.assert_close(even, maps(torch.zeros(1, 1, 28, 28)), atol=1e-3, rtol=0)
+
+
+def test_a_quarter_turn_of_the_image_turns_the_maps_and_exchanges_them(images: torch.Tensor) -> None:
+    maps = DirectionMaps(8, 3, (1, 28, 28))
+    turned = maps(images.rot90(1, (2, 3)))  # what pointed down points to the right
+    wanted = maps(images).rot90(1, (2, 3)).roll(-2, dims=1)
+    torch.testing.assert_close(turned, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("directions", "spacing", "image_shape", "shape"),
+    [(8, 3, (1, 28, 28), (8, 9, 9)), (4, 2, (3, 9, 14), (12, 4, 7)), (1, 5, (1, 5, 5), (1, 1, 1))],
+)
+def test_maps_have_a_place_for_each_spacing(
+    directions: int, spacing: int, image_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    maps = DirectionMaps(directions, spacing, image_shape)
+    assert maps.shape == shape
+    assert maps(torch.randn(2, *image_shape)).shape == (2, *shape)
+    net = DirectionNet(directions=directions, spacing=spacing, image_shape=image_shape, num_classes=3)
+    assert net(torch.randn(2, *image_shape)).shape == (2, 3)
+
+
+def test_the_maps_of_digits_are_standardised_and_have_no_trainable_part(data_dir: Path) -> None:
+    (digits, _), *_ = load_mnist(data_dir, batch_size=500)[1]
+    maps = DirectionMaps(8, 3, (1, 28, 28))
+    seen = maps(Preprocess()((digits[:, 0] + 1) / 2 * 255))
+    assert seen.mean().item() == pytest.approx(0, abs=0.1)
+    assert seen.std().item() == pytest.approx(1, abs=0.1)
+    assert list(maps.parameters()) == []
+    assert not maps.state_dict()
+
+
+def test_a_blank_image_has_a_gradient_through_the_maps() -> None:
+    blank = torch.zeros(2, 1, 28, 28, requires_grad=True)
+    DirectionNet()(blank).sum().backward()
+    assert blank.grad is not None
+    assert blank.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("spacing", [0, 29])
+def test_a_spacing_beyond_the_image_is_refused(spacing: int) -> None:
+    with pytest.raises(ValueError, match=f"spacing must be 1 to 28 pixels, got {spacing}"):
+        DirectionNet(spacing=spacing)
