@@ -900,7 +900,7 @@ SETTINGS = {
     "trainer.batch_size=8": "Could not override 'trainer.batch_size': did you mean data.batch_size? "
     "Otherwise, +trainer.batch_size=… adds it",
     "trainr.max_epochs=1": "Could not override 'trainr.max_epochs': did you mean trainer.max_epochs?",
-    "model=mpl": "In 'train': Could not find 'model/mpl' Available options in 'model': mlp",
+    "model=mpl": "In 'train': Could not find 'model/mpl' Available options in 'model': directions mlp",
 }
 
 
