@@ -143,7 +143,7 @@ def schema_of(command: str) -> Any:
 
 def types_of(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and their types in words.  A comment beside ``Any`` tells what it stands for."""
-    source = inspect.getsource(schema)
+    source = "".join(inspect.getsource(kind) for kind in schema.__mro__ if is_dataclass(kind))
     for field in fields(schema):
         if is_dataclass(field.type):
             yield from types_of(field.type, f"{prefix}{field.name}.")

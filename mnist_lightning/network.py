@@ -25,7 +25,7 @@ NORMS: dict[str, type[nn.Module] | None] = {
 
 EDGE_WIDTH = 0.7  # standard deviation of the Gaussian that smooths an image before its gradient, in pixels
 POOL_WIDTH = 0.6  # that of the Gaussian that smooths a map, in units of the spacing
-MAPS_MEAN, MAPS_STD = 0.2, 0.2
+MAPS_MEAN, MAPS_STD = 0.2, 0.2  # of the maps of MNIST's training images, before they are standardised
 
 
 class GaussianNoise(nn.Module):
@@ -154,7 +154,7 @@ class DirectionMaps(nn.Module):
         if not 1 <= spacing <= min(height, width):
             raise ValueError(f"spacing must be 1 to {min(height, width)} pixels, got {spacing}")
         self.shape = (channels * directions, height // spacing, width // spacing)
-        # a trained net is rebuilt on torch's meta device, and its weights are read: these are in no file
+        # on the CPU: a trained net is rebuilt on torch's meta device, then filled from a file without these
         angles = torch.arange(directions, device="cpu") * (2 * math.pi / directions)
         matrices = {"axes": torch.stack([angles.cos(), angles.sin()], dim=1)}  # (directions, 2)
         for axis, size in (("x", width), ("y", height)):

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from processes import Fresh, wait_for
 
 from docs import reference
+from mnist_lightning.config import SCHEMAS
 
 GUIDES = sorted(
     path.relative_to(REPOSITORY)
@@ -334,6 +335,12 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.slow
 def test_the_reference_is_what_the_configs_say() -> None:
     assert reference.REFERENCE.read_text() == reference.generate(), "run: python docs/reference.py"
+
+
+def test_a_type_in_words_holds_for_derived_settings() -> None:
+    for name in ("FeedForward", "DirectionNet"):
+        types = dict(reference.types_of(SCHEMAS[f"mnist_lightning.network.{name}"]))
+        assert types["hidden"] == "int or list of int"
 
 
 def test_the_reference_knows_types_limits_and_meanings() -> None:
