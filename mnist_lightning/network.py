@@ -195,6 +195,17 @@ def make_smoothing(to: Tensor, places: Tensor, width: float) -> Tensor:
     return smoothing / smoothing.sum(dim=1, keepdim=True)
 
 
+class PixelsAndMaps(nn.Module):
+    """Put ``DirectionMaps`` beside the pixels.  (B, C, H, W) float -> (B, pixels + numbers of the maps)"""
+
+    def __init__(self, maps: DirectionMaps) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([images.flatten(1), self.maps(images).flatten(1)], dim=1)
+
+
 class DirectionNet(FeedForward):
     """A fully connected net that sees ``DirectionMaps`` beside the pixels.
 
@@ -231,17 +242,13 @@ class DirectionNet(FeedForward):
             "num_classes": num_classes,
         }
         super().__init__(image_shape=[math.prod(image_shape) + math.prod(maps.shape)], **arguments)
-        self.maps = maps
+        self.layers[0] = PixelsAndMaps(maps)
         if type(self) is DirectionNet:
             self.recipe = {
                 "_target_": "mnist_lightning.network.DirectionNet",
                 **{"directions": directions, "spacing": spacing, **arguments},
                 "image_shape": list(image_shape),
             }
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits of a batch.  (B, C, H, W) float32, normalised -> (B, num_classes) float32"""
-        return super().forward(torch.cat([images.flatten(1), self.maps(images).flatten(1)], dim=1))
 
 
 @contextmanager

@@ -1,9 +1,12 @@
+import logging
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from conftest import settle
 
+from mnist_lightning.callbacks.summary import NetSummary
 from mnist_lightning.data import load_mnist
 from mnist_lightning.images.preprocess import Preprocess
 from mnist_lightning.network import ACTIVATIONS, DirectionMaps, DirectionNet, FeedForward
@@ -171,3 +174,18 @@ def test_a_blank_image_has_a_gradient_through_the_maps() -> None:
 def test_a_spacing_beyond_the_image_is_refused(spacing: int) -> None:
     with pytest.raises(ValueError, match=f"spacing must be 1 to 28 pixels, got {spacing}"):
         DirectionNet(spacing=spacing)
+
+
+def test_summary_lists_layers_in_the_order_of_the_data_and_parameters_in_one_column(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trained = L.LightningModule()
+    trained.net = DirectionNet([32], norm="batch")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with caplog.at_level(logging.INFO):
+        NetSummary().on_fit_start(trainer, trained)
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("callbacks.summary")]
+    names = [line.split("(")[0].strip() for line in lines[:-1]]
+    assert names == ["DirectionMaps", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert lines[-1].split() == ["parameters", f"{1432 * 32 + 32 + 64 + 330:,}"]
+    assert len({len(line) for line in lines}) == 1

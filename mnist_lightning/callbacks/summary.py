@@ -18,7 +18,8 @@ class NetSummary(Callback):
         net = pl_module.net
         assert isinstance(net, nn.Module)
         layers = [layer for layer in net.modules() if not list(layer.children())]
-        for layer in layers:
-            count = sum(parameter.numel() for parameter in layer.parameters())
-            log.info("  %-60s %10s", layer, f"{count:,}" if count else "")
-        log.info("  %-60s %10s", "parameters", f"{sum(p.numel() for p in net.parameters()):,}")
+        counts = [(str(layer), sum(weights.numel() for weights in layer.parameters())) for layer in layers]
+        width = max([60, *(len(text) for text, _ in counts if "\n" not in text)])
+        for text, count in counts:
+            log.info("  %-*s %10s", width, text, f"{count:,}" if count else "")
+        log.info("  %-*s %10s", width, "parameters", f"{sum(p.numel() for p in net.parameters()):,}")
