@@ -237,8 +237,12 @@ class DirectionNet(FeedForward):
     ) -> None:
         maps = DirectionMaps(directions, spacing, image_shape)
         arguments: dict[str, Any] = {
-            **{"hidden": [hidden] if isinstance(hidden, int) else list(hidden), "activation": activation},
-            **{"dropout": dropout, "norm": norm, "input_noise": input_noise, "noise": noise},
+            "hidden": [hidden] if isinstance(hidden, int) else list(hidden),
+            "activation": activation,
+            "dropout": dropout,
+            "norm": norm,
+            "input_noise": input_noise,
+            "noise": noise,
             "num_classes": num_classes,
         }
         super().__init__(image_shape=[math.prod(image_shape) + math.prod(maps.shape)], **arguments)
@@ -246,8 +250,10 @@ class DirectionNet(FeedForward):
         if type(self) is DirectionNet:
             self.recipe = {
                 "_target_": "mnist_lightning.network.DirectionNet",
-                **{"directions": directions, "spacing": spacing, **arguments},
+                "directions": directions,
+                "spacing": spacing,
                 "image_shape": list(image_shape),
+                **arguments,
             }
 
 

@@ -19,7 +19,8 @@ class NetSummary(Callback):
         assert isinstance(net, nn.Module)
         layers = [layer for layer in net.modules() if not list(layer.children())]
         counts = [(str(layer), sum(weights.numel() for weights in layer.parameters())) for layer in layers]
-        width = max([60, *(len(text) for text, _ in counts if "\n" not in text)])
+        one_line = [len(text) for text, _ in counts if "\n" not in text]  # a ParameterList has many lines
+        width = max([60, *one_line])
         for text, count in counts:
             log.info("  %-*s %10s", width, text, f"{count:,}" if count else "")
         log.info("  %-*s %10s", width, "parameters", f"{sum(p.numel() for p in net.parameters()):,}")
